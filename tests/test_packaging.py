@@ -1,0 +1,142 @@
+"""What gets installed is what lies in the tree, once, and under `dct_compile` only."""
+
+import configparser
+import importlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch._dynamo
+
+ROOT = Path(__file__).resolve().parents[1]
+LINKED = ("models", "passes", "triton_kernels")
+FOLDERS = {"dct_compile": ROOT / "dct_compile", **{f"dct_compile.{name}": ROOT / name for name in LINKED}}
+NOT_SHIPPED = {"ruff.toml"}
+
+
+def files_of_tree() -> set[str]:
+    """Paths that a wheel must hold, as the wheel spells them."""
+    found = set()
+    for package, folder in FOLDERS.items():
+        for here, folders, files in os.walk(folder, followlinks=False):
+            folders[:] = [name for name in folders if name != "__pycache__" and name[0] != "." and not Path(here, name).is_symlink()]
+            place = Path(*package.split("."), Path(here).relative_to(folder))
+            found |= {(place / name).as_posix() for name in files if name not in NOT_SHIPPED and not name.startswith(".")}
+    return found
+
+
+def build(what: str, source: Path, target: Path) -> Path:
+    """Runs one hook of the build backend in `source` and returns the file it made."""
+    code = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+    command = [sys.executable, "-c", code, f"build_{what}", str(target)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources: building leaves files behind in the folder it runs in."""
+    copy = tmp_path_factory.mktemp("tree")
+    for name in ("dct_compile", *LINKED):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    for path in (ROOT / "pyproject.toml", *ROOT.glob("LICENSE*"), *ROOT.glob("*.md")):
+        shutil.copy(path, copy)
+    return copy
+
+
+@pytest.fixture(scope="module", params=["tree", "sdist"])
+def wheel(request: pytest.FixtureRequest, tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from the tree, and one built from the source distribution of the tree."""
+    target = tmp_path_factory.mktemp("dist")
+    if request.param == "tree":
+        return build("wheel", tree, target)
+    with tarfile.open(build("sdist", tree, target)) as archive:
+        archive.extractall(target, filter="data")
+    (source,) = (path for path in target.iterdir() if path.is_dir())
+    return build("wheel", source, target)
+
+
+def test_links_lead_to_the_folders() -> None:
+    for name in LINKED:
+        assert os.readlink(ROOT / "dct_compile" / name) == f"../{name}"
+
+
+def test_every_folder_is_a_listed_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {os.path.dirname(path).replace("/", ".") for path in files_of_tree()}
+    assert sorted(listed) == sorted(folders)
+
+
+def test_wheel_holds_the_tree_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+    packaged = {name for name in names if ".dist-info/" not in name}
+    tree_files = files_of_tree()
+    assert sorted(packaged - tree_files) == []
+    assert sorted(tree_files - packaged) == []
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"dct_compile"}
+
+
+def test_entry_points(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        parser = configparser.ConfigParser()
+        parser.read_string(archive.read(name).decode())
+    groups = {group: dict(parser[group]) for group in parser.sections()}
+    assert groups == {
+        "console_scripts": {"dct": "dct_compile.cli.main:main"},
+        "torch_dynamo_backends": {"dct": "dct_compile.backend:dct"},
+    }
+    for target in (group["dct"] for group in groups.values()):
+        module, _, attribute = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), attribute))
+
+
+def test_torch_lists_the_backend() -> None:
+    try:
+        importlib.metadata.distribution("dct-compile")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("dct-compile is not installed")
+    assert "dct" in torch._dynamo.list_backends()
+
+
+IMPORT_ALL = f"""
+import importlib, pathlib, pkgutil, sys
+import dct_compile
+for found in pkgutil.walk_packages(dct_compile.__path__, "dct_compile."):
+    if found.name.endswith(".__main__"):
+        continue
+    try:
+        importlib.import_module(found.name)
+    except ModuleNotFoundError as error:  # an optional dependency that is not installed
+        if (error.name or "").partition(".")[0] in ("dct_compile", *{LINKED!r}):
+            raise
+seen = {{}}
+root = pathlib.Path(sys.argv[1]).resolve()
+for name, module in list(sys.modules.items()):
+    path = pathlib.Path(getattr(module, "__file__", None) or "/").resolve()
+    if path.is_relative_to(root) and "site-packages" not in path.parts:
+        assert name.partition(".")[0] == "dct_compile", name
+        assert seen.setdefault(path, name) == name, (path, name, seen[path])
+assert "dct_compile.triton_kernels" in seen.values(), seen
+"""
+
+
+@pytest.mark.parametrize("place", ["tree", "wheel"])
+def test_each_module_is_imported_once_under_one_name(place: str, tree: Path, tmp_path: Path) -> None:
+    root = ROOT
+    if place == "wheel":
+        root = tmp_path / "site"
+        zipfile.ZipFile(build("wheel", tree, tmp_path)).extractall(root)
+    command = [sys.executable, "-c", IMPORT_ALL, str(root)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
