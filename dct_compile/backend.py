@@ -1,0 +1,214 @@
+"""``torch.compile(model, backend="dct")``: Inductor with DCT's passes in front of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch._guards import CompileContext, detect_fake_mode
+from torch._inductor import list_mode_options, list_options
+from torch._inductor.compile_fx import compile_fx
+from torch.distributed import ProcessGroup
+
+from dct_compile.config import DCTConfig, split_options
+from dct_compile.integrations import ddp
+from dct_compile.passes.graph_utils import resolve_group
+from dct_compile.passes.manager import GraphInput, JointGraphPass, StateNeededError, StateRequest
+from dct_compile.passes.plan import Decision
+from dct_compile.runtime import RUNTIME, Runtime
+from dct_compile.state import STATE_INPUTS, BucketState, local_tensor
+
+Compiled = Callable[..., Any]
+_SLOT = "joint_custom_pre_pass"
+
+
+def dct(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None, **_: Any
+) -> Compiled:
+    """Compiles one Dynamo graph. ``options``: fields of :class:`DCTConfig` beside any Inductor option; ``mode`` as for Inductor.
+
+    Raises ``ValueError`` for an unknown option or a bad value. Without an initialised process group the graph is compiled as by Inductor.
+    """
+    config, patches = split_options(options, list_options())
+    _check_inductor_types(patches)
+    if mode not in (None, "default"):
+        patches = {**list_mode_options(mode), **patches}
+    if not dist.is_available() or not dist.is_initialized():
+        RUNTIME.reports.note("torch.distributed is not initialised: graphs were compiled as by backend 'inductor'")
+        return _compile(gm, example_inputs, patches)
+    modules = ddp.enclosing_modules()
+    group = _gradient_group(config, bool(modules))
+    for module in modules:
+        ddp.attach(module, config, RUNTIME)
+    return _GraphCompiler(gm, example_inputs, config, patches, group, RUNTIME).run()
+
+
+def _check_inductor_types(patches: Mapping[str, Any]) -> None:
+    current = inductor_config.get_config_copy()
+    for key, value in patches.items():
+        default = current[key]
+        if isinstance(default, bool | int | float | str) and not isinstance(value, type(default)):
+            raise ValueError(f"option {key!r} is {value!r} ({type(value).__name__}); Inductor expects {type(default).__name__}")
+
+
+def _gradient_group(config: DCTConfig, inside_ddp: bool) -> ProcessGroup | None:
+    if config.data_parallel is False:
+        return None
+    if inside_ddp:
+        raise ValueError(
+            "option 'data_parallel' is set and the model is wrapped in DDP: gradients would be averaged twice; remove one of the two"
+        )
+    group = dist.group.WORLD if config.data_parallel is True else config.data_parallel
+    assert isinstance(group, ProcessGroup)
+    return group
+
+
+def _compile(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Compiled:
+    compiled = compile_fx(gm, list(inputs), config_patches=patches)
+    assert callable(compiled)
+    return compiled
+
+
+class _GraphCompiler:
+    """Compiles one Dynamo graph; traces it a second time when its gradient sites turn out to need state inputs."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        config: DCTConfig,
+        patches: dict[str, Any],
+        group: ProcessGroup | None,
+        runtime: Runtime,
+    ) -> None:
+        self.gm, self.example_inputs, self.config, self.group, self.runtime = gm, example_inputs, config, group, runtime
+        self.patches = patches
+        self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
+        self.inputs = [_describe(node, example) for node, example in zip(_placeholders(gm), example_inputs, strict=True)]
+        compile_id = CompileContext.current_compile_id()
+        self.name = f"graph {compile_id}" if compile_id is not None else "graph"
+
+    def run(self) -> Compiled:
+        requests: list[StateRequest] = []
+        while True:
+            try:
+                compiled, decisions = self._attempt(requests)
+            except StateNeededError as needed:
+                if requests:
+                    raise
+                requests = needed.requests
+            else:
+                break
+        self._agree(decisions)
+        if self.group is not None:
+            compiled = _SynchronisedStart(compiled, self.inputs, self.group)
+        return _with_state(compiled, requests, self.runtime) if requests else compiled
+
+    def _attempt(self, requests: list[StateRequest]) -> tuple[Compiled, list[Decision]]:
+        earlier = _custom_passes(self.patches.get(_SLOT, getattr(inductor_config, _SLOT)))
+        joint_pass = JointGraphPass(self.name, self.config, self.inputs, requests, self.group, self.runtime, earlier, self.backward_only)
+        gm, inputs = add_state_inputs(self.gm, self.example_inputs, requests)
+        # The autograd cache would skip the passes on a warm start, and with them the report; Inductor's own cache stays on.
+        with functorch_config.patch(enable_autograd_cache=False):
+            compiled = _compile(gm, inputs, {**self.patches, _SLOT: joint_pass})
+        return compiled, joint_pass.decisions
+
+    def _agree(self, decisions: Sequence[Decision]) -> None:
+        for name in dict.fromkeys(decision.site.group_name for decision in decisions):
+            signatures = [item.signature() for item in decisions if item.site.group_name == name]
+            self.runtime.agreement.check(resolve_group(name), self.config, signatures)
+
+
+def _custom_passes(slot: Any) -> list[Callable[[fx.Graph], None]]:
+    """A user's own passes: newer torch allows a list."""
+    if slot is None:
+        return []
+    return list(slot) if isinstance(slot, list | tuple) else [slot]
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def _describe(node: fx.Node, example: Any) -> GraphInput:
+    source = getattr(node, "_dynamo_source", None)
+    name = _readable_source(source.name) if source is not None else node.name
+    if not isinstance(example, Tensor):
+        return GraphInput(name, None, False, False, False)
+    is_parameter = isinstance(example, torch.nn.Parameter)
+    is_foreign = not is_parameter and (source is None or example.grad_fn is not None or "___stack" in name)
+    return GraphInput(name, example.dtype, is_parameter, is_parameter and example.requires_grad and torch.is_grad_enabled(), is_foreign)
+
+
+def _readable_source(source: str) -> str:
+    """ "L['self']._modules['top']._parameters['weight']" -> "top.weight"."""
+    parts = [part.strip("'\"") for chunk in source.split("[")[1:] for part in [chunk.split("]")[0]]]
+    return ".".join(parts[1:]) if len(parts) > 1 else source
+
+
+def add_state_inputs(gm: fx.GraphModule, inputs: Sequence[Any], requests: Sequence[StateRequest]) -> tuple[fx.GraphModule, list[Any]]:
+    """A copy of a Dynamo graph with placeholders for the state of ``requests`` behind its own, and example inputs to match.
+
+    Dynamo goes on using its own graph, so that one is not touched.
+    """
+    if not requests:
+        return gm, list(inputs)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    last_placeholder = _placeholders(gm)[-1]
+    for node in gm.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op == "placeholder":
+            copies[node]._dynamo_source = node._dynamo_source
+        if node is last_placeholder:
+            for request in requests:
+                for name in STATE_INPUTS[: request.tensor_count]:
+                    added = graph.placeholder(f"dct_{name}")
+                    added._dynamo_source = None
+                    added.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    copy = fx.GraphModule(gm, graph)
+    copy.meta.update(gm.meta)
+    copy._param_name_to_source = gm._param_name_to_source
+    fake_mode = detect_fake_mode(list(inputs))
+    examples: list[Any] = list(inputs)
+    for request in requests:
+        device = inputs[request.positions[0]].device
+        for tensor in BucketState([], request.layout, request.owner_layout, device).tensors():
+            examples.append(fake_mode.from_tensor(tensor, static_shapes=True) if fake_mode is not None else tensor)
+    return copy, examples
+
+
+def _with_state(compiled: Compiled, requests: Sequence[StateRequest], runtime: Runtime) -> Compiled:
+    """Appends the state of the parameters that a call is made with: one compiled graph may serve several layers."""
+
+    def run(*args: Any) -> Any:
+        state: list[Tensor] = []
+        for request in requests:
+            bucket = runtime.states.bucket([args[position] for position in request.positions], request.layout, request.owner_layout)
+            if bucket not in request.buckets:
+                request.buckets.append(bucket)
+            state.extend(bucket.tensors())
+        return compiled(*args, *state)
+
+    return run
+
+
+class _SynchronisedStart:
+    """Makes parameters and buffers equal on all ranks of ``group`` before they are used for the first time, as DDP does."""
+
+    def __init__(self, compiled: Compiled, inputs: Sequence[GraphInput], group: ProcessGroup) -> None:
+        self.compiled, self.group = compiled, group
+        self.positions = [position for position, info in enumerate(inputs) if info.is_parameter]
+        self.seen: set[int] = set()
+
+    def __call__(self, *args: Any) -> Any:
+        for position in self.positions:
+            parameter = args[position]
+            if id(parameter) not in self.seen:
+                self.seen.add(id(parameter))
+                with torch.no_grad():
+                    dist.broadcast(local_tensor(parameter), group=self.group, group_src=0)
+        return self.compiled(*args)

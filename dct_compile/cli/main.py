@@ -1,0 +1,13 @@
+"""Entry point of the command ``dct``."""
+
+import click
+
+from dct_compile.cli.train import train
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def main() -> None:
+    """Dynamic Communication Thresholding for torch.compile."""
+
+
+main.add_command(train)

@@ -1,0 +1,125 @@
+"""What a run of ``dct train`` measured: kept in metrics.json, from which tables, plots and the report are made."""
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from dct_compile.report import SiteReport
+
+FILE = "metrics.json"
+KINDS = {
+    "gradient": ("gradient",),
+    "activation": ("activation", "activation_gradient"),
+    "embedding": ("embedding", "embedding_gradient"),
+    "other": ("other",),
+}
+"""Rows of the table of bytes, and the kinds of sites that each of them sums up."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. ``seconds`` of each step but the first ones, on rank 0; ``losses`` per step, mean over ranks.
+
+    ``density``: (step, fraction of the gradient elements sent since step 1) of rank 0. ``replica_checks``: comparisons of the replicas'
+    parameters, all of which found them identical (a run in which one does not has no result).
+    """
+
+    seed: int
+    auc: float
+    log_loss: float
+    steps: int
+    seconds: list[float]
+    losses: list[float]
+    density: list[tuple[int, float]]
+    replica_checks: int
+
+    @property
+    def steps_per_second(self) -> float:
+        """Over all timed steps."""
+        return len(self.seconds) / sum(self.seconds)
+
+    def density_between(self) -> list[tuple[int, float]]:
+        """``density`` as (step, fraction sent since the entry before)."""
+        windows = []
+        last_step, last_sum = 0, 0.0
+        for step, density in self.density:
+            windows.append((step, (density * step - last_sum) / (step - last_step)))
+            last_step, last_sum = step, density * step
+        return windows
+
+
+@dataclass(frozen=True)
+class BackendResult:
+    """All runs of one backend. ``sites``: of every rank, the fields of :class:`SiteReport`; empty for dense."""
+
+    backend: str
+    runs: list[Run]
+    sites: list[list[dict[str, Any]]]
+    notes: list[str]
+
+    def mean_and_spread(self, field: str) -> tuple[float, float | None]:
+        """Mean and sample standard deviation over the seeds (``None`` for one seed) of a number of :class:`Run`."""
+        values = [float(getattr(run, field)) for run in self.runs]
+        return mean(values), stdev(values) if len(values) > 1 else None
+
+    def bytes_of(self, field: str, kinds: Sequence[str]) -> float:
+        """``dense_bytes`` or ``wire_bytes`` that a rank sends per step at the sites of ``kinds``, mean over ranks."""
+        total: int = sum(site[field] for rank in self.sites for site in rank if site["kind"] in kinds)
+        return total / max(1, len(self.sites))
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything in metrics.json."""
+
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    backends: list[BackendResult]
+
+    def get(self, backend: str) -> BackendResult | None:
+        """The result of one backend, if it was run."""
+        return next((result for result in self.backends if result.backend == backend), None)
+
+    def save(self, folder: Path) -> None:
+        """Writes metrics.json."""
+        (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Results":
+        """Reads metrics.json."""
+        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        backends = [BackendResult(**{**item, "runs": [Run(**run) for run in item["runs"]]}) for item in content["backends"]]
+        return cls(content["settings"], content["environment"], backends)
+
+
+def gradient_density(sites: Iterable[SiteReport]) -> float | None:
+    """Fraction of the elements sent so far, over all compressed gradients; ``None`` when there is none."""
+    measured = [(site.density, torch.Size(site.shape).numel()) for site in sites if site.kind == "gradient" and site.density is not None]
+    total = sum(numel for _, numel in measured)
+    return sum(density * numel for density, numel in measured) / total if total else None
+
+
+def environment() -> dict[str, Any]:
+    """Where the numbers come from."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

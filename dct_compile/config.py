@@ -1,0 +1,170 @@
+"""The options of ``torch.compile(model, backend="dct", options={...})``."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+VALUE_DTYPES = ("float32", "bfloat16", "float16")
+THRESHOLDS = ("exact", "sampled", "laplace")
+REFRESH_WARMUPS = ("geometric", "off")
+ALL_REDUCES = ("auto", "gather", "owner")
+EMBEDDING_CODECS = ("int8", "int4", "threshold", "dense")
+
+
+@dataclass(frozen=True)
+class DCTConfig:
+    """What is compressed, and how much. Densities are fractions KEPT (the paper's eta is the fraction dropped) [Gupta21].
+
+    Raises ``ValueError`` naming the field, its value and what is allowed when a field has a wrong type or is out of range.
+    """
+
+    dp_density: float = 0.01
+    """Fraction of a parameter's gradient that is sent per step, in (0, 1]; 1 leaves gradients dense."""
+    mp_density: float = 0.05
+    """Fraction of an activation's row that is sent, in (0, 1]; 1 leaves activations dense."""
+    threshold: str | float = "exact"
+    """How a threshold is chosen: "exact" k-th largest magnitude, "sampled" (gradients only), "laplace" fit, or a fixed absolute value."""
+    refresh_interval: int = 1000
+    """Steps between two choices of a gradient's threshold (the paper's threshold life-span L)."""
+    refresh_warmup: str = "geometric"
+    """"geometric": refresh often at first, ever less often up to ``refresh_interval``; "off": the paper's plain schedule."""
+    error_feedback: bool = True
+    """Keep what was not sent and add it to the next gradient."""
+    dp_value_dtype: str = "bfloat16"
+    """Dtype of a gradient value on the wire; the rounding error stays in the residual."""
+    mp_value_dtype: str = "bfloat16"
+    """Dtype of an activation (gradient) value on the wire."""
+    capacity_factor: float = 1.1
+    """A payload holds ``capacity_factor * density * numel`` entries; what does not fit stays in the residual and is counted. At least 1."""
+    min_numel: int = 128
+    """Tensors with fewer elements stay dense."""
+    exempt: tuple[str, ...] = ()
+    """Parameter-name patterns (``fnmatch``) whose gradients stay dense."""
+    mp_eval: bool = True
+    """Keep masking activations in evaluation (graphs without a backward), as the paper does."""
+    all_reduce: str = "auto"
+    """"gather": all-gather of payloads; "owner": all-to-all to owners of index ranges, then all-gather; "auto": whichever sends less."""
+    embedding_codec: str = "int8"
+    """How an embedding exchange travels: "int8" or "int4" rows, rounded stochastically; "threshold" like activations; "dense"."""
+    data_parallel: bool | ProcessGroup = field(default=False, metadata={"allowed": "True, False or a ProcessGroup"})
+    """Without DDP: average gradients over all ranks (True) or over a process group, and make parameters equal at the start."""
+
+    def __post_init__(self) -> None:
+        _check_fraction("dp_density", self.dp_density)
+        _check_fraction("mp_density", self.mp_density)
+        if isinstance(self.threshold, str):
+            _check_choice("threshold", self.threshold, THRESHOLDS, " or a float")
+        else:
+            _check_number("threshold", self.threshold, 0.0, f"one of {', '.join(THRESHOLDS)} or a float >= 0")
+        _check_integer("refresh_interval", self.refresh_interval, 1)
+        _check_choice("refresh_warmup", self.refresh_warmup, REFRESH_WARMUPS)
+        _check_bool("error_feedback", self.error_feedback)
+        _check_choice("dp_value_dtype", self.dp_value_dtype, VALUE_DTYPES)
+        _check_choice("mp_value_dtype", self.mp_value_dtype, VALUE_DTYPES)
+        _check_number("capacity_factor", self.capacity_factor, 1.0, "a number >= 1")
+        _check_integer("min_numel", self.min_numel, 0)
+        if isinstance(self.exempt, str) or not all(isinstance(pattern, str) for pattern in _as_iterable(self.exempt)):
+            raise _error("exempt", self.exempt, "a list of parameter-name patterns (strings)")
+        object.__setattr__(self, "exempt", tuple(self.exempt))
+        _check_bool("mp_eval", self.mp_eval)
+        _check_choice("all_reduce", self.all_reduce, ALL_REDUCES)
+        _check_choice("embedding_codec", self.embedding_codec, EMBEDDING_CODECS)
+        if not isinstance(self.data_parallel, bool | ProcessGroup):
+            raise _error("data_parallel", self.data_parallel, "True, False or a torch.distributed.ProcessGroup")
+
+    @property
+    def threshold_method(self) -> str:
+        """The ops' ``method``: the option's own word, or "fixed" for an absolute value."""
+        return self.threshold if isinstance(self.threshold, str) else "fixed"
+
+    @property
+    def fixed_threshold(self) -> float:
+        return 0.0 if isinstance(self.threshold, str) else float(self.threshold)
+
+    @property
+    def dp_dtype(self) -> torch.dtype:
+        return _torch_dtype(self.dp_value_dtype)
+
+    @property
+    def mp_dtype(self) -> torch.dtype:
+        return _torch_dtype(self.mp_value_dtype)
+
+    def comparable(self) -> dict[str, Any]:
+        """The fields as plain values, the same on all ranks that were given the same options."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["data_parallel"] = self.data_parallel if isinstance(self.data_parallel, bool) else self.data_parallel.group_name
+        values["exempt"] = list(self.exempt)
+        return values
+
+
+def split_options(options: Mapping[str, Any] | None, inductor_keys: Collection[str]) -> tuple[DCTConfig, dict[str, Any]]:
+    """Separates the flat ``options`` into this project's config and Inductor's own keys.
+
+    Raises ``ValueError`` for a key that neither knows, naming the nearest known keys, and for a bad value.
+    """
+    own = {item.name: item for item in fields(DCTConfig)}
+    ours: dict[str, Any] = {}
+    inductor: dict[str, Any] = {}
+    for key, value in (options or {}).items():
+        if key in own:
+            ours[key] = value
+        elif key.replace("-", "_") in inductor_keys:
+            inductor[key.replace("-", "_")] = value
+        else:
+            near = difflib.get_close_matches(key, [*own, *inductor_keys], n=3)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ValueError(
+                f"unknown option {key!r} (value {value!r}) for backend 'dct': allowed are {', '.join(own)} "
+                f"and the options of Inductor.{hint}"
+            )
+    return DCTConfig(**ours), inductor
+
+
+def default_options() -> dict[str, Any]:
+    """Every option with its default."""
+    return {item.name: item.default for item in fields(DCTConfig) if item.default is not MISSING}
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _as_iterable(value: Any) -> Collection[Any]:
+    return value if isinstance(value, list | tuple | set) else (None,)
+
+
+def _error(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"option {name!r} is {value!r} ({type(value).__name__}); allowed is {allowed}")
+
+
+def _check_number(name: str, value: object, low: float, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < float("inf"):
+        raise _error(name, value, allowed)
+
+
+def _check_fraction(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+        raise _error(name, value, "a number in (0, 1]: the fraction kept")
+
+
+def _check_integer(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise _error(name, value, f"an integer >= {low}")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise _error(name, value, "True or False")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:
+    if not isinstance(value, str) or value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise _error(name, value, f"one of {', '.join(map(repr, choices))}{more}{hint}")

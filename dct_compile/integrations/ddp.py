@@ -1,0 +1,215 @@
+"""DistributedDataParallel: its reducer sends gradients from C++, outside every graph. A communication hook takes its place.
+
+Each bucket gets a graph of one averaging all_reduce, which the same passes rewrite as any other. On CPU the graph runs on a worker
+thread with a process group of its own, so that a bucket never blocks the backward that fills the next one, and buckets are exchanged in
+the same order on every rank; on CUDA it runs on a side stream.
+"""
+
+import inspect
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx, nn
+from torch._C._distributed_c10d import GradBucket
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+
+from dct_compile.config import DCTConfig
+from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.manager import measure_buckets, readable, record, rewrite
+from dct_compile.passes.plan import Decision, plan
+from dct_compile.passes.sites import GraphContext, Parameter, Segment, find_sites
+from dct_compile.report import GraphReport, SiteReport
+from dct_compile.runtime import Runtime
+from dct_compile.state import STATE_INPUTS, BucketState, canonical_name
+
+_ATTRIBUTE = "_dct_gradient_compressor"
+
+
+def enclosing_modules() -> list[DistributedDataParallel]:
+    """The DDP modules whose ``forward`` is running now, innermost first: a backend is called inside of them."""
+    found: list[DistributedDataParallel] = []
+    frame: FrameType | None = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is DistributedDataParallel.forward.__code__:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return found
+
+
+def attach(module: DistributedDataParallel, config: DCTConfig, runtime: Runtime) -> None:
+    """Lets ``module`` reduce its gradients compressed, from the next backward on. Does nothing the second time.
+
+    Leaves DDP's own reducer in place, and says so in the report, where nothing would be compressed or the user registered a hook.
+    """
+    if hasattr(module, _ATTRIBUTE):
+        return
+    reason = _reason_to_leave(module, config)
+    if reason is not None:
+        setattr(module, _ATTRIBUTE, None)
+        runtime.reports.add(GraphReport("DistributedDataParallel", "", ""), [(_dense_site(module, reason), None)])
+        return
+    runtime.agreement.check(module.process_group, config, [])
+    compressor = GradientCompressor(module, config, runtime)
+    setattr(module, _ATTRIBUTE, compressor)
+    module.register_comm_hook(compressor, GradientCompressor.reduce)
+
+
+def _reason_to_leave(module: DistributedDataParallel, config: DCTConfig) -> str | None:
+    if module.process_group.size() == 1:
+        return "a group of one rank sends nothing"
+    if config.dp_density == 1:
+        return "dp_density=1 keeps everything"
+    if getattr(module, "_comm_hooks", None):
+        return "DDP has a communication hook of its own"
+    if getattr(module, "_use_python_reducer", False):
+        return "DDP's python reducer issues its collectives itself"
+    return None
+
+
+def _dense_site(module: DistributedDataParallel, reason: str) -> SiteReport:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    numel = sum(parameter.numel() for parameter in parameters)
+    size = module.process_group.size()
+    sent = 2 * (size - 1) * sum(parameter.numel() * parameter.itemsize for parameter in parameters) // size
+    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    group = module.process_group.group_name
+    return SiteReport("all_reduce", "gradient", "all of DDP's parameters", (numel,), dtype, "dense", reason, sent, sent, group, size)
+
+
+class GradientCompressor:
+    """The communication hook of one DDP module and what it has compiled for each bucket."""
+
+    def __init__(self, module: DistributedDataParallel, config: DCTConfig, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        self.names = {id(parameter): canonical_name(name) for name, parameter in module.named_parameters()}
+        ranks = dist.get_process_group_ranks(module.process_group)
+        self.group = dist.new_group(ranks, backend=dist.get_backend(module.process_group), use_local_synchronization=True)
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dct-reducer")
+        weakref.finalize(module, self.worker.shutdown, wait=False)
+        self.stream: torch.cuda.Stream | None = None
+        self.reducers: dict[int, BucketReducer] = {}
+        self.retired: list[BucketReducer] = []
+
+    def reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """The hook: starts the bucket's averaging and returns at once. Buckets come in the same order on all ranks."""
+        buffer = bucket.buffer()
+        reducer = self._reducer(bucket.index(), bucket.parameters(), buffer)
+        if bucket.is_last():
+            self._forget_retired()
+        if buffer.is_cuda:
+            return self._reduce_on_side_stream(reducer, buffer)
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        self.worker.submit(_run, reducer, buffer, future)
+        return future
+
+    def _reduce_on_side_stream(self, reducer: "BucketReducer", buffer: Tensor) -> torch.futures.Future[Tensor]:
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(buffer.device)
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
+        self.stream.wait_stream(torch.cuda.current_stream(buffer.device))
+        with torch.cuda.stream(self.stream):
+            future.set_result(reducer(buffer))
+        return future
+
+    def _reducer(self, index: int, parameters: Sequence[Tensor], buffer: Tensor) -> "BucketReducer":
+        current = self.reducers.get(index)
+        if current is not None and current.serves(parameters):
+            return current
+        if current is not None:
+            # DDP has rebuilt its buckets: every one of them may hold other parameters now.
+            self.retired, self.reducers = list(self.reducers.values()), {}
+        created = BucketReducer(index, parameters, buffer, self)
+        self.reducers[index] = created
+        return created
+
+    def _forget_retired(self) -> None:
+        kept = [reducer.state for reducer in self.reducers.values()]
+        self.runtime.states.retire([reducer.state for reducer in self.retired if reducer.state is not None and reducer.state not in kept])
+        for reducer in self.retired:
+            self.runtime.reports.remove(reducer.entry)
+        self.retired = []
+
+
+class BucketReducer:
+    """The rewritten graph of one bucket, with its state."""
+
+    def __init__(self, index: int, parameters: Sequence[Tensor], buffer: Tensor, owner: GradientCompressor) -> None:
+        self.parameters = [weakref.ref(parameter) for parameter in parameters]
+        graph, context = _trace(parameters, owner.names, buffer, owner.group)
+        before = readable(graph)
+        decisions = plan(find_sites(graph, context), owner.config, training=True)
+        self.state = self._find_state(decisions, parameters, owner)
+        rewrite(graph, decisions, lambda decision: _add_state_inputs(graph, decision, buffer.device), owner.config)
+        state = self.state
+        measure = None if state is None else lambda: measure_buckets([state])
+        self.entry = record(f"DDP bucket {index} of group {owner.group.group_name}", before, graph, decisions, owner.runtime, [measure])
+        self.module = fx.GraphModule(nn.Module(), graph)
+
+    def __call__(self, buffer: Tensor) -> Tensor:
+        """The average over the group of ``buffer`` (1-D), as a new tensor."""
+        result = self.module(buffer, *(self.state.tensors() if self.state is not None else ()))
+        assert isinstance(result, Tensor)
+        return result
+
+    def serves(self, parameters: Sequence[Tensor]) -> bool:
+        return len(parameters) == len(self.parameters) and all(
+            ref() is parameter for ref, parameter in zip(self.parameters, parameters, strict=True)
+        )
+
+    @staticmethod
+    def _find_state(decisions: Sequence[Decision], parameters: Sequence[Tensor], owner: GradientCompressor) -> BucketState | None:
+        for decision in decisions:
+            if decision.gradient is not None:
+                members = [parameters[segment.parameter.position] for segment in decision.gradient.compressed]
+                state = owner.runtime.states.bucket(members, decision.gradient.layout, decision.gradient.owner_layout)
+                retired = [reducer.state for reducer in owner.retired if reducer.state is not None and reducer.state is not state]
+                owner.runtime.states.move(retired, state)
+                return state
+        return None
+
+
+def _run(reducer: BucketReducer, buffer: Tensor, future: torch.futures.Future[Tensor]) -> None:
+    try:
+        with torch.no_grad():
+            future.set_result(reducer(buffer))
+    except Exception as error:  # the backward that waits for the future raises it
+        future.set_exception(error)  # type: ignore[arg-type]
+
+
+def _trace(parameters: Sequence[Tensor], names: dict[int, str], buffer: Tensor, group: dist.ProcessGroup) -> tuple[fx.Graph, GraphContext]:
+    """The graph of what DDP does with a bucket: one averaging all_reduce."""
+    module = fx.GraphModule(nn.Module(), fx.Graph())
+    graph = module.graph
+    gradient = graph.placeholder("grad")
+    output = graph.output(gradient)
+    with FakeTensorMode():
+        gradient.meta["val"] = torch.empty(buffer.shape, dtype=buffer.dtype, device=buffer.device)
+    at = gu.Inserter(graph, output, gradient)
+    started = at.call(gu.c10d.all_reduce.default, gradient, "avg", group.group_name)
+    output.args = (at.call(gu.WAIT, started),)
+    segments: list[Segment] = []
+    offset = 0
+    for position, parameter in enumerate(parameters):
+        segments.append(Segment(Parameter(position, names[id(parameter)], parameter.numel()), offset))
+        offset += parameter.numel()
+    return graph, GraphContext(training=True, segments={started: tuple(segments)})
+
+
+def _add_state_inputs(graph: fx.Graph, decision: Decision, device: torch.device) -> list[fx.Node]:
+    """Placeholders for the state of ``decision``, behind the gradient's."""
+    assert decision.gradient is not None
+    last = next(node for node in graph.nodes if node.op == "placeholder")
+    with last.meta["val"].fake_mode:
+        examples = BucketState([], decision.gradient.layout, decision.gradient.owner_layout, device).tensors()
+    added: list[fx.Node] = []
+    for name, example in zip(STATE_INPUTS, examples, strict=False):
+        with graph.inserting_after(last):
+            last = graph.placeholder(name)
+        last.meta["val"] = example
+        added.append(last)
+    return added

@@ -1,0 +1,16 @@
+"""The operators ``torch.ops.dct.*``: schemas, fake implementations, and dispatch to the kernels."""
+
+from dct_compile.ops.gradient import select_threshold, threshold_pack, unpack_accumulate
+from dct_compile.ops.rows import dequantize_rows, gather_rows, pack_rows, quantize_rows, scatter_rows, unpack_rows
+
+__all__ = [
+    "dequantize_rows",
+    "gather_rows",
+    "pack_rows",
+    "quantize_rows",
+    "scatter_rows",
+    "select_threshold",
+    "threshold_pack",
+    "unpack_accumulate",
+    "unpack_rows",
+]

@@ -1,0 +1,134 @@
+"""Rewrites the all_reduce of a gradient buffer: select the threshold, pack, exchange payloads, accumulate.
+
+"gather": everybody's payload goes to everybody::
+
+    mean = all_reduce(grad, "avg")       dct.select_threshold(grad, residual, threshold!)      skips itself on most steps
+                                         payload  = dct.threshold_pack(grad, residual!, ...)
+                                  ==>    gathered = all_gather_into_tensor(payload)
+                                         mean     = dct.unpack_accumulate(gathered, divisor=ranks)
+
+"owner": each rank owns a share of every parameter. The payload's chunks go to their owners by all_to_all, each owner sums its chunk,
+thresholds the sum again with a residual of its own, and that payload is gathered: the bytes per rank do not grow with the ranks.
+
+Parameters that stay dense are taken out of the buffer, reduced together and put back while unpacking. The state (residual, threshold,
+counters; twice under "owner") enters as graph inputs and is updated in place.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
+from dct_compile.config import DCTConfig
+from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.plan import Decision, GradientPlan
+from dct_compile.triton_kernels.layout import GradientLayout
+
+aten, c10d, dct = torch.ops.aten, torch.ops._c10d_functional, torch.ops.dct
+
+
+def compress_gradients(
+    graph: fx.Graph, decisions: Sequence[Decision], state: Callable[[Decision], Sequence[fx.Node]], config: DCTConfig
+) -> int:
+    """Executes the "gradient" decisions on ``graph``; returns the number of sites that were rewritten.
+
+    ``state(decision)`` gives the placeholders of the site's state: residual, threshold, counters of the local stage, then those of the
+    owner's stage where the plan has one.
+    """
+    chosen = [decision for decision in decisions if decision.codec == "gradient"]
+    for decision in chosen:
+        _Rewrite(decision, list(state(decision)), config).run()
+    return len(chosen)
+
+
+class _Rewrite:
+    """One site. The collectives start where the all_reduce stood; what waits for them is placed where the all_reduce was waited for."""
+
+    def __init__(self, decision: Decision, state: list[fx.Node], config: DCTConfig) -> None:
+        assert decision.gradient is not None
+        self.site, self.state, self.config = decision.site, state, config
+        self.plan: GradientPlan = decision.gradient
+        node = self.site.node
+        self.start = gu.Inserter(node.graph, node, node, in_backward=True)
+        self.finish = gu.Inserter(node.graph, gu.waits(node)[0], node, in_backward=True)
+        self.group = gu.argument(self.site.node, "group_name")
+        self.average = gu.argument(self.site.node, "reduce_op").lower() == "avg"
+
+    def run(self) -> None:
+        assert self.site.input is not None
+        gradient = self.site.input
+        shape = gradient.meta["val"].shape
+        if len(shape) != 1:
+            gradient = self.start.call(aten.reshape.default, gradient, [-1])
+        dense = self._reduce_dense(gradient)
+        layout, size = self.plan.layout, self.site.group_size
+        payload = self._select_and_pack(self.start, gradient, layout, self.state[:3])
+        if self.plan.owner_layout is None:
+            gathered = self.start.call(c10d.all_gather_into_tensor.default, payload, size, self.group)
+        else:
+            gathered = self._reduce_at_owner(payload, self.plan.owner_layout)
+        waited = self.finish.call(gu.WAIT, gathered)
+        reduced = self._unpack(self.finish, waited, dense, self.plan.numel, gradient.meta["val"].dtype, layout, size if self.average else 1)
+        if len(shape) != 1:
+            reduced = self.finish.call(aten.reshape.default, reduced, list(shape))
+        wait = self.finish.before
+        wait.replace_all_uses_with(reduced)
+        wait.graph.erase_node(wait)
+        self.site.node.graph.erase_node(self.site.node)
+
+    def _reduce_at_owner(self, payload: fx.Node, layout: GradientLayout) -> fx.Node:
+        size = self.site.group_size
+        splits = [layout.chunk_bytes] * size
+        started = self.start.call(c10d.all_to_all_single.default, payload, splits, splits, self.group)
+        received = self.finish.call(gu.WAIT, started)
+        total = self._unpack(self.finish, received, None, layout.state_numel, torch.float32, layout, 1)
+        chunk = self._select_and_pack(self.finish, total, layout, self.state[3:])
+        return self.finish.call(c10d.all_gather_into_tensor.default, chunk, size, self.group)
+
+    def _select_and_pack(self, at: gu.Inserter, gradient: fx.Node, layout: GradientLayout, state: Sequence[fx.Node]) -> fx.Node:
+        residual, threshold, counters = state
+        config, geometry = self.config, _geometry(layout)
+        at.call(
+            dct.select_threshold.default,
+            *(gradient, residual, threshold, counters, *geometry),
+            *(config.dp_density, config.threshold_method, config.fixed_threshold),
+            *(config.refresh_interval, config.refresh_warmup, config.error_feedback),
+        )
+        return at.call(
+            dct.threshold_pack.default,
+            *(gradient, residual, threshold, counters, *geometry),
+            *(layout.capacity_fraction, layout.value_dtype, config.error_feedback),
+        )
+
+    def _unpack(
+        self,
+        at: gu.Inserter,
+        payloads: fx.Node,
+        dense: fx.Node | None,
+        numel: int,
+        dtype: torch.dtype,
+        layout: GradientLayout,
+        divisor: int,
+    ) -> fx.Node:
+        return at.call(
+            dct.unpack_accumulate.default,
+            *(payloads, dense, numel, dtype, *_geometry(layout), layout.capacity_fraction, layout.value_dtype, divisor),
+        )
+
+    def _reduce_dense(self, gradient: fx.Node) -> fx.Node | None:
+        """The reduced values of the parameters that stay dense, end to end in order of offset."""
+        if not self.plan.dense:
+            return None
+        ordered = sorted(self.plan.dense, key=lambda segment: segment.offset)
+        parts = [
+            self.start.call(aten.slice.Tensor, gradient, 0, segment.offset, segment.offset + segment.parameter.numel) for segment in ordered
+        ]
+        flat = self.start.call(aten.cat.default, parts)
+        reduce_op = gu.argument(self.site.node, "reduce_op")
+        started = self.start.call(c10d.all_reduce.default, flat, reduce_op, self.group)
+        return self.finish.call(gu.WAIT, started)
+
+
+def _geometry(layout: GradientLayout) -> tuple[list[int], int, int, int]:
+    return [number for segment in layout.segments for number in segment], layout.block, layout.chunks, layout.chunk

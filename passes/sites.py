@@ -1,0 +1,206 @@
+"""Finds every collective of a graph and says what it carries. Nothing is changed here."""
+
+import operator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dct_compile.passes import graph_utils as gu
+
+aten = gu.aten
+EMBEDDING_OPS = frozenset(
+    {
+        aten.embedding.default,
+        aten._embedding_bag.default,
+        aten._embedding_bag_forward_only.default,
+        aten.embedding_bag.default,
+    }
+)
+_GRADIENT_PATH = gu.SHAPE_OPS | gu.SCALING_OPS
+_TORCH_FOLDER = str(Path(torch.__file__).parent)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter that a graph takes as input: its position among the inputs, name and size."""
+
+    position: int
+    name: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The gradient of ``parameter`` at ``offset`` of a gradient buffer (in elements)."""
+
+    parameter: Parameter
+    offset: int
+
+
+@dataclass
+class GraphContext:
+    """What a graph's inputs and outputs stand for; made by whoever traced the graph.
+
+    ``parameters``: the placeholders that stand for parameters. ``gradients``: which positions of the output are the gradients of which
+    parameters. ``foreign``: inputs that another part of the model computed (after a graph break, or where DDP's optimizer cut the graph).
+    ``tangents``: the inputs of the backward part. ``training``: False for a graph that has no backward. ``segments``: the layout of
+    gradient buffers, by their all_reduce. ``backward_only``: True for a backward that compiled autograd traced on its own.
+    """
+
+    training: bool
+    parameters: dict[fx.Node, Parameter] = field(default_factory=dict)
+    gradients: dict[int, Parameter] = field(default_factory=dict)
+    foreign: set[fx.Node] = field(default_factory=set)
+    tangents: list[fx.Node] = field(default_factory=list)
+    segments: dict[fx.Node, tuple[Segment, ...]] = field(default_factory=dict)
+    backward_only: bool = False
+
+
+@dataclass
+class Site:
+    """One collective of a graph.
+
+    ``kind``: "gradient", "activation", "activation_gradient", "embedding", "embedding_gradient" or "other". ``origin``: what computed the
+    input, as far as the graph shows: "embedding", "parameter", "foreign" (not visible here) or "computed". ``twin``: the forward site of
+    a backward one. ``local_gradient``: for a forward all_reduce without a backward collective (row-parallel layers), the gradient of its
+    input and the nodes that use it as such.
+    """
+
+    node: fx.Node
+    collective: str
+    kind: str
+    origin: str
+    name: str
+    input: fx.Node | None
+    group_name: str
+    group_size: int
+    group_rank: int
+    twin: "Site | None" = None
+    segments: tuple[Segment, ...] = ()
+    local_gradient: tuple[fx.Node, tuple[fx.Node, ...]] | None = None
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The fake input tensor; ``None`` where there is none or there are several."""
+        return gu.value(self.input) if self.input is not None else None
+
+
+def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
+    """All functional collectives of ``graph``, in graph order, forward and backward."""
+    backward = gu.reachable_from(context.tangents)
+    outputs = gu.output_node(graph).args[0]
+    returned = {outputs[position]: parameter for position, parameter in context.gradients.items()}  # type: ignore[index]
+    sites: list[Site] = []
+    forward_by_seq: dict[int, Site] = {}
+    for node in graph.nodes:
+        collective = gu.collective_name(node)
+        if collective is None:
+            continue
+        first = node.args[0]
+        tensor = first if isinstance(first, fx.Node) else None
+        group = gu.process_group(node)
+        site = Site(
+            node,
+            collective,
+            kind="other",
+            origin=_origin(tensor, context) if tensor is not None else "computed",
+            name=source_line(node),
+            input=tensor,
+            group_name=group.group_name,
+            group_size=group.size(),
+            group_rank=group.rank(),
+            segments=context.segments.get(node) or _gradient_segments(node, returned),
+        )
+        seq = node.meta.get("seq_nr")
+        if site.segments:
+            site.kind, site.name = "gradient", ", ".join(segment.parameter.name for segment in site.segments)
+        elif context.backward_only:
+            site.kind = "gradient" if collective.startswith("all_reduce") else "activation_gradient"
+        elif node in backward:
+            site.twin = forward_by_seq.pop(seq, None) if seq is not None else None
+            embedding = site.twin is not None and site.twin.kind == "embedding"
+            site.kind = "embedding_gradient" if embedding else "activation_gradient"
+            if site.twin is not None:
+                site.name = site.twin.name
+        elif site.origin == "embedding":
+            site.kind = "embedding"
+        elif site.tensor is not None and site.tensor.is_floating_point() and site.origin != "parameter":
+            site.kind = "activation"
+        if node not in backward and seq is not None:
+            forward_by_seq[seq] = site
+        sites.append(site)
+    for site in forward_by_seq.values():
+        if site.collective == "all_reduce" and site.input is not None:
+            site.local_gradient = _local_gradient(site.input, backward)
+    return sites
+
+
+def _local_gradient(node: fx.Node, backward: set[fx.Node]) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    """The gradient of ``node`` and its users among the backward operators of ``node``'s own producer (they share its sequence number).
+
+    The same gradient may serve other branches, to which a mask must not apply; ``None`` where it cannot be told for certain.
+    """
+    seq, expected = node.meta.get("seq_nr"), gu.value(node)
+    if seq is None or expected is None:
+        return None
+    own = [other for other in backward if other.meta.get("seq_nr") == seq]
+    incoming = {source for user in own for source in user.all_input_nodes if source in backward and source.meta.get("seq_nr") != seq}
+    if len(incoming) != 1:
+        return None
+    gradient = incoming.pop()
+    actual = gu.value(gradient)
+    if actual is None or actual.shape != expected.shape:
+        return None
+    return gradient, tuple(user for user in gradient.users if user in own)
+
+
+def _origin(node: fx.Node, context: GraphContext) -> str:
+    producers = gu.sources(node)
+    if producers and all(_is_embedding(producer) for producer in producers):
+        return "embedding"
+    if producers and all(producer in context.parameters for producer in producers):
+        return "parameter"
+    if any(producer in context.foreign for producer in producers):
+        return "foreign"
+    return "computed"
+
+
+def _is_embedding(node: fx.Node) -> bool:
+    if node.target is operator.getitem:  # _embedding_bag returns a tuple
+        return isinstance(node.args[0], fx.Node) and _is_embedding(node.args[0])
+    return node.target in EMBEDDING_OPS
+
+
+def _gradient_segments(node: fx.Node, returned: dict[Any, Parameter]) -> tuple[Segment, ...]:
+    """The parameter whose gradient an all_reduce's result becomes, through scalings and shape operations only."""
+    for wait in gu.waits(node):
+        current = wait
+        while True:
+            if current in returned:
+                return (Segment(returned[current], 0),)
+            followers = [user for user in current.users if user.target in _GRADIENT_PATH]
+            if len(followers) != 1:
+                break
+            current = followers[0]
+    return ()
+
+
+def source_line(node: fx.Node) -> str:
+    """ "file.py:12 in forward: code" of the user's line that issued ``node``; the node's own name where the trace holds none."""
+    lines = (node.stack_trace or "").splitlines()
+    for position in range(len(lines) - 1, -1, -1):
+        line = lines[position].strip()
+        if line.startswith('File "') and _TORCH_FOLDER not in line:
+            path, number, function = _parse_frame(line)
+            code = lines[position + 1].strip() if position + 1 < len(lines) else ""
+            return f"{Path(path).name}:{number} in {function}: {code}"
+    return node.name
+
+
+def _parse_frame(line: str) -> tuple[str, str, str]:
+    _, path, rest = line.split('"', 2)
+    _, number, function = (part.strip() for part in rest.split(",", 2))
+    return path, number.removeprefix("line "), function.removeprefix("in ")

@@ -1,0 +1,253 @@
+"""Rewriting of gradient all_reduces: the graph, and what several ranks compute with it over several steps."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dct_compile.passes.graph_utils import WAIT, argument
+from dct_compile.triton_kernels.layout import gradient_layout
+from tests.lockstep import make_inputs, run_in_lockstep
+from tests.small_models import Averaged, AveragedFlat, Layers, SummedAndDivided, Weighted, all_reduce, c10d, world
+from tests.tracing import Trace, communication, dct, nodes_of, outputs, placeholders, trace
+
+A2A, AG, AR = c10d.all_to_all_single.default, c10d.all_gather_into_tensor.default, c10d.all_reduce.default
+SELECT, PACK, UNPACK = dct.select_threshold.default, dct.threshold_pack.default, dct.unpack_accumulate.default
+GATHER_SCHEME = {SELECT: 1, PACK: 1, AG: 1, WAIT: 1, UNPACK: 1}
+OWNER_SCHEME = {SELECT: 2, PACK: 2, A2A: 1, AG: 1, WAIT: 2, UNPACK: 2}
+
+
+def traces(model: nn.Module, ranks: int, **options: Any) -> list[Trace]:
+    """The same model traced on every rank with inputs of 16 rows of 64."""
+    return [trace(model, torch.randn(16, 64), ranks=ranks, rank=rank, **options) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize(("scheme", "wanted", "state"), [("gather", GATHER_SCHEME, 3), ("owner", OWNER_SCHEME, 6)])
+def test_all_reduce_is_rewritten(scheme: str, wanted: dict[Any, int], state: int) -> None:
+    traced = trace(Weighted(), torch.randn(16, 64), all_reduce=scheme)
+    assert communication(traced.before) == {AR: 1, WAIT: 1}
+    assert communication(traced.after) == wanted
+    traced.after.lint()
+    assert len(placeholders(traced.after)) == len(traced.inputs) + state + 1  # one tangent
+
+
+@pytest.mark.parametrize("synchronise", [Averaged, SummedAndDivided, AveragedFlat])
+def test_state_enters_as_inputs(synchronise: type[torch.autograd.Function]) -> None:
+    traced = trace(Weighted(synchronise), torch.randn(16, 64), all_reduce="gather")
+    select, pack = nodes_of(traced.after, SELECT)[0], nodes_of(traced.after, PACK)[0]
+    state = placeholders(traced.after)[len(traced.inputs) :][:3]
+    assert [argument(select, name) for name in ("residual", "threshold", "counters")] == state
+    assert [argument(pack, name) for name in ("residual", "threshold", "counters")] == state
+    assert [tuple(node.meta["val"].shape) for node in state] == [(4096,), (1,), (1, 4)]
+
+
+def test_operators_carry_the_options() -> None:
+    traced = trace(
+        Weighted(),
+        torch.randn(16, 64),
+        all_reduce="gather",
+        dp_density=0.02,
+        threshold=0.25,
+        refresh_interval=7,
+        refresh_warmup="off",
+        error_feedback=False,
+        dp_value_dtype="float16",
+        capacity_factor=1.5,
+    )
+    select, pack = nodes_of(traced.after, SELECT)[0], nodes_of(traced.after, PACK)[0]
+    names = ("density", "method", "fixed", "refresh_interval", "refresh_warmup", "error_feedback")
+    assert [argument(select, name) for name in names] == [0.02, "fixed", 0.25, 7, "off", False]
+    names = ("segments", "block", "chunks", "chunk", "capacity_fraction", "value_dtype", "error_feedback")
+    assert [argument(pack, name) for name in names] == [[0, 4096], 256, 1, -1, pytest.approx(0.03), torch.float16, False]
+
+
+def test_owner_sends_each_chunk_to_its_owner() -> None:
+    traced = trace(Weighted(), torch.randn(16, 64), all_reduce="owner", rank=2)
+    exchange = nodes_of(traced.after, A2A)[0]
+    layout = gradient_layout((0, 4096), 256, 4, -1, 0.01 * 1.1, torch.bfloat16)
+    assert argument(exchange, "input_split_sizes") == argument(exchange, "output_split_sizes") == [layout.chunk_bytes] * 4
+    assert [argument(node, "chunk") for node in nodes_of(traced.after, PACK)] == [-1, 2]
+    assert [argument(node, "chunk") for node in nodes_of(traced.after, UNPACK)] == [2, -1]
+    assert [argument(node, "divisor") for node in nodes_of(traced.after, UNPACK)] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dp_density": 1}, "dp_density=1 keeps everything"),
+        ({"exempt": ["weight"]}, "exempt by pattern 'weight'"),
+        ({"min_numel": 4097}, "fewer than min_numel=4097 elements"),
+    ],
+)
+def test_left_alone(options: dict[str, Any], reason: str) -> None:
+    traced = trace(Weighted(), torch.randn(16, 64), **options)
+    assert traced.reasons == [reason]
+    assert str(traced.after) == str(traced.before)
+    assert traced.requests == []
+
+
+class Maximum(Averaged):
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return all_reduce(gradient, "max")
+
+
+def test_other_reductions_are_left_alone() -> None:
+    traced = trace(Weighted(Maximum), torch.randn(16, 64))
+    assert communication(traced.after) == {AR: 1, WAIT: 1}
+
+
+class WaitedTwice(Averaged):
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        started = c10d.all_reduce(gradient, "sum", world().group_name)
+        return c10d.wait_tensor(started) / c10d.wait_tensor(started).norm()
+
+
+def test_result_waited_for_twice_is_no_error() -> None:
+    counts = communication(trace(Weighted(WaitedTwice), torch.randn(16, 64), all_reduce="gather").after)
+    assert counts in ({AR: 1, WAIT: 2}, {**GATHER_SCHEME, WAIT: 1})
+
+
+class Several(nn.Module):
+    """Three parameters with an all_reduce each; the last one is small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Weighted(), Weighted(AveragedFlat)
+        self.bias = nn.Parameter(torch.zeros(64))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.second(torch.relu(self.first(x))) + Averaged.apply(self.bias)  # type: ignore[no-untyped-call]
+
+
+def test_several_sites_keep_their_states_apart() -> None:
+    traced = trace(Several(), torch.randn(16, 64), all_reduce="gather")
+    assert communication(traced.after) == {SELECT: 2, PACK: 2, AG: 2, AR: 1, WAIT: 3, UNPACK: 2}
+    by_name = {item.site.name: item.codec for item in traced.decisions}
+    assert by_name == {"first.weight": "gradient", "second.weight": "gradient", "bias": "dense"}
+    residuals = {argument(node, "residual") for node in nodes_of(traced.after, PACK)}
+    assert len(residuals) == 2
+    requested = {traced.inputs[request.positions[0]].name for request in traced.requests}
+    assert requested == {"first.weight", "second.weight"}
+    for request, offset in zip(traced.requests, (0, 3), strict=True):
+        residual = placeholders(traced.after)[len(traced.inputs) + offset]
+        packed = next(node for node in nodes_of(traced.after, PACK) if argument(node, "residual") is residual)
+        decision = next(item for item in traced.decisions if item.site.name == traced.inputs[request.positions[0]].name)
+        assert _origin_of(argument(packed, "grad")) is decision.site.input or _same_name(argument(packed, "grad"), decision.site.input)
+
+
+def _origin_of(node: Any) -> Any:
+    while node.target is torch.ops.aten.reshape.default:
+        node = node.args[0]
+    return node
+
+
+def _same_name(node: Any, other: Any) -> bool:
+    """The trace is a copy of the graph that the decisions were made on."""
+    return bool(_origin_of(node).name == other.name)
+
+
+def test_beside_activations() -> None:
+    traced = trace(Layers(exchanged=True), torch.randn(16, 64), data_parallel=True, all_reduce="gather", min_numel=64)
+    assert sorted(traced.codecs) == ["gradient", "mask", "mask"]
+    counts = communication(traced.after)
+    assert counts[SELECT] == counts[PACK] == counts[UNPACK] == counts[AG] == 1
+    assert counts[A2A] == counts[dct.pack_rows.default] + counts[dct.gather_rows.default] == 2
+    assert counts[AR] == 1  # the 32 biases of the top layer
+
+
+def test_what_mutates_state_stays_in_the_backward() -> None:
+    traced = trace(Layers(), torch.randn(16, 64), data_parallel=True, all_reduce="owner", min_numel=1)
+    assert communication(traced.forward) == {}
+    assert communication(traced.backward) == OWNER_SCHEME
+    assert {node.meta["partitioner_tag"] for node in traced.after.nodes if node.target in (SELECT, PACK)} == {"is_backward"}
+
+
+def test_residual_is_updated_in_place_not_copied() -> None:
+    traced = trace(Weighted(), torch.randn(16, 64), all_reduce="gather")
+    state = {node.name for node in placeholders(traced.after)[len(traced.inputs) :][:3]}
+    assert not nodes_of(traced.after, torch.ops.aten.copy_.default)
+    saved = {node.name for node in outputs(traced.forward) if node.op == "placeholder"}
+    assert state <= saved, "the backward needs the state itself"
+
+
+def run_steps(everyone: list[Trace], steps: int) -> tuple[list[Tensor], list[Tensor], list[list[Any]]]:
+    """Steps of a model with one gradient: the dense results summed, the compressed ones summed, and each rank's state at the end."""
+    count, total = len(everyone), 3 if everyone[0].requests[0].owner_layout is None else 6
+    first = len(everyone[0].inputs)
+    states = [make_inputs(item, rank)[first : first + total] for rank, item in enumerate(everyone)]
+    dense, compressed = [torch.zeros(4096) for _ in range(count)], [torch.zeros(4096) for _ in range(count)]
+    for step in range(steps):
+        inputs = [make_inputs(item, rank + count * step) for rank, item in enumerate(everyone)]
+        for values, state in zip(inputs, states, strict=True):
+            values[first : first + total] = state
+        for sums, graphs in ((dense, [item.before for item in everyone]), (compressed, [item.after for item in everyone])):
+            for rank, result in enumerate(run_in_lockstep(graphs, inputs)):
+                gradient = next(value for value in result[1:] if value is not None and value.numel() == 4096)
+                sums[rank] += gradient.reshape(-1)
+    return dense, compressed, states
+
+
+@pytest.mark.parametrize("synchronise", [Averaged, SummedAndDivided, AveragedFlat])
+@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16"])
+def test_gather_loses_nothing_over_time(synchronise: type[torch.autograd.Function], value_dtype: str) -> None:
+    everyone = traces(Weighted(synchronise), 2, all_reduce="gather", dp_value_dtype=value_dtype)
+    dense, compressed, states = run_steps(everyone, 4)
+    assert torch.equal(compressed[0], compressed[1])
+    assert 0 < int((compressed[0] != 0).sum()) < 2 * 4 * 47
+    waiting = sum(state[0] for state in states) / 2
+    torch.testing.assert_close(compressed[0] + waiting, dense[0], rtol=1e-5, atol=1e-4)
+    assert [int(state[2][0, 0]) for state in states] == [4, 4]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_owner_loses_nothing_over_time(ranks: int) -> None:
+    everyone = traces(Weighted(), ranks, all_reduce="owner")
+    dense, compressed, states = run_steps(everyone, 4)
+    for rank in range(1, ranks):
+        assert torch.equal(compressed[0], compressed[rank])
+    assert int((compressed[0] != 0).sum()) > 0
+    waiting = sum(state[0] for state in states) + torch.cat([state[3] for state in states])
+    torch.testing.assert_close(compressed[0] + waiting / ranks, dense[0], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["gather", "owner"])
+def test_equal_where_everything_fits(scheme: str) -> None:
+    """A fixed threshold of 0 and room for half of the entries: relu leaves so many inputs, and with them gradients, zero."""
+
+    class Sparse(Weighted):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(torch.relu(x - 3.5))
+
+    options = {"threshold": 0.0, "dp_density": 0.4, "capacity_factor": 1.5, "dp_value_dtype": "float32"}
+    dense, compressed, states = run_steps(traces(Sparse(), 2, all_reduce=scheme, **options), 2)
+    assert int((dense[0] != 0).sum()) > 0
+    torch.testing.assert_close(compressed, dense)
+    assert all(float(state[0].abs().sum()) == 0 for state in states)
+
+
+def test_without_error_feedback_the_rest_is_dropped() -> None:
+    everyone = traces(Weighted(), 2, all_reduce="gather", error_feedback=False, dp_value_dtype="float32")
+    dense, compressed, states = run_steps(everyone, 1)
+    assert all(float(state[0].abs().sum()) == 0 for state in states)
+    assert 41 <= int((compressed[0] != 0).sum()) <= 92
+    assert not torch.equal(dense[0], compressed[0])
+
+
+@pytest.mark.parametrize("scheme", ["gather", "owner"])
+def test_dense_members_of_a_bucket_are_exact(scheme: str) -> None:
+    everyone = traces(Layers(), 2, all_reduce=scheme, data_parallel=True, exempt=["bottom.*"], min_numel=64)
+    assert everyone[0].reasons == [f"{scheme}, density 0.01; dense: top.bias, bottom.bias, bottom.weight"]
+    counts = communication(everyone[0].after)
+    assert counts[AR] == 1
+    inputs = [make_inputs(item, rank) for rank, item in enumerate(everyone)]
+    alone = run_in_lockstep([item.before for item in everyone], inputs)
+    together = run_in_lockstep([item.after for item in everyone], inputs)
+    places = {info.name: 1 + position for position, info in enumerate(everyone[0].inputs)}
+    for name in ("top.bias", "bottom.bias", "bottom.weight"):
+        mean = (alone[0][places[name]] + alone[1][places[name]]) / 2
+        torch.testing.assert_close(together[0][places[name]], mean)
+        assert torch.equal(together[0][places[name]], together[1][places[name]])
+    assert int((together[0][places["top.weight"]] != 0).sum()) < 100

@@ -1,0 +1,305 @@
+"""What find_sites sees in traced graphs: kinds, origins, twins, whose gradient, names."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor, fx, nn
+
+from dct_compile.passes.sites import GraphContext, find_sites, source_line
+from tests.small_models import (
+    Averaged,
+    AveragedFlat,
+    SummedAndDivided,
+    Weighted,
+    all_reduce,
+    c10d,
+    exchange,
+    gather,
+    ids,
+    leaf,
+    reduce_scatter,
+    world,
+)
+from tests.tracing import Tracer, backward, fake_group, trace
+
+A2A, AG, RS, AR = "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"
+
+
+@pytest.mark.parametrize(
+    ("collective", "forward", "gradient"),
+    [(exchange, A2A, A2A), (gather, AG, RS), (reduce_scatter, RS, AG), (all_reduce, AR, AR)],
+)
+def test_activation_and_its_gradient_are_twins(collective: Callable[[Tensor], Tensor], forward: str, gradient: str) -> None:
+    traced = trace(lambda x: collective(x.relu()).sin(), leaf(16, 64))
+    assert traced.kinds == [(forward, "activation", "computed"), (gradient, "activation_gradient", "computed")]
+    first, second = (decision.site for decision in traced.decisions)
+    assert first.twin is None
+    assert second.twin is first
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_gather_along_columns_is_an_activation_too(dim: int) -> None:
+    assert [kind for _, kind, _ in trace(lambda x: gather(x.relu(), dim), leaf(16, 64)).kinds] == ["activation", "activation_gradient"]
+
+
+def test_evaluation_has_no_gradient_sites() -> None:
+    assert trace(lambda x: exchange(x.relu()), torch.randn(16, 64)).kinds == [(A2A, "activation", "computed")]
+
+
+class Lookup(nn.Module):
+    """Exchanges ``path`` of embedding vectors [16, 4, 32] of ids [16, 4]."""
+
+    def __init__(self, path: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 32)
+        self.path = path
+
+    def forward(self, index: Tensor) -> Tensor:
+        return exchange(self.path(self.table(index)).contiguous())
+
+
+SHAPE_PATHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nothing": lambda e: e,
+    "view": lambda e: e.view(-1, 32),
+    "reshape": lambda e: e.permute(1, 0, 2).reshape(-1, 32),
+    "transpose": lambda e: e.transpose(0, 1),
+    "slice": lambda e: e[:8, 1:3],
+    "select": lambda e: e[:, 0],
+    "cat": lambda e: torch.cat([e, e[:, :2]], 1),
+    "stack": lambda e: torch.stack([e, e]).view(-1, 4, 32),
+    "unbind": lambda e: torch.stack(e.unbind(1)),
+    "split": lambda e: torch.cat(e.split([1, 3], 1)[::-1], 1),
+    "chunk": lambda e: e.chunk(2, 1)[1],
+    "expand": lambda e: e[:, :, None].expand(-1, -1, 2, -1),
+    "squeeze": lambda e: e.unsqueeze(2).squeeze(2),
+    "index": lambda e: e[torch.tensor([3, 1, 2, 0])],
+    "index_select": lambda e: e.index_select(0, torch.arange(8)),
+    "cast": lambda e: e.to(torch.bfloat16),
+    "pad": lambda e: torch.nn.functional.pad(e, (0, 32)),
+}
+
+
+@pytest.mark.parametrize("path", SHAPE_PATHS)
+def test_shape_operations_leave_an_embedding_an_embedding(path: str) -> None:
+    traced = trace(Lookup(SHAPE_PATHS[path]), ids(16, 4))
+    assert [(kind, origin) for _, kind, origin in traced.kinds] == [("embedding", "embedding"), ("embedding_gradient", "computed")]
+
+
+@pytest.mark.parametrize("path", [lambda e: e * 2, lambda e: e + e, torch.relu, lambda e: torch.cat([e, e.sin()], 1), lambda e: e.sum(1)])
+def test_computing_with_an_embedding_makes_it_an_activation(path: Callable[[Tensor], Tensor]) -> None:
+    assert trace(Lookup(path), ids(16, 4)).kinds[0] == (A2A, "activation", "computed")
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("training", [True, False])
+def test_pooled_embeddings_are_embeddings(mode: str, training: bool) -> None:
+    bag = nn.EmbeddingBag(8, 32, mode=mode).requires_grad_(training)
+    table = nn.Embedding(8, 32).requires_grad_(training)
+    traced = trace(lambda index: exchange(torch.stack([bag(index), table(index[:, 0])], 1).view(-1, 32)), ids(16, 4))
+    assert [kind for _, kind, _ in traced.kinds] == ["embedding", "embedding_gradient"][: 1 + training]
+
+
+def test_parameter_gather_is_neither_activation_nor_compressed_gradient() -> None:
+    class Sharded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shard = nn.Parameter(torch.randn(16 * 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ gather(self.shard.view(16, 64))
+
+    traced = trace(Sharded(), leaf(8, 64))
+    assert traced.kinds == [(AG, "other", "parameter"), (RS, "gradient", "computed")]
+    assert traced.codecs == ["dense", "dense"]
+
+
+def test_what_comes_from_behind_a_graph_break_is_foreign() -> None:
+    def broken(x: Tensor) -> Tensor:
+        hidden = x.relu()
+        torch._dynamo.graph_break()
+        return exchange(hidden.view(16, 64))
+
+    with fake_group(4):
+        tracer = Tracer()
+        backward(tracer.compile(broken)(leaf(16, 64)))
+    assert [traced.kinds for traced in tracer.traces] == [[], [(A2A, "activation", "foreign"), (A2A, "activation_gradient", "computed")]]
+
+
+def test_leaf_inputs_are_not_foreign() -> None:
+    assert trace(lambda x: exchange(x), leaf(16, 64)).kinds[0] == (A2A, "activation", "computed")
+
+
+def test_twins_of_several_exchanges_are_not_mixed_up() -> None:
+    def two(x: Tensor, y: Tensor) -> Tensor:
+        return exchange(x.relu()).sin() + exchange(y.tanh()).cos()
+
+    traced = trace(two, leaf(16, 64), leaf(16, 64))
+    sites = [decision.site for decision in traced.decisions]
+    assert [site.kind for site in sites] == ["activation"] * 2 + ["activation_gradient"] * 2
+    by_activation = {"relu": "cos", "tanh": "sin"}  # the backward of sin multiplies with cos
+    for site in sites[2:]:
+        assert site.twin is not None
+        assert site.twin.input is not None
+        assert site.input is not None
+        gradient_of = {factor.target for node in _upstream(site.input) for factor in node.all_input_nodes}
+        activation = site.twin.input.target._schema.name.partition("::")[2]
+        assert getattr(torch.ops.aten, by_activation[activation]).default in gradient_of
+
+
+def _upstream(node: fx.Node) -> list[fx.Node]:
+    return [node, *node.all_input_nodes]
+
+
+def test_exchange_without_gradient_does_not_take_another_ones_twin() -> None:
+    """Nodes that autograd does not record carry the sequence number of the differentiable operator before them."""
+
+    def overlapped(x: Tensor, data: Tensor) -> Tensor:
+        splits = [4] * 4
+        started = c10d.all_to_all_single(x.relu(), splits, splits, world().group_name)
+        other = c10d.all_to_all_single(data * 2, splits, splits, world().group_name)
+        return c10d.wait_tensor(started).sin() * c10d.wait_tensor(other)
+
+    traced = trace(overlapped, leaf(16, 64), torch.randn(16, 64))
+    first, _, gradient = (decision.site for decision in traced.decisions)
+    assert gradient.twin is first
+
+
+@pytest.mark.parametrize("synchronise", [Averaged, SummedAndDivided, AveragedFlat])
+def test_all_reduced_parameter_gradients_know_their_parameter(synchronise: type[torch.autograd.Function]) -> None:
+    traced = trace(Weighted(synchronise), torch.randn(16, 64))
+    assert traced.kinds == [(AR, "gradient", "computed")]
+    site = traced.decisions[0].site
+    assert site.name == "weight"
+    assert [(segment.parameter.name, segment.parameter.numel, segment.offset) for segment in site.segments] == [("weight", 4096, 0)]
+    assert traced.inputs[site.segments[0].parameter.position].is_parameter
+
+
+class AveragedWithMore(Averaged):
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        flat = all_reduce(torch.cat([gradient.new_ones(512), gradient.reshape(-1)]), "avg")
+        return flat[512:].view(gradient.shape)
+
+
+def test_part_of_a_reduced_buffer_is_not_taken_for_all_of_it() -> None:
+    traced = trace(Weighted(AveragedWithMore), torch.randn(16, 64))
+    segments = traced.decisions[0].site.segments
+    assert [segment.offset for segment in segments] in ([], [512])
+
+
+def test_expanded_gradient_is_not_longer_than_what_is_reduced() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.randn(4, 4096))
+
+        def forward(self, x: Tensor) -> Any:
+            return x * Averaged.apply(self.rows.mean(0))
+
+    for decision in trace(Shared(), torch.randn(16, 4096)).decisions:
+        assert decision.site.tensor is not None
+        assert sum(segment.parameter.numel for segment in decision.site.segments) <= decision.site.tensor.numel()
+
+
+def test_gradient_of_a_parameter_used_twice_is_not_one_site() -> None:
+    class Tied(Weighted):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(super().forward(x).relu())
+
+    traced = trace(Tied(), torch.randn(16, 64))
+    assert [kind for _, kind, _ in traced.kinds] == ["activation_gradient"] * 2
+    assert traced.codecs == ["dense"] * 2
+
+
+def test_all_kinds_in_one_graph() -> None:
+    class Hybrid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(8, 64)
+            self.layer = Weighted()
+
+        def forward(self, index: Tensor, x: Tensor) -> Tensor:
+            return exchange(self.table(index)) * gather(torch.relu(self.layer(x)), 0)[:16]
+
+    traced = trace(Hybrid(), ids(16), torch.randn(16, 64))
+    assert sorted(traced.kinds) == sorted(
+        [
+            (A2A, "embedding", "embedding"),
+            (AG, "activation", "computed"),
+            (RS, "activation_gradient", "computed"),
+            (A2A, "embedding_gradient", "computed"),
+            (AR, "gradient", "computed"),
+        ]
+    )
+    assert [item.codec for item in traced.decisions if item.site.kind == "gradient"] == ["gradient"]
+    assert all(decision.compressed for decision in traced.decisions)
+
+
+UNKNOWN: dict[str, Callable[[Tensor], Any]] = {
+    "broadcast": lambda x: funcol.broadcast(x, 0, world()),
+    "all_reduce_coalesced": lambda x: funcol.all_reduce_coalesced([x, x * 2], "sum", world()),
+    "all_gather_into_tensor_coalesced": lambda x: funcol.all_gather_into_tensor_coalesced([x, x * 2], world()),
+    "reduce_scatter_tensor_coalesced": lambda x: funcol.reduce_scatter_tensor_coalesced([x, x * 2], "sum", [0, 0], world()),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_collectives_are_named_and_left_dense(name: str) -> None:
+    traced = trace(lambda x: UNKNOWN[name](x.relu()), torch.randn(16, 64))
+    assert [collective for collective, _, _ in traced.kinds] == [name]
+    assert traced.codecs == ["dense"]
+    assert traced.reasons == [f"{name} is not compressed"]
+    assert traced.decisions[0].dense_bytes > 0
+
+
+def test_in_place_all_reduce_is_left_dense() -> None:
+    """Inductor's own passes make them; AOTAutograd refuses to trace one."""
+    with fake_group(4):
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        x.meta["val"] = torch.empty(16, 64, device="meta")
+        node = graph.call_function(c10d.all_reduce_.default, (x, "sum", world().group_name))
+        graph.output((graph.call_function(c10d.wait_tensor.default, (node,)),))
+        sites = find_sites(graph, GraphContext(training=False))
+    assert [(site.collective, site.kind) for site in sites] == [("all_reduce_", "activation")]
+
+
+def test_integers_are_no_activations() -> None:
+    splits = [4] * 4
+    traced = trace(lambda x: c10d.wait_tensor(c10d.all_to_all_single(x + 1, splits, splits, world().group_name)), torch.arange(16))
+    assert traced.kinds == [(A2A, "other", "computed")]
+
+
+def test_name_is_the_line_of_user_code() -> None:
+    traced = trace(lambda x: gather(x.relu()) * 1, leaf(16, 64))
+    names = [decision.site.name for decision in traced.decisions]
+    assert names[0] == names[1]
+    assert names[0].startswith("small_models.py:")
+    assert "in gather: gathered: Tensor = funcol.all_gather_tensor_autograd(x, dim, world())" in names[0]
+
+
+def test_name_without_a_stack_trace_is_the_nodes() -> None:
+    assert source_line(fx.Graph().placeholder("received")) == "received"
+
+
+def test_compiled_autograd_graph_has_gradients_of_unknown_parameters() -> None:
+    with fake_group(4):
+        tracer = Tracer()
+        x = leaf(16, 64)
+        loss = exchange(x.relu()).sum() + Averaged.apply(x).sum()  # type: ignore[no-untyped-call]
+        with torch._dynamo.compiled_autograd._enable(tracer.compile):
+            loss.backward()
+    assert sorted(tracer.traces[0].kinds) == [(AR, "gradient", "computed"), (A2A, "activation_gradient", "computed")]
+    assert "compiled autograd's graph does not say whose gradient this is; use DDP's default reducer" in tracer.traces[0].reasons
+    assert tracer.traces[0].codecs == ["dense", "dense"]
+
+
+def test_looking_changes_nothing() -> None:
+    traced = trace(lambda x: exchange(x.relu()), torch.randn(16, 64))
+    before = str(traced.before)
+    with fake_group(4):
+        assert len(find_sites(traced.before, GraphContext(training=False))) == 1
+    assert str(traced.before) == before

@@ -1,0 +1,240 @@
+"""``dct train``: what it refuses, what it measures, and whole runs on real ranks."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from dct_compile.cli import train as train_module
+from dct_compile.cli.main import main
+from dct_compile.cli.present import present
+from dct_compile.cli.replicas import ReplicaMismatch, check_replicas
+from dct_compile.cli.results import BackendResult, Results, Run, gradient_density
+from dct_compile.cli.settings import parse_options, parse_value
+from dct_compile.cli.tables import quality, sites, traffic
+from dct_compile.models.dlrm import DLRM
+from dct_compile.models.parallel import Table, make_mesh
+from dct_compile.report import SiteReport
+from tests.ranks import run_ranks
+
+SITE = SiteReport("all_reduce", "gradient", "top.weight", (1000,), "torch.float32", "compressed", "gather", 4000, 40, "dp", 2, 0.01, 3)
+SMALL = ["--dataset", "synthetic", "--epochs", "1", "--batch-size", "512"]
+
+
+def _invoke(*arguments: str | Path, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(main, ["train", *map(str, arguments)], env=env)
+
+
+def _results(seeds: int = 2, with_dct: bool = True) -> Results:
+    runs = [Run(seed, 0.75 + seed / 100, 0.5, 3, [0.1, 0.3], [0.7, 0.6, 0.5], [(2, 0.02), (3, 0.03)], 1) for seed in range(seeds)]
+    ranks: list[list[dict[str, Any]]] = [
+        [vars(SITE), {**vars(SITE), "kind": "embedding", "decision": "dense", "wire_bytes": 4000, "density": None, "overflow": None}],
+        [{**vars(SITE), "wire_bytes": 60}],
+    ]
+    backends = [BackendResult("dense", runs, [[], []], [])]
+    if with_dct:
+        backends.append(BackendResult("dct", runs, ranks, ["a note"]))
+    settings = {
+        "model": "dlrm",
+        "dataset": "synthetic",
+        "backends": ["dense", "dct"],
+        "seeds": seeds,
+        "dp": 2,
+        "mp": 1,
+        "criteo_path": None,
+    }
+    return Results(settings, {"torch": "2", "python": "3", "machine": "m", "processor": "p <x>", "cores": 2}, backends)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "movie"], "'movie' is not one of 'movielens', 'flights', 'criteo', 'synthetic'"),
+        (["--dp", "0"], "--dp"),
+        (["--lr", "0"], "--lr"),
+        ([*SMALL, "--batch-size", "130"], "a batch of 130 cannot be shared equally by 2 x 2 ranks"),
+        ([*SMALL, "--batch-size", "4000"], "larger than the training part of synthetic (3277 samples)"),
+        ([*SMALL, "--dp", "1", "--mp", "4"], "4 model-parallel ranks are more than the 3 tables"),
+        ([*SMALL, "--dp-density", "2"], "option 'dp_density' is 2.0"),
+        ([*SMALL, "--embedding-codec", "int9"], "did you mean"),
+        ([*SMALL, "--threshold", "exakt"], "option 'threshold' is 'exakt'"),
+        ([*SMALL, "--option", "mp_densty=0.1"], "unknown option 'mp_densty'"),
+        ([*SMALL, "--option", "mp_density"], "'mp_density' is not of the form key=value"),
+        ([*SMALL, "--option", "min_numel=1", "--option", "min_numel=2"], "'min_numel' is given twice"),
+        ([*SMALL, "--mp-density", "0.1", "--option", "mp_density=0.2"], "mp_density given both as a flag and as an --option"),
+        (["--dataset", "criteo"], "needs the path of its train.txt"),
+        (["--dataset", "criteo", "--criteo-path", "no-such-file"], "no-such-file does not exist: get the Criteo Kaggle data set"),
+    ],
+)
+def test_bad_values_are_usage_errors(arguments: list[str], message: str) -> None:
+    result = _invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", "").split())
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = _invoke(*SMALL, "--out", tmp_path / "file" / "below")
+    assert result.exit_code == 2
+    assert "cannot write to" in result.output
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "find_spec", lambda name: None if name == "jinja2" else True)
+    result = _invoke(*SMALL)
+    assert result.exit_code == 1
+    assert "jinja2 not installed: pip install 'dct-compile[demo]'" in result.output
+
+
+def test_another_number_of_torchrun_ranks_is_an_error(tmp_path: Path) -> None:
+    result = _invoke(*SMALL, "--out", tmp_path, env={"RANK": "0", "WORLD_SIZE": "3"})
+    assert result.exit_code == 1
+    assert "torchrun started 3 ranks, --dp 2 --mp 2 needs 4" in result.output
+
+
+def test_option_values() -> None:
+    values = {
+        "1": 1,
+        "0.5": 0.5,
+        "true": True,
+        "False": False,
+        '["*.bias"]': ["*.bias"],
+        "('a',)": ("a",),
+        "None": None,
+        "laplace": "laplace",
+    }
+    assert {text: parse_value(text) for text in values} == values
+    assert parse_options(["a=1", "b =x=y"]) == {"a": 1, "b": "x=y"}
+
+
+def test_density_between_two_readings() -> None:
+    run = Run(0, 0.0, 0.0, 30, [1.0], [0.0], [(10, 0.05), (20, 0.03), (30, 0.02)], 1)
+    assert [(step, round(density, 9)) for step, density in run.density_between()] == [(10, 0.05), (20, 0.01), (30, 0.0)]
+
+
+def test_gradient_density_is_weighted_by_size() -> None:
+    larger = SiteReport(**{**vars(SITE), "shape": (3000,), "density": 0.05})
+    others = [SiteReport(**{**vars(SITE), "kind": "activation"}), SiteReport(**{**vars(SITE), "density": None})]
+    assert gradient_density([SITE, larger, *others]) == pytest.approx(0.04)
+    assert gradient_density(others) is None
+
+
+def test_means_spreads_and_bytes() -> None:
+    dct = _results().get("dct")
+    assert dct is not None
+    assert dct.mean_and_spread("auc") == pytest.approx((0.755, 0.01 / 2**0.5))
+    assert dct.mean_and_spread("steps_per_second")[0] == pytest.approx(5.0)
+    assert dct.bytes_of("wire_bytes", ["gradient"]) == 50
+    assert dct.bytes_of("dense_bytes", ["gradient", "embedding"]) == 6000
+    single = _results(seeds=1).get("dct")
+    assert single is not None
+    assert single.mean_and_spread("auc") == (0.75, None)
+
+
+def test_tables() -> None:
+    results = _results()
+    assert quality(results).rows[1] == ["dct", "0.5000 ± 0.0000", "0.7550 ± 0.0071", "5.0 ± 0.0", "identical (2 checks)"]
+    assert quality(results).rows[2] == ["dct - dense", "+0.0000 ± 0.0000", "+0.0000 ± 0.0000", "", ""]
+    assert len(quality(_results(with_dct=False)).rows) == 1
+    table = traffic(results)
+    assert table is not None
+    assert table.rows == [
+        ["gradients", "4,000", "50", "80.0x"],
+        ["activations", "0", "0", "-"],
+        ["embeddings", "2,000", "2,000", "1.0x"],
+        ["all", "6,000", "2,050", "2.9x"],
+    ]
+    table = sites(results)
+    assert table is not None
+    assert [row[5:10] for row in table.rows] == [["4,000", "40", "100.0x", "0.0100", "3"], ["4,000", "4,000", "1.0x", "-", "-"]]
+    assert traffic(_results(with_dct=False)) is None
+    assert sites(_results(with_dct=False)) is None
+
+
+@pytest.mark.parametrize("with_dct", [True, False])
+def test_report_is_one_self_contained_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], with_dct: bool) -> None:
+    results = _results(with_dct=with_dct)
+    results.save(tmp_path)
+    assert quality(Results.read(tmp_path)) == quality(results)
+    present(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    plots = {"loss.png", "bytes.png", "density.png"} if with_dct else {"loss.png"}
+    assert names == {"metrics.json", "report.html", *plots}
+    page = (tmp_path / "report.html").read_text()
+    assert set(re.findall(r'(?:src|srcset|href)="([^,"]*)', page)) == {"data:image/png;base64"}
+    assert page.count("<img ") == len(plots)
+    assert "p &lt;x&gt;" in page
+    assert ("a note" in page) is with_dct
+    assert ("80.0x" in capsys.readouterr().out) is with_dct
+
+
+def _check_after_changes(rank: int, world_size: int) -> list[str]:
+    verdicts = []
+    for dp, mp, changed in [
+        (2, 1, "top_first.weight"),
+        (2, 1, "embeddings.weights.a"),
+        (1, 2, "top_first.bias"),
+        (1, 2, "top_wide.weight"),
+    ]:
+        mesh = make_mesh(dp, mp)
+        model = DLRM(2, (Table("a", 4), Table("b", 4)), mesh.mp_group, bottom=(8, 4, 2), top=(8, 4, 1))
+        check_replicas(model, mesh, "before")
+        if rank == 1:
+            with torch.no_grad():
+                model.get_parameter(changed).view(-1)[0] += 1e-6
+        try:
+            check_replicas(model, mesh, "step 7")
+            verdicts.append("identical")
+        except ReplicaMismatch as error:
+            verdicts.append(str(error))
+    return verdicts
+
+
+@pytest.mark.distributed
+def test_every_rank_finds_one_changed_value() -> None:
+    # The last change is to a layer of which the two ranks hold different parts.
+    expected = [*["step 7: the parameters of rank 1 differ from those of its replicas"] * 3, "identical"]
+    assert run_ranks(_check_after_changes, 2) == [expected, expected]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_run_with_both_backends(tmp_path: Path) -> None:
+    result = _invoke(*SMALL, "--seeds", "2", "--epochs", "2", "--dp", "2", "--mp", "1", "--dp-density", "0.05", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["settings"]["options"] == {"dp_density": 0.05}
+    dense, dct = metrics["backends"]
+    for run_dense, run_dct in zip(dense["runs"], dct["runs"], strict=True):
+        assert run_dense["steps"] == run_dct["steps"] == len(run_dct["losses"]) == 12
+        # The first loss is taken before any gradient was sent: same parameters, same batch.
+        assert run_dct["losses"][0] == pytest.approx(run_dense["losses"][0], rel=1e-5)
+        assert run_dct["losses"][-1] < run_dct["losses"][0]
+        assert run_dct["density"][-1][1] == pytest.approx(0.05, rel=0.5)
+    assert dense["sites"] == [[], []]
+    compressed = [site for site in dct["sites"][0] if site["decision"] == "compressed"]
+    assert compressed
+    assert all(site["kind"] == "gradient" and site["wire_bytes"] < site["dense_bytes"] / 10 for site in compressed)
+    assert "identical (2 checks)" in result.output
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_run_under_torchrun(tmp_path: Path) -> None:
+    code = "from dct_compile.cli.main import main; main()"
+    script = tmp_path / "dct_train.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "train"]
+    arguments = [*SMALL, "--seeds", "1", "--dp", "1", "--mp", "2", "--backend", "dense", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=environment, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Quality and speed") == 1
+    assert (tmp_path / "out" / "report.html").is_file()

@@ -1,0 +1,167 @@
+"""Options: every bad value is refused with the key, the value and what is allowed."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor import list_options
+
+from dct_compile.config import DCTConfig, default_options, split_options
+from tests.tracing import fake_group
+
+FRACTION = "a number in (0, 1]: the fraction kept"
+DTYPES = "one of 'float32', 'bfloat16', 'float16'"
+THRESHOLDS = "one of 'exact', 'sampled', 'laplace' or a float"
+PATTERNS = "a list of parameter-name patterns (strings)"
+NAN = float("nan")
+INF = float("inf")
+
+BAD: list[tuple[str, Any, str]] = [
+    *[("dp_density", value, FRACTION) for value in (0, -0.1, 1.01, 2, NAN, INF, "0.1", None, True, [0.1])],
+    *[("mp_density", value, FRACTION) for value in (0.0, -1, 1.5, NAN, "all", None, False)],
+    *[("threshold", value, THRESHOLDS) for value in ("exakt", "", "fixed")],
+    *[("threshold", value, "one of exact, sampled, laplace or a float >= 0") for value in (-0.1, NAN, INF, True, None, ["exact"])],
+    *[("refresh_interval", value, "an integer >= 1") for value in (0, -1, 1.0, "10", None, True)],
+    *[("refresh_warmup", value, "one of 'geometric', 'off'") for value in ("geometrical", "on", None, True, 1)],
+    *[("error_feedback", value, "True or False") for value in (0, 1, "yes", None)],
+    *[("dp_value_dtype", value, DTYPES) for value in ("float64", "bf16", torch.bfloat16, None)],
+    *[("mp_value_dtype", value, DTYPES) for value in ("int8", "half", torch.float32, 16)],
+    *[("capacity_factor", value, "a number >= 1") for value in (0.99, 0, -1, NAN, INF, "2", None, True)],
+    *[("min_numel", value, "an integer >= 0") for value in (-1, 0.5, "128", None, True)],
+    *[("exempt", value, PATTERNS) for value in ("*.bias", [1], [None], None, 5, [["a"]])],
+    *[("mp_eval", value, "True or False") for value in (1, None, "no")],
+    *[("all_reduce", value, "one of 'auto', 'gather', 'owner'") for value in ("ring", None, 1)],
+    *[("embedding_codec", value, "one of 'int8', 'int4', 'threshold', 'dense'") for value in ("int2", "int 8", None, 8)],
+    *[("data_parallel", value, "True, False or a torch.distributed.ProcessGroup") for value in ("yes", 1, None, 0)],
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), BAD, ids=lambda item: str(item)[:20])
+def test_bad_values_are_refused(key: str, value: Any, allowed: str) -> None:
+    with pytest.raises(ValueError, match=key) as error:
+        split_options({key: value}, [])
+    text = str(error.value)
+    assert text.startswith(f"option {key!r} is {value!r} ({type(value).__name__}); allowed is {allowed}")
+
+
+def test_every_field_has_bad_values() -> None:
+    assert {key for key, _, _ in BAD} == {item.name for item in fields(DCTConfig)}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "near"),
+    [
+        ("threshold", "exakt", "exact"),
+        ("refresh_warmup", "geometrical", "geometric"),
+        ("dp_value_dtype", "float64", "float16"),
+        ("mp_value_dtype", "bfloat", "bfloat16"),
+        ("all_reduce", "owners", "owner"),
+        ("embedding_codec", "int-8", "int8"),
+    ],
+)
+def test_nearest_choice_is_named(key: str, value: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"did you mean '{near}'"):
+        split_options({key: value}, [])
+
+
+GOOD: list[dict[str, Any]] = [
+    {"dp_density": 1, "mp_density": 1.0},
+    {"dp_density": 1e-6},
+    {"threshold": 0},
+    {"threshold": 0.25},
+    {"threshold": "laplace"},
+    {"refresh_interval": 1, "refresh_warmup": "off"},
+    {"capacity_factor": 1},
+    {"min_numel": 0},
+    {"exempt": []},
+    {"exempt": ("*.bias", "norm.*")},
+    {"exempt": ["*.bias"]},
+    {"data_parallel": True},
+]
+
+
+@pytest.mark.parametrize("options", GOOD)
+def test_good_values_are_kept(options: dict[str, Any]) -> None:
+    config, inductor = split_options(options, [])
+    for key, value in options.items():
+        assert getattr(config, key) == (tuple(value) if key == "exempt" else value)
+    assert inductor == {}
+
+
+@pytest.mark.parametrize("options", [None, {}])
+def test_no_options(options: dict[str, Any] | None) -> None:
+    assert split_options(options, list_options()) == (DCTConfig(), {})
+
+
+def test_defaults_are_listed() -> None:
+    assert DCTConfig(**default_options()) == DCTConfig()
+    assert set(default_options()) == {item.name for item in fields(DCTConfig)}
+
+
+def test_options_of_inductor_are_passed_on() -> None:
+    config, inductor = split_options({"mp_density": 0.1, "max_autotune": True, "triton.cudagraphs": False}, list_options())
+    assert config == DCTConfig(mp_density=0.1)
+    assert inductor == {"max_autotune": True, "triton.cudagraphs": False}
+
+
+def test_dashes_are_underscores_as_for_inductor() -> None:
+    assert split_options({"max-autotune": True}, list_options())[1] == {"max_autotune": True}
+
+
+def test_no_option_of_inductor_is_hidden() -> None:
+    assert not {item.name for item in fields(DCTConfig)} & set(list_options())
+
+
+@pytest.mark.parametrize(("key", "near"), [("mp_densty", "'mp_density'"), ("max_autotun", "'max_autotune'"), ("density", "'mp_density'")])
+def test_unknown_options_are_refused(key: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown option '{key}' \\(value 0.1\\) for backend 'dct'") as error:
+        split_options({key: 0.1}, list_options())
+    text = str(error.value)
+    assert near in text.partition("Did you mean ")[2]
+    assert all(item.name in text for item in fields(DCTConfig))
+    assert "the options of Inductor" in text
+
+
+def test_unknown_option_without_a_neighbour() -> None:
+    with pytest.raises(ValueError, match="unknown option 'zzzzz'") as error:
+        split_options({"zzzzz": 1}, ["max_autotune"])
+    assert "Did you mean" not in str(error.value)
+
+
+def test_threshold_as_the_operators_want_it() -> None:
+    assert [
+        (config.threshold_method, config.fixed_threshold) for config in (DCTConfig(), DCTConfig(threshold=0.5), DCTConfig(threshold=2))
+    ] == [
+        ("exact", 0.0),
+        ("fixed", 0.5),
+        ("fixed", 2.0),
+    ]
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_dtypes_as_the_operators_want_them(name: str) -> None:
+    config = DCTConfig(dp_value_dtype=name, mp_value_dtype=name)
+    assert config.dp_dtype is config.mp_dtype is getattr(torch, name)
+
+
+def test_comparable_is_plain_and_tells_options_apart() -> None:
+    plain = DCTConfig(exempt=("a", "b")).comparable()
+    assert plain["exempt"] == ["a", "b"]
+    assert plain["data_parallel"] is False
+    assert set(plain) == {item.name for item in fields(DCTConfig)}
+    assert DCTConfig().comparable() == DCTConfig().comparable()
+    assert DCTConfig().comparable() != DCTConfig(mp_density=0.1).comparable()
+
+
+def test_process_group_is_compared_by_name() -> None:
+    with fake_group(2) as group:
+        config = DCTConfig(data_parallel=group)
+        assert config.data_parallel is group
+        assert config.comparable()["data_parallel"] == group.group_name
+
+
+def test_options_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(AttributeError):
+        DCTConfig().mp_density = 0.5  # type: ignore[misc]
+    assert isinstance(hash(DCTConfig(exempt=["a"])), int)  # type: ignore[arg-type]

@@ -1,0 +1,139 @@
+"""The gradient operators as torch sees them: schemas, fakes, mutation, and that every one checks its arguments."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dct_compile.ops import select_threshold, threshold_pack, unpack_accumulate
+from dct_compile.triton_kernels.layout import gradient_layout
+
+SEGMENTS = [3, 400, 500, 300]
+NUMEL = 810
+
+
+def state(numel: int = 700) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros(numel), torch.ones(2), torch.zeros(2, 4, dtype=torch.int64)
+
+
+def pack_arguments(dtype: torch.dtype, value_dtype: torch.dtype, chunks: int, chunk: int) -> tuple[Any, ...]:
+    numel = gradient_layout(tuple(SEGMENTS), 256, chunks, chunk, 0.3, value_dtype).state_numel
+    grad = torch.randn(NUMEL if chunk < 0 else numel).to(dtype)
+    return (grad, *state(numel), SEGMENTS, 256, chunks, chunk, 0.3, value_dtype, True)
+
+
+GEOMETRIES = [(torch.float32, torch.float32, 1, -1), (torch.bfloat16, torch.bfloat16, 3, -1), (torch.float16, torch.bfloat16, 3, 1)]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_select_threshold_opcheck(geometry: tuple[torch.dtype, torch.dtype, int, int]) -> None:
+    grad, residual, threshold, counters, *_ = pack_arguments(*geometry)
+    schedule = (0.1, "exact", 0.0, 10, "geometric", True)
+    torch.library.opcheck(select_threshold, (grad, residual, threshold, counters, SEGMENTS, 256, *geometry[2:], *schedule))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_threshold_pack_opcheck(geometry: tuple[torch.dtype, torch.dtype, int, int]) -> None:
+    torch.library.opcheck(threshold_pack, pack_arguments(*geometry))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("with_dense", [True, False])
+def test_unpack_accumulate_opcheck(geometry: tuple[torch.dtype, torch.dtype, int, int], with_dense: bool) -> None:
+    dtype, value_dtype, chunks, chunk = geometry
+    arguments = pack_arguments(*geometry)
+    payload = threshold_pack(*arguments)
+    numel = arguments[0].numel()
+    dense = torch.randn(numel - arguments[1].numel()) if with_dense else None
+    torch.library.opcheck(
+        unpack_accumulate, (torch.cat([payload, payload]), dense, numel, dtype, SEGMENTS, 256, chunks, chunk, 0.3, value_dtype, 2)
+    )
+
+
+def test_state_saved_for_backward_may_change() -> None:
+    """A residual that a graph has saved is updated in the next step; autograd must not object."""
+    arguments = pack_arguments(torch.float32, torch.bfloat16, 1, -1)
+    versions = [tensor._version for tensor in arguments[1:4]]
+    select_threshold(*arguments[:4], SEGMENTS, 256, 1, -1, 0.1, "exact", 0.0, 1, "off", True)
+    threshold_pack(*arguments)
+    assert [tensor._version for tensor in arguments[1:4]] == versions
+    assert arguments[3][:, 0].tolist() == [1, 1]
+
+
+def test_in_a_compiled_function_the_state_changes_in_place() -> None:
+    def reduce(grad: Tensor, residual: Tensor, threshold: Tensor, counters: Tensor) -> Tensor:
+        select_threshold(grad, residual, threshold, counters, SEGMENTS, 256, 1, -1, 0.1, "exact", 0.0, 1, "off", True)
+        payload = threshold_pack(grad, residual, threshold, counters, SEGMENTS, 256, 1, -1, 0.3, torch.bfloat16, True)
+        return unpack_accumulate(payload, None, NUMEL, torch.float32, SEGMENTS, 256, 1, -1, 0.3, torch.bfloat16, 2)  # type: ignore[no-any-return]
+
+    grad = torch.randn(NUMEL)
+    eager_state, compiled_state = state(), state()
+    expected = reduce(grad, *eager_state)
+    found = torch.compile(reduce, backend="aot_eager", fullgraph=True)(grad, *compiled_state)
+    assert torch.equal(found, expected)
+    for a, b in zip(compiled_state, eager_state, strict=True):
+        assert torch.equal(a, b)
+    assert eager_state[2][:, 1].tolist() == [40, 30]
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "message"),
+    [
+        (0, torch.zeros(799), "grad is"),
+        (0, torch.zeros(810, dtype=torch.float64), "grad is"),
+        (1, torch.zeros(699), "residual is"),
+        (1, torch.zeros(1400)[::2], "residual is"),
+        (2, torch.zeros(2, dtype=torch.float64), "threshold is"),
+        (3, torch.zeros(2, 4, dtype=torch.int32), "counters is"),
+    ],
+)
+def test_a_wrong_tensor_is_named(position: int, wrong: Tensor, message: str) -> None:
+    arguments = list(pack_arguments(torch.float32, torch.float32, 1, -1))
+    arguments[position] = wrong
+    with pytest.raises(ValueError, match=message):
+        threshold_pack(*arguments)
+
+
+def test_gathered_bytes_must_be_whole_payloads() -> None:
+    geometry = (SEGMENTS, 256, 2, -1, 0.3, torch.bfloat16)
+    chunk_bytes = gradient_layout(tuple(SEGMENTS), *geometry[1:]).chunk_bytes
+    for size in (chunk_bytes, 2 * chunk_bytes - 1):
+        with pytest.raises(ValueError, match="gathered is"):
+            unpack_accumulate(torch.zeros(size, dtype=torch.uint8), None, NUMEL, torch.float32, *geometry, 1)
+    with pytest.raises(ValueError, match="dense has"):
+        unpack_accumulate(torch.zeros(2 * chunk_bytes, dtype=torch.uint8), torch.zeros(7), NUMEL, torch.float32, *geometry, 1)
+
+
+def test_without_a_compiler_the_references_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = pack_arguments(torch.float32, torch.bfloat16, 1, -1)
+    expected = threshold_pack(*arguments[:1], *state(), *arguments[4:])
+    monkeypatch.setattr("dct_compile.triton_kernels.cpu.gradient.cpu_function", lambda name, parameters: None)
+    assert torch.equal(threshold_pack(*arguments[:1], *state(), *arguments[4:]), expected)
+    arguments_of_unpack = (None, NUMEL, torch.float32, SEGMENTS, 256, 1, -1, 0.3, torch.bfloat16, 1)
+    assert unpack_accumulate(expected, *arguments_of_unpack).count_nonzero() > 0
+    chosen = state()
+    select_threshold(arguments[0], *chosen, SEGMENTS, 256, 1, -1, 0.1, "exact", 0.0, 1, "off", True)
+    assert (chosen[1] != 1).all()
+
+
+BARE_MACHINE = """
+import sys
+sys.modules["triton"] = None
+import torch
+from dct_compile.ops import threshold_pack
+state = torch.zeros(9), torch.zeros(1), torch.zeros(1, 4, dtype=torch.int64)
+for _ in range(2):
+    threshold_pack(torch.ones(9), *state, [0, 9], 256, 1, -1, 1.0, torch.bfloat16, True)
+print(state[2].tolist())
+"""
+
+
+def test_a_machine_without_triton_and_compiler_warns_once() -> None:
+    environment = {**os.environ, "CXX": "no-such-compiler", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", BARE_MACHINE], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[[2, 18, 0, 0]]"
+    assert done.stderr.count("could not be compiled") == 1

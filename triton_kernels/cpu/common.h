@@ -1,0 +1,115 @@
+// What the CPU kernels share: number formats, kernel exports, threads.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#define DCT_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace dct {
+
+// Codes of dtypes in the C interface; `DTYPE_CODES` in dispatch.py lists the same numbers.
+enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+inline bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
+
+// Storage types: `load` widens to float32, `round` rounds to nearest even (to infinity past the range, NaN to the canonical NaN),
+// `kLargest` is the largest finite value.
+struct Float32 {
+  float raw;
+  static constexpr float kLargest = 3.40282346638528859812e38f;
+  static float load(Float32 x) { return x.raw; }
+  static Float32 round(float x) { return {is_nan(x) ? float_of(0x7fc00000u) : x}; }
+};
+
+struct BFloat16 {
+  uint16_t raw;
+  static constexpr float kLargest = 3.38953138925153547590e38f;
+  static float load(BFloat16 x) { return float_of(uint32_t(x.raw) << 16); }
+  static BFloat16 round(float x) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return {uint16_t(is_nan(x) ? 0x7fc0u : rounded)};
+  }
+};
+
+struct Float16 {
+  uint16_t raw;
+  static constexpr float kLargest = 65504.0f;
+  static float load(Float16 x) {
+    // Shifted into float32's place the exponent is too small by 112; the exact product by 2^112 corrects it, denormals included.
+    const uint32_t sign = uint32_t(x.raw & 0x8000u) << 16;
+    const uint32_t rest = uint32_t(x.raw & 0x7fffu) << 13;
+    const uint32_t finite = bits_of(float_of(rest) * 0x1p112f);
+    const uint32_t special = rest | 0x7f800000u;
+    return float_of(sign | (rest >= 0x0f800000u ? special : finite));
+  }
+  static Float16 round(float x) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t rest = bits & 0x7fffffffu;
+    // Below 2^-14 the result is denormal: adding 0.5 makes the float32 adder round at 2^-24, and leaves the answer in the low bits.
+    const uint32_t denormal = bits_of(float_of(rest) + 0.5f) - 0x3f000000u;
+    const uint32_t normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+    const uint32_t finite = rest < 0x38800000u ? denormal : normal;
+    const uint32_t small = rest >= 0x477ff000u ? 0x7c00u : finite;
+    return {uint16_t(rest > 0x7f800000u ? 0x7e00u : (sign | small))};
+  }
+};
+
+// Rounding for the wire: a finite value stays finite.
+template <typename T>
+inline T saturate(float x) {
+  const float clamped = x > T::kLargest ? T::kLargest : x < -T::kLargest ? -T::kLargest : x;
+  return T::round(is_finite(x) ? clamped : x);
+}
+
+// Calls `body(T{})` with the storage type that a dtype code means.
+template <typename Body>
+inline void with_dtype(int64_t code, Body&& body) {
+  switch (code) {
+    case kBFloat16: return body(BFloat16{});
+    case kFloat16: return body(Float16{});
+    default: return body(Float32{});
+  }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Threads worth starting for `elements`: below some thousand elements per thread the start costs more than the work.
+inline int worthwhile_threads(int64_t elements, int64_t threads) {
+  const int64_t useful = elements / 32768;
+  return int(useful < 1 ? 1 : useful < threads ? useful : threads);
+}
+
+// A large buffer fresh from the system costs more in page faults than in writing: one fault for 2 MB instead of 4 KB.
+inline void prefer_huge_pages(void* start, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+  const uintptr_t first = (uintptr_t(start) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t last = (uintptr_t(start) + uintptr_t(bytes)) / kHuge * kHuge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#else
+  (void)start, (void)bytes;
+#endif
+}
+
+}  // namespace dct

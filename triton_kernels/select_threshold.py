@@ -1,0 +1,106 @@
+"""The threshold of each compressed parameter: chosen at refresh steps from the gradient plus what is still owed to it."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, log
+
+import torch
+from torch import Tensor
+
+from dct_compile.triton_kernels.layout import GradientLayout, gradient_layout
+from dct_compile.triton_kernels.schedule import is_refresh_step
+
+SAMPLE_NUMEL = 4096
+LARGEST_STRIDE = 61
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How one parameter's threshold is found: which elements, which rank among their magnitudes."""
+
+    segment: int
+    grad_offset: int
+    state_offset: int
+    numel: int
+    stride: int
+    rank: int
+
+
+def sample_stride(numel: int) -> int:
+    """The distance of sampled elements: odd, so that every column of a matrix of even width is met, and small enough for 4096 samples."""
+    stride = max(1, min(LARGEST_STRIDE, numel // SAMPLE_NUMEL))
+    return stride - (stride + 1) % 2
+
+
+@lru_cache(maxsize=4096)
+def selections(layout: GradientLayout, density: float, method: str) -> tuple[Selection, ...]:
+    """One selection for each parameter that has elements here: the whole segment (``chunk == -1``) or the owner's piece of it."""
+    found: list[Selection] = []
+    state_offset = 0
+    if layout.chunk < 0:
+        regions = [(index, offset, numel) for index, (offset, numel) in enumerate(layout.segments)]
+    else:
+        regions = [(piece.segment, piece.grad_offset, piece.numel) for piece in layout.pieces]
+    for segment, grad_offset, numel in regions:
+        if numel:
+            stride = sample_stride(numel) if method == "sampled" else 1
+            sampled = ceil(numel / stride)
+            rank = min(max(ceil(density * sampled), 1), sampled)
+            found.append(Selection(segment, grad_offset, state_offset, numel, stride, rank))
+        state_offset += numel
+    return tuple(found)
+
+
+def constant_threshold(density: float, method: str, fixed: float) -> float | None:
+    """The threshold that needs no look at the gradient: 0 if everything is kept, the given one for "fixed", else None."""
+    if density >= 1:
+        return 0.0
+    return fixed if method == "fixed" else None
+
+
+@torch.no_grad()
+def select_threshold_reference(
+    grad: Tensor,
+    residual: Tensor,
+    threshold: Tensor,
+    counters: Tensor,
+    segments: list[int],
+    block: int,
+    chunks: int,
+    chunk: int,
+    density: float,
+    method: str,
+    fixed: float,
+    refresh_interval: int,
+    refresh_warmup: str,
+    error_feedback: bool,
+) -> None:
+    """Choose the thresholds that are due at this step ([Gupta21] Alg. 1: every ``refresh_interval`` steps).
+
+    ``grad`` [numel] float32, bfloat16 or float16; ``residual`` [state_numel] float32; ``threshold`` [S] float32, mutated; ``counters``
+    [S, 4] int64 (see ``layout.COUNTERS``), read. With W = grad + residual (grad alone without error feedback), over each parameter:
+
+    - "exact": the ceil(density * n)-th largest abs(W);
+    - "sampled": the same over every ``sample_stride(n)``-th element;
+    - "laplace": -mean(abs(W)) * ln(density), the quantile of a zero-mean Laplace distribution with that mean;
+    - "fixed": ``fixed``, at every step.
+
+    A density of 1 or more gives 0 at every step. Nothing changes if a compressed element of ``grad`` is not finite.
+    """
+    layout = gradient_layout(tuple(segments), block, chunks, chunk, 1.0, torch.float32)
+    chosen = selections(layout, density, method)
+    if not all(bool(grad[part.grad_offset : part.grad_offset + part.numel].isfinite().all()) for part in chosen):
+        return
+    constant = constant_threshold(density, method, fixed)
+    for part in chosen:
+        step, _, _, overflow = counters[part.segment].tolist()
+        if constant is not None:
+            threshold.data[part.segment] = constant
+        elif is_refresh_step(step, refresh_interval, refresh_warmup, overflow > 0):
+            w = grad[part.grad_offset : part.grad_offset + part.numel].float()
+            if error_feedback:
+                w = w + residual[part.state_offset : part.state_offset + part.numel]
+            if method == "laplace":
+                threshold.data[part.segment] = -w.abs().double().mean() * log(density)
+            else:
+                threshold.data[part.segment] = w[:: part.stride].abs().topk(part.rank, sorted=False).values.min()

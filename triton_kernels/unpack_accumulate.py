@@ -1,0 +1,74 @@
+"""Turn the payloads that a collective gathered back into a gradient bucket: their sum, divided."""
+
+import torch
+from torch import Tensor
+
+from dct_compile.triton_kernels.layout import GradientLayout, gradient_layout
+from dct_compile.triton_kernels.threshold_pack import chunk_views
+
+
+def uncovered_ranges(layout: GradientLayout, numel: int) -> tuple[tuple[int, int], ...]:
+    """The parts ``(offset, size)`` of a bucket of ``numel`` elements that no segment covers, in order; none in an owner's buffer."""
+    if layout.chunk >= 0:
+        return ()
+    ranges: list[tuple[int, int]] = []
+    end = 0
+    for offset, size in sorted(layout.segments):
+        if offset > end:
+            ranges.append((end, offset - end))
+        end = max(end, offset + size)
+    if numel > end:
+        ranges.append((end, numel - end))
+    return tuple(ranges)
+
+
+def _add_chunk(total: Tensor, payload: Tensor, layout: GradientLayout, chunk: int) -> None:
+    values, counts, indices = chunk_views(payload, layout)
+    in_block = counts.long() & (2 ** (8 * layout.index_bytes) - 1)
+    starts = torch.zeros_like(in_block)
+    for piece in layout.pieces:
+        if piece.chunk == chunk:
+            places = torch.arange(piece.blocks, device=starts.device) * layout.block + piece.grad_offset
+            starts[piece.first_block : piece.first_block + piece.blocks] = places
+    entry_starts = starts.repeat_interleave(in_block)
+    entries = entry_starts.numel()
+    places = entry_starts + (indices[:entries].long() & (2 ** (8 * layout.index_bytes) - 1))
+    total[places] += values[:entries].float()  # an index occurs once in a payload
+
+
+def finish(total: Tensor, dense: Tensor | None, dtype: torch.dtype, layout: GradientLayout, divisor: int) -> Tensor:
+    """The sum over the divisor (as a tensor: by a number CUDA would multiply with the reciprocal), with the dense elements put in."""
+    result = (total if divisor == 1 else total / total.new_full((), divisor)).to(dtype)
+    if dense is not None:
+        start = 0
+        for offset, size in uncovered_ranges(layout, total.numel()):
+            result[offset : offset + size] = dense[start : start + size]
+            start += size
+    return result
+
+
+@torch.no_grad()
+def unpack_accumulate_reference(
+    gathered: Tensor,
+    dense: Tensor | None,
+    numel: int,
+    dtype: torch.dtype,
+    segments: list[int],
+    block: int,
+    chunks: int,
+    chunk: int,
+    capacity_fraction: float,
+    value_dtype: torch.dtype,
+    divisor: int,
+) -> Tensor:
+    """The bucket ``dtype`` [numel] that the gathered payloads stand for: entries summed in float32 in payload order, over ``divisor``.
+
+    ``gathered``: uint8 [M * layout.chunk_bytes]. For ``chunk == -1`` the j-th chunk payload covers chunk ``j % chunks`` of the bucket;
+    for ``chunk >= 0`` every one covers the owner's compact buffer, which is what is returned. ``dense``: the elements of the bucket that
+    no segment covers, in order, of any float dtype, copied to their places; without it they are 0.
+    """
+    layout = gradient_layout(tuple(segments), block, chunks, chunk, capacity_fraction, value_dtype)
+    total = torch.zeros(numel, dtype=torch.float32, device=gathered.device)
+    for j in range(gathered.numel() // max(layout.chunk_bytes, 1)):
+        _add_chunk(total, gathered[j * layout.chunk_bytes : (j + 1) * layout.chunk_bytes], layout, j % layout.payload_chunks)
+    return finish(total, dense, dtype, layout, divisor)
