@@ -37,6 +37,7 @@ def dct(
     if mode not in (None, "default"):
         patches = {**list_mode_options(mode), **patches}
     if not dist.is_available() or not dist.is_initialized():
+        RUNTIME.reports.called = True
         RUNTIME.reports.note("torch.distributed is not initialised: graphs were compiled as by backend 'inductor'")
         return _compile(gm, example_inputs, patches)
     modules = ddp.enclosing_modules()
@@ -164,9 +165,9 @@ def add_state_inputs(gm: fx.GraphModule, inputs: Sequence[Any], requests: Sequen
         if node.op == "placeholder":
             copies[node]._dynamo_source = node._dynamo_source
         if node is last_placeholder:
-            for request in requests:
+            for index, request in enumerate(requests):
                 for name in STATE_INPUTS[: request.tensor_count]:
-                    added = graph.placeholder(f"dct_{name}")
+                    added = graph.placeholder(f"dct_{name}_{index}")
                     added._dynamo_source = None
                     added.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     copy = fx.GraphModule(gm, graph)

@@ -115,10 +115,11 @@ class ReportEntry:
 
 @dataclass
 class ReportRegistry:
-    """Collects what compilations report."""
+    """Collects what compilations report. ``called``: whether the backend has been asked to compile anything."""
 
     entries: list[ReportEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    called: bool = False
 
     def add(self, graph: GraphReport, sites: Sequence[tuple[SiteReport, Measure | None]]) -> ReportEntry:
         entry = ReportEntry(graph, sites)
@@ -139,7 +140,7 @@ class ReportRegistry:
 
     def snapshot(self) -> Report:
         sites = [_measured(site, measure) for entry in self.entries for site, measure in entry.sites]
-        notes = self.notes if self.entries or self.notes else [NOTHING_COMPILED]
+        notes = self.notes if self.called else [*self.notes, NOTHING_COMPILED]
         return Report(tuple(sites), tuple(entry.graph for entry in self.entries), tuple(notes))
 
 

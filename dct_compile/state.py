@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.triton_kernels.layout import COUNTERS, GradientLayout, piece_share
 
 StateDict = dict[str, dict[str, Any]]
 STATE_INPUTS = ("residual", "threshold", "counters", "owner_residual", "owner_threshold", "owner_counters")
 """The graph inputs of one bucket, in order; the last three under "owner" only."""
-_WRAPPERS = ("_orig_mod", "module")
 
 
 @dataclass
@@ -135,6 +136,7 @@ class StateStore:
             if bucket.holds(parameters) and _geometry(bucket.layout, bucket.owner_layout) == _geometry(layout, owner_layout):
                 return bucket
         self._buckets = [bucket for bucket in self._buckets if all(ref() is not None for ref in bucket.parameters)]
+        self._pending = [(ref, waiting) for ref, waiting in self._pending if ref() is not None]
         created = BucketState(parameters, layout, owner_layout, parameters[0].device)
         for segment, parameter in enumerate(parameters):
             loaded = self._take_pending(parameter)
@@ -165,12 +167,10 @@ class StateStore:
     def state_dict(self, model: nn.Module) -> StateDict:
         """A copy of the state of ``model``'s parameters on this rank, keyed by parameter name without wrapper prefixes."""
         saved: StateDict = {}
-        for name, parameter in model.named_parameters():
-            for ordinal, (bucket, segment) in enumerate(self.entries(parameter)):
-                saved[_key(name, ordinal)] = _clone(bucket.entry(segment))
-            for ref, waiting in self._pending:
-                if ref() is parameter:
-                    saved.update({_key(name, ordinal): _clone(entry) for ordinal, entry in enumerate(waiting)})
+        for name, parameter in named_parameters(model):
+            found = [bucket.entry(segment) for bucket, segment in self.entries(parameter)]
+            found += [entry for ref, waiting in self._pending if ref() is parameter for entry in waiting]
+            saved.update({_key(name, ordinal): _clone(entry) for ordinal, entry in enumerate(found)})
         return saved
 
     def load_state_dict(self, model: nn.Module, saved: StateDict) -> None:
@@ -178,17 +178,18 @@ class StateStore:
 
         Works before the first compilation too. Raises ``ValueError`` for a name that the model does not have and for a wrong shape.
         """
-        names = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        names = dict(named_parameters(model))
         unknown = [key for key in saved if key.split("@")[0] not in names]
         if unknown:
             raise ValueError(f"the state names parameters that the model does not have: {', '.join(unknown)}; it has {', '.join(names)}")
         for name, parameter in names.items():
-            given = [saved[key] for key in _numbered_keys(name, saved)]
-            for entry in given:
+            for entry in [saved[key] for key in _numbered_keys(name, saved)]:
                 if entry["residual"].numel() != local_tensor(parameter).numel():
                     raise ValueError(
                         f"{name} has {local_tensor(parameter).numel()} elements, its residual in the state has {entry['residual'].numel()}"
                     )
+        for name, parameter in names.items():
+            given = [saved[key] for key in _numbered_keys(name, saved)]
             self._take_pending(parameter, everything=True)
             held = list(self.entries(parameter))
             for ordinal, (bucket, segment) in enumerate(held):
@@ -211,9 +212,16 @@ def local_tensor(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def canonical_name(name: str) -> str:
-    """A parameter's name without the parts that DDP and torch.compile add."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """``model.named_parameters()`` without the parts of the names that DDP and torch.compile add."""
+    for name, parameter in model.named_parameters():
+        *path, last = name.split(".")
+        module, kept = model, []
+        for part in path:
+            if not isinstance(module, DistributedDataParallel | OptimizedModule):
+                kept.append(part)
+            module = module.get_submodule(part)
+        yield ".".join([*kept, last]), parameter
 
 
 def _geometry(layout: GradientLayout, owner_layout: GradientLayout | None) -> tuple[Any, ...]:
@@ -223,7 +231,7 @@ def _geometry(layout: GradientLayout, owner_layout: GradientLayout | None) -> tu
 
 
 def _key(name: str, ordinal: int) -> str:
-    return canonical_name(name) + (f"@{ordinal}" if ordinal else "")
+    return name + (f"@{ordinal}" if ordinal else "")
 
 
 def _numbered_keys(name: str, saved: StateDict) -> Iterator[str]:

@@ -1,11 +1,11 @@
 """DLRM, the recommender of [Gupta21] section 5: two MLPs, embedding tables, pairwise dot products.
 
-    dense [B, F] -> bottom MLP ---------> [B, 16] -+
+    dense [B, F] -> bottom MLP ---------> [B, 16] ----+
     ids [B, I] -> tables -> all_to_all -> [B, T, 16] -+-> dot products -> top MLP -> logit [B]
 
-Plain PyTorch. With a process group it is model parallel (see :mod:`dct_compile.models.parallel`): the tables and the second layer of each MLP
-are sharded. Those two layers (512 to 256) hold four fifths of the MLPs' weights; what they compute is exchanged after the ReLU, where the
-paper cuts the model, too.
+Plain PyTorch. With a process group it is model parallel (see :mod:`dct_compile.models.parallel`): the tables and the second layer of each
+MLP are sharded. Those two layers (512 to 256) hold four fifths of the MLPs' weights; what they compute is exchanged after the ReLU, where
+the paper cuts the model, too.
 """
 
 from collections.abc import Sequence

@@ -106,8 +106,8 @@ def balance(tables: Sequence[Table], parts: int) -> list[list[int]]:
 class ShardedEmbeddings(nn.Module):
     """Embedding tables, each held by one rank, for int64 ids [B, sum of widths] (the same on all ranks) -> [B, tables, dim].
 
-    Several ids of a sample are averaged. Between lookup and exchange there are shape operations only. The exchange is an all_to_all, because
-    ranks may hold different numbers of tables.
+    Several ids of a sample are averaged. Between lookup and exchange there are shape operations only. The exchange is an all_to_all,
+    because ranks may hold different numbers of tables.
     """
 
     def __init__(self, tables: Sequence[Table], dim: int, group: dist.ProcessGroup | None) -> None:

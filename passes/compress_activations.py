@@ -81,7 +81,8 @@ def _mask_local_gradient(decision: Decision, payload: fx.Node, config: DCTConfig
     """Applies the mask where the backward sends nothing: the gradient of a row-parallel layer's output is already on every rank."""
     assert decision.site.local_gradient is not None
     gradient, users = decision.site.local_gradient
-    at = gu.Inserter(gradient.graph, gradient.next, gradient)
+    first = next(node for node in gradient.graph.nodes if node in users)
+    at = gu.Inserter(gradient.graph, first, gradient)
     tensor = gradient.meta["val"]
     values = at.call(dct.gather_rows.default, gradient, payload, decision.slots, config.mp_dtype, tensor.dtype)
     row_shape = [int(size) for size in tensor.shape[1:]]

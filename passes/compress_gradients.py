@@ -72,9 +72,9 @@ class _Rewrite:
         reduced = self._unpack(self.finish, waited, dense, self.plan.numel, gradient.meta["val"].dtype, layout, size if self.average else 1)
         if len(shape) != 1:
             reduced = self.finish.call(aten.reshape.default, reduced, list(shape))
-        wait = self.finish.before
-        wait.replace_all_uses_with(reduced)
-        wait.graph.erase_node(wait)
+        for wait in gu.waits(self.site.node):
+            wait.replace_all_uses_with(reduced)
+            wait.graph.erase_node(wait)
         self.site.node.graph.erase_node(self.site.node)
 
     def _reduce_at_owner(self, payload: fx.Node, layout: GradientLayout) -> fx.Node:

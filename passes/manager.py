@@ -111,6 +111,7 @@ class JointGraphPass(CustomGraphPass):
         return hashlib.sha256(json.dumps(self.config.comparable(), sort_keys=True).encode()).hexdigest()
 
     def __call__(self, graph: fx.Graph) -> None:
+        self.runtime.reports.called = True
         for user_pass in self.earlier:
             user_pass(graph)
         context, state = self._read_inputs(graph)

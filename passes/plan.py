@@ -112,12 +112,12 @@ def _sent(site: Site, input_bytes: int) -> int:
 def _unsupported(site: Site) -> str | None:
     """Why no codec can carry this collective."""
     tensor = site.tensor
-    if any(user.target is not gu.WAIT for user in site.node.users):
-        return "its result is used before it was waited for"
     if site.group_size == 1:
         return "a group of one rank sends nothing"
     if site.collective not in TWINS:
         return f"{site.collective} is not compressed"
+    if any(user.target is not gu.WAIT for user in site.node.users):
+        return "its result is used before it was waited for"
     if tensor is None:
         return "the shape of the input is unknown"
     if tensor.dtype not in COMPRESSIBLE:

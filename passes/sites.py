@@ -19,7 +19,22 @@ EMBEDDING_OPS = frozenset(
         aten.embedding_bag.default,
     }
 )
-_GRADIENT_PATH = gu.SHAPE_OPS | gu.SCALING_OPS
+_GRADIENT_PATH = gu.SCALING_OPS | {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten._to_copy.default,
+    torch.ops.prims.convert_element_type.default,
+}
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
@@ -115,6 +130,9 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
             segments=context.segments.get(node) or _gradient_segments(node, returned),
         )
         seq = node.meta.get("seq_nr")
+        forward = forward_by_seq.get(seq) if node in backward else None
+        if forward is not None and forward.kind in ("activation", "embedding"):
+            site.segments = ()
         if site.segments:
             site.kind, site.name = "gradient", ", ".join(segment.parameter.name for segment in site.segments)
         elif context.backward_only:
@@ -130,11 +148,19 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
         elif site.tensor is not None and site.tensor.is_floating_point() and site.origin != "parameter":
             site.kind = "activation"
         if node not in backward and seq is not None:
-            forward_by_seq[seq] = site
+            forward_by_seq.setdefault(seq, site)
         sites.append(site)
-    for site in forward_by_seq.values():
-        if site.collective == "all_reduce" and site.input is not None:
-            site.local_gradient = _local_gradient(site.input, backward)
+    unpaired = {wait: site for site in sites if site.kind == "activation_gradient" and site.twin is None for wait in gu.waits(site.node)}
+    paired = {id(site.twin) for site in sites if site.twin is not None}
+    for site in sites:
+        if site.kind not in ("activation", "embedding") or site.input is None or id(site) in paired:
+            continue
+        found = _local_gradient(site.input, backward)
+        if found is not None and found[0] in unpaired:
+            twin = unpaired[found[0]]
+            twin.twin, twin.kind, twin.name = site, f"{site.kind}_gradient", site.name
+        elif site.collective == "all_reduce":
+            site.local_gradient = found
     return sites
 
 
@@ -175,12 +201,14 @@ def _is_embedding(node: fx.Node) -> bool:
 
 
 def _gradient_segments(node: fx.Node, returned: dict[Any, Parameter]) -> tuple[Segment, ...]:
-    """The parameter whose gradient an all_reduce's result becomes, through scalings and shape operations only."""
+    """The parameter whose gradient an all_reduce's result becomes, through scalings and operations that keep every element."""
+    reduced = gu.value(node)
     for wait in gu.waits(node):
         current = wait
         while True:
             if current in returned:
-                return (Segment(returned[current], 0),)
+                parameter = returned[current]
+                return (Segment(parameter, 0),) if reduced is not None and gu.numel_hint(reduced) == parameter.numel else ()
             followers = [user for user in current.users if user.target in _GRADIENT_PATH]
             if len(followers) != 1:
                 break

@@ -1,6 +1,6 @@
 """Runs the graphs of several ranks side by side in one process: what each collective receives is worked out from all ranks' inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from dct_compile.passes.graph_utils import WAIT, argument
 from dct_compile.state import BucketState
-from tests.tracing import Trace, placeholders
+from tests.tracing import Trace, placeholders, trace
 
 c10d = torch.ops._c10d_functional
 
@@ -60,16 +60,17 @@ def _reduce(tensors: Sequence[Tensor], op: str) -> Tensor:
     return (total / len(tensors) if op == "avg" else total).to(tensors[0].dtype)
 
 
-def make_inputs(trace: Trace, rank: int) -> list[Any]:
+def make_inputs(traced: Trace, rank: int) -> list[Any]:
     """Values for the joint graph's placeholders: parameters alike on all ranks, fresh state, all else random per rank (ids below 8)."""
-    nodes = placeholders(trace.before)
-    state = [tensor for item in trace.requests for tensor in BucketState([], item.layout, item.owner_layout, torch.device("cpu")).tensors()]
+    nodes = placeholders(traced.before)
+    buckets = [BucketState([], item.layout, item.owner_layout, torch.device("cpu")) for item in traced.requests]
+    state = [tensor for bucket in buckets for tensor in bucket.tensors()]
     values: list[Any] = []
     for position, node in enumerate(nodes):
-        own = 0 if position < len(trace.inputs) and trace.inputs[position].is_parameter else rank + 1
+        own = 0 if position < len(traced.inputs) and traced.inputs[position].is_parameter else rank + 1
         generator = torch.Generator().manual_seed(1000 * position + own)
         example = node.meta["val"]
-        in_state = position - len(trace.inputs)
+        in_state = position - len(traced.inputs)
         if 0 <= in_state < len(state):
             values.append(state[in_state])
         elif example.is_floating_point():
@@ -77,3 +78,15 @@ def make_inputs(trace: Trace, rank: int) -> list[Any]:
         else:
             values.append(torch.randint(0, 8, example.shape, generator=generator, dtype=example.dtype))
     return values
+
+
+def trace_all(function: Callable[..., Any], *inputs: Any, ranks: int = 2, **options: Any) -> list[Trace]:
+    """The same function traced on every rank."""
+    return [trace(function, *inputs, ranks=ranks, rank=rank, **options) for rank in range(ranks)]
+
+
+def run_both(ranks: list[Trace]) -> tuple[list[list[Any]], list[list[Any]]]:
+    """What each rank's joint graph returns before and after the passes."""
+    before = run_in_lockstep([item.before for item in ranks], [make_inputs(item, rank) for rank, item in enumerate(ranks)])
+    after = run_in_lockstep([item.after for item in ranks], [make_inputs(item, rank) for rank, item in enumerate(ranks)])
+    return before, after

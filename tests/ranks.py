@@ -88,5 +88,5 @@ def digest(tensors: Iterable[Tensor]) -> str:
     """sha256 of the tensors' bytes."""
     total = hashlib.sha256()
     for tensor in tensors:
-        total.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        total.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

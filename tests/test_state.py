@@ -1,59 +1,15 @@
-"""Compressor state: found again by identity, moved and saved without losing a gradient."""
+"""Compressor state: found again by identity, moved without losing a gradient, freed with its parameters."""
 
 import gc
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import dct_compile
-from dct_compile.runtime import RUNTIME
-from dct_compile.state import STATE_INPUTS, BucketState, StateStore, canonical_name
-from dct_compile.triton_kernels.layout import GradientLayout, gradient_layout
-
-
-def make_layout(numels: Sequence[int], chunks: int = 1, chunk: int = -1, block: int = 256) -> GradientLayout:
-    """A bucket of parameters of these sizes, end to end."""
-    segments = [number for i, numel in enumerate(numels) for number in (sum(numels[:i]), numel)]
-    return gradient_layout(tuple(segments), block, chunks, chunk, 0.1, torch.bfloat16)
-
-
-def geometry(numels: Sequence[int], ranks: int = 0, rank: int = 0, block: int = 256) -> tuple[GradientLayout, GradientLayout | None]:
-    """Layouts of the "gather" scheme, or of "owner" for that many ranks."""
-    if not ranks:
-        return make_layout(numels, block=block), None
-    return make_layout(numels, ranks, block=block), make_layout(numels, ranks, rank, block)
-
-
-def make_model(*numels: int) -> nn.ParameterDict:
-    return nn.ParameterDict({f"p{i}": nn.Parameter(torch.zeros(numel)) for i, numel in enumerate(numels)})
-
-
-def fill(bucket: BucketState, seed: int = 0) -> BucketState:
-    """Random state, as after some steps."""
-    generator = torch.Generator().manual_seed(seed)
-    for stage in filter(None, (bucket.local, bucket.owner)):
-        stage.residual.copy_(torch.randn(stage.residual.shape, generator=generator))
-        stage.threshold.copy_(torch.rand(stage.threshold.shape, generator=generator))
-        stage.counters.copy_(torch.randint(1, 100, stage.counters.shape, generator=generator))
-    return bucket
-
-
-def parts(store: StateStore, model: nn.Module) -> dict[str, Any]:
-    return store.state_dict(model)
-
-
-def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        if isinstance(value, Tensor):
-            assert torch.equal(value, other[key]), key
-        elif isinstance(value, dict):
-            assert_same(value, other[key])
-        else:
-            assert value == other[key]
+from dct_compile.state import STATE_INPUTS, BucketState, StateStore
+from dct_compile.triton_kernels.layout import gradient_layout
+from tests.states import assert_same, fill, geometry, make_model
 
 
 def test_initial_state() -> None:
@@ -96,8 +52,8 @@ def test_parameters_of_equal_shape_never_share() -> None:
     assert second is not first
     assert float(second.local.residual.abs().sum()) == 0
     first.local.residual.zero_().add_(1)
-    assert float(parts(store, other)["p0"]["residual"].sum()) == 0
-    assert float(parts(store, one)["p0"]["residual"].sum()) == 300
+    assert float(store.state_dict(other)["p0"]["residual"].sum()) == 0
+    assert float(store.state_dict(one)["p0"]["residual"].sum()) == 300
 
 
 def test_equal_parameters_in_another_order_are_another_bucket() -> None:
@@ -124,12 +80,12 @@ def test_rebuilt_buckets_take_the_state_along(ranks: int) -> None:
         fill(store.bucket([first, second], *geometry([300, 700], ranks)), 1),
         fill(store.bucket([third], *geometry([1000], ranks)), 2),
     ]
-    before = parts(store, model)
+    before = store.state_dict(model)
     new = [store.bucket([third, first], *geometry([1000, 300], ranks)), store.bucket([second], *geometry([700], ranks))]
     for bucket in new:
         store.move(old, bucket)
     store.retire(old)
-    assert_same(before, parts(store, model))
+    assert_same(before, store.state_dict(model))
     assert [len(list(store.entries(parameter))) for parameter in model.values()] == [1, 1, 1]
 
 
@@ -198,142 +154,6 @@ def test_from_gather_to_owner_the_owner_starts_afresh() -> None:
     assert float(target.owner.residual.abs().sum()) == 0
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-@pytest.mark.parametrize("used_before", [True, False])
-def test_saved_state_comes_back(ranks: int, used_before: bool) -> None:
-    store, model, numels = StateStore(), make_model(1000, 300), [1000, 300]
-    fill(store.bucket(list(model.values()), *geometry(numels, ranks)))
-    saved = store.state_dict(model)
-
-    resumed, again = StateStore(), make_model(1000, 300)
-    if used_before:
-        fill(resumed.bucket(list(again.values()), *geometry(numels, ranks)), 7)
-    resumed.load_state_dict(again, saved)
-    assert_same(resumed.state_dict(again), saved)
-    bucket = resumed.bucket(list(again.values()), *geometry(numels, ranks))
-    assert_same(resumed.state_dict(again), saved)
-    assert_same(bucket.entry(1), saved["p1"])
-
-
-def test_saved_state_is_a_copy() -> None:
-    store, model = StateStore(), make_model(300)
-    bucket = fill(store.bucket(list(model.values()), *geometry([300])))
-    saved = store.state_dict(model)
-    expected = saved["p0"]["residual"].clone()
-    bucket.local.residual.zero_()
-    assert torch.equal(saved["p0"]["residual"], expected)
-    store.load_state_dict(model, saved)
-    bucket.local.residual.zero_()
-    assert torch.equal(saved["p0"]["residual"], expected)
-
-
-def test_pending_state_is_a_copy_too() -> None:
-    store, model = StateStore(), make_model(300)
-    saved = {"p0": BucketState([], *geometry([300]), torch.device("cpu")).entry(0)}
-    store.load_state_dict(model, saved)
-    saved["p0"]["residual"].fill_(5)
-    assert float(store.bucket(list(model.values()), *geometry([300])).local.residual.sum()) == 0
-
-
-def test_saved_state_can_be_written_to_a_file(tmp_path: Any) -> None:
-    store, model = StateStore(), make_model(300)
-    fill(store.bucket(list(model.values()), *geometry([300], 2)))
-    saved = store.state_dict(model)
-    torch.save(saved, tmp_path / "state.pt")
-    assert_same(torch.load(tmp_path / "state.pt", weights_only=True), saved)
-
-
-def test_other_bucketing_after_loading() -> None:
-    store, model = StateStore(), make_model(300, 100)
-    fill(store.bucket(list(model.values()), *geometry([300, 100])))
-    saved = store.state_dict(model)
-    resumed, again = StateStore(), make_model(300, 100)
-    resumed.load_state_dict(again, saved)
-    for parameter, numel in zip(again.values(), (300, 100), strict=True):
-        resumed.bucket([parameter], *geometry([numel]))
-    assert_same(resumed.state_dict(again), saved)
-
-
-def test_missing_parameters_start_afresh() -> None:
-    store, model = StateStore(), make_model(300, 100)
-    bucket = fill(store.bucket(list(model.values()), *geometry([300, 100])))
-    saved = store.state_dict(model)
-    store.load_state_dict(model, {"p1": saved["p1"]})
-    assert float(bucket.entry(0)["residual"].abs().sum()) == 0
-    assert_same(bucket.entry(1), saved["p1"])
-
-
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_empty_state_resets(ranks: int) -> None:
-    store, model = StateStore(), make_model(1000)
-    bucket = fill(store.bucket(list(model.values()), *geometry([1000], ranks)))
-    store.load_state_dict(model, {})
-    fresh = BucketState([], *geometry([1000], ranks), torch.device("cpu"))
-    assert all(torch.equal(one, other) for one, other in zip(bucket.tensors(), fresh.tensors(), strict=True))
-
-
-def test_empty_state_resets_what_waits_for_first_use() -> None:
-    store, model = StateStore(), make_model(300)
-    entry = fill(BucketState([], *geometry([300]), torch.device("cpu"))).entry(0)
-    store.load_state_dict(model, {"p0": entry})
-    store.load_state_dict(model, {})
-    assert store.state_dict(model) == {}
-    assert float(store.bucket(list(model.values()), *geometry([300])).local.residual.abs().sum()) == 0
-
-
-def test_resetting_one_model_leaves_others_alone() -> None:
-    store, one, other = StateStore(), make_model(300), make_model(300)
-    for model in (one, other):
-        fill(store.bucket(list(model.values()), *geometry([300])))
-    store.load_state_dict(one, {})
-    assert float(store.state_dict(other)["p0"]["residual"].abs().sum()) > 0
-
-
-def test_unknown_names_are_refused() -> None:
-    store, model = StateStore(), make_model(300)
-    bucket = fill(store.bucket(list(model.values()), *geometry([300])))
-    saved = store.state_dict(model)
-    with pytest.raises(ValueError, match=r"names parameters that the model does not have: other.*it has p0"):
-        store.load_state_dict(model, {**saved, "other": saved["p0"]})
-    assert torch.equal(bucket.local.residual, saved["p0"]["residual"])
-
-
-@pytest.mark.parametrize("used_before", [True, False])
-def test_wrong_sizes_are_refused_and_nothing_changes(used_before: bool) -> None:
-    store, model = StateStore(), make_model(300, 100)
-    if used_before:
-        fill(store.bucket(list(model.values()), *geometry([300, 100])))
-    before = store.state_dict(model)
-    fitting, wrong = (fill(BucketState([], *geometry([numel]), torch.device("cpu")), 3).entry(0) for numel in (300, 99))
-    with pytest.raises(ValueError, match="p1 has 100 elements, its residual in the state has 99"):
-        store.load_state_dict(model, {"p0": fitting, "p1": wrong})
-    assert_same(store.state_dict(model), before)
-
-
-def test_part_of_another_size_is_refused() -> None:
-    bucket = BucketState([], *geometry([300]), torch.device("cpu"))
-    wrong = BucketState([], *geometry([299]), torch.device("cpu")).entry(0)
-    with pytest.raises(ValueError, match="299"):
-        bucket.write(0, wrong)
-
-
-def test_parameter_compressed_by_two_graphs_has_numbered_keys() -> None:
-    store, model = StateStore(), make_model(300, 100)
-    first, second = model.values()
-    fill(store.bucket([first], *geometry([300])), 1)
-    fill(store.bucket([first, second], *geometry([300, 100])), 2)
-    saved = store.state_dict(model)
-    assert sorted(saved) == ["p0", "p0@1", "p1"]
-    resumed, again = StateStore(), make_model(300, 100)
-    resumed.load_state_dict(again, saved)
-    assert_same(resumed.state_dict(again), saved)
-    third, fourth = again.values()
-    resumed.bucket([third], *geometry([300]))
-    assert_same(resumed.state_dict(again), saved)
-    resumed.bucket([third, fourth], *geometry([300, 100]))
-    assert_same(resumed.state_dict(again), saved)
-
-
 def test_state_goes_when_its_parameters_go() -> None:
     store, model, kept = StateStore(), make_model(300), make_model(100)
     fill(store.bucket(list(model.values()), *geometry([300])))
@@ -359,61 +179,3 @@ def test_new_parameter_in_the_place_of_a_dead_one_starts_afresh() -> None:
     del parameter
     gc.collect()
     assert float(store.bucket([nn.Parameter(torch.zeros(300))], *layouts).local.residual.abs().sum()) == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("layer.weight", "layer.weight"),
-        ("module.layer.weight", "layer.weight"),
-        ("_orig_mod.layer.weight", "layer.weight"),
-        ("_orig_mod.module.layer.weight", "layer.weight"),
-        ("module.module._orig_mod.layer.0.weight", "layer.0.weight"),
-        ("layer._orig_mod.weight", "layer.weight"),
-        ("modules.weight", "modules.weight"),
-    ],
-)
-def test_names_have_no_wrapper_prefixes(name: str, wanted: str) -> None:
-    assert canonical_name(name) == wanted
-
-
-def test_models_own_child_called_module_keeps_its_name_apart() -> None:
-    """A wrapper's prefix must not make two parameters one."""
-
-    class Own(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(300))
-            self.module = nn.Linear(10, 30, bias=False)
-
-    store, model = StateStore(), Own()
-    for seed, parameter in enumerate(model.parameters()):
-        fill(store.bucket([parameter], *geometry([300])), seed)
-    saved = store.state_dict(model)
-    assert len(saved) == 2
-    resumed, again = StateStore(), Own()
-    resumed.load_state_dict(again, saved)
-    for parameter in again.parameters():
-        resumed.bucket([parameter], *geometry([300]))
-    assert_same(resumed.state_dict(again), saved)
-
-
-def test_saved_by_a_wrapped_model_loaded_by_a_plain_one() -> None:
-    store, model = StateStore(), nn.Linear(30, 10, bias=False)
-    compiled = torch.compile(model)
-    fill(store.bucket([model.weight], *geometry([300])))
-    saved = store.state_dict(compiled)
-    assert list(saved) == ["weight"]
-    store.load_state_dict(model, saved)
-    store.load_state_dict(compiled, {})
-    assert float(store.state_dict(model)["weight"]["residual"].abs().sum()) == 0
-
-
-def test_public_functions_use_the_process_wide_state() -> None:
-    model = make_model(300)
-    fill(RUNTIME.states.bucket(list(model.values()), *geometry([300])))
-    saved = dct_compile.state_dict(model)
-    dct_compile.load_state_dict(model, {})
-    assert float(dct_compile.state_dict(model)["p0"]["residual"].abs().sum()) == 0
-    dct_compile.load_state_dict(model, saved)
-    assert_same(dct_compile.state_dict(model), saved)

@@ -3,7 +3,8 @@
 One row of a payload (``quantized_row_bytes`` of layout.py)::
 
     scale  bfloat16, little-endian
-    codes  8 bits: [width] int8    4 bits: [ceil(width / 2)] bytes, two's complement, the low half first; a last high half without an entry is 0
+    codes  8 bits: [width] int8
+           4 bits: [ceil(width / 2)] bytes of two, two's complement, the low half first; a last high half without an entry is 0
 """
 
 import math
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.layout import quantized_row_bytes
+from dct_compile.triton_kernels.row_codec import check_dtype, check_rows
 
 SMALLEST_SCALE = 2.0**-126
 """A row that is not all zero has at least this scale (the smallest normal float32), so that x / scale is accurate and finite."""
@@ -25,9 +27,18 @@ def largest_code(bits: int) -> int:
     return 127 if bits == 8 else 7
 
 
-def check_quantized(payload: Tensor, row_shape: Sequence[int], bits: int) -> None:
-    """Raises ValueError if ``payload`` is not uint8 [R, inner * quantized_row_bytes], or for other ``bits`` than 8 and 4."""
+def check_quantize_arguments(x: Tensor, seed: Tensor, bits: int) -> None:
+    """Raises ValueError for rows, a seed or ``bits`` that ``quantize_rows`` does not take."""
     largest_code(bits)
+    check_rows(x)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(f"seed is {seed.dtype} {tuple(seed.shape)}, expected int64 [1]")
+
+
+def check_quantized(payload: Tensor, row_shape: Sequence[int], bits: int, dtype: torch.dtype) -> None:
+    """Raises ValueError if ``payload`` is not uint8 [R, inner * quantized_row_bytes], or for ``bits`` or a ``dtype`` that are not known."""
+    largest_code(bits)
+    check_dtype(dtype, "dtype of the rows")
     columns = math.prod(row_shape[:-1]) * quantized_row_bytes(row_shape[-1], bits)
     if payload.dtype != torch.uint8 or payload.dim() != 2 or payload.shape[1] != columns:
         raise ValueError(f"payload is {payload.dtype} {tuple(payload.shape)}, expected uint8 [rows, {columns}]")
@@ -43,7 +54,7 @@ def _mix(h: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, index: Tensor) -> Tensor:
-    """float32 in [0, 1) with 24 random bits for each element ``index`` (int64), the same on any device for the same ``seed`` (int64 [1])."""
+    """float32 in [0, 1) with 24 random bits for each element ``index`` (int64), the same on any device for one ``seed`` (int64 [1])."""
     key = _mix(seed & 0xFFFFFFFF ^ _mix(seed >> 32 & 0xFFFFFFFF ^ _mix(index >> 32)))
     return (_mix(index & 0xFFFFFFFF ^ key) >> 8).float() * 2.0**-24
 
@@ -54,10 +65,11 @@ def quantize_rows_reference(x: Tensor, seed: Tensor, bits: int) -> Tensor:
     ``x``: float32, bfloat16 or float16 [R, *row_shape], any strides; a row is its last dimension. ``seed``: int64 [1] on the same device,
     read there. ``bits``: 8 or 4. Returns uint8 [R, inner * quantized_row_bytes]. Nothing is mutated.
 
-    scale = max|x| / qmax, rounded up to bfloat16; code = floor(x / scale + u) with u uniform in [0, 1): the expectation of code * scale is x, and
-    no entry moves by more than one scale. A row of zeros has scale 0; a row with NaN or Inf has scale NaN and decodes to NaN.
-    Raises ValueError for other ``bits``.
+    scale = max|x| / qmax, rounded up to bfloat16; code = floor(x / scale + u) with u uniform in [0, 1): the expectation of code * scale is
+    x, and no entry moves by more than one scale. A row of zeros has scale 0; a row with NaN or Inf has scale NaN and decodes to NaN.
+    Raises ValueError for other ``bits`` and for other dtypes.
     """
+    check_quantize_arguments(x, seed, bits)
     qmax = largest_code(bits)
     width = x.shape[-1]
     rows = x.reshape(-1, width).float()
@@ -81,11 +93,11 @@ def quantize_rows_reference(x: Tensor, seed: Tensor, bits: int) -> Tensor:
 def dequantize_rows_reference(payload: Tensor, row_shape: Sequence[int], bits: int, dtype: torch.dtype) -> Tensor:
     """code * scale: the rows of ``quantize_rows``.
 
-    ``payload``: uint8 [R, inner * quantized_row_bytes]. Returns ``dtype`` [R, *row_shape], contiguous. The scale is rounded up, so the largest
-    code may stand for more than the row's largest entry: what would pass the range of ``dtype`` becomes its largest finite value.
+    ``payload``: uint8 [R, inner * quantized_row_bytes]. Returns ``dtype`` [R, *row_shape], contiguous. The scale is rounded up, so the
+    largest code may stand for more than the row's largest entry: what would pass the range of ``dtype`` becomes its largest finite value.
     Raises ValueError for other ``bits`` than 8 and 4 and for a payload of another shape.
     """
-    check_quantized(payload, row_shape, bits)
+    check_quantized(payload, row_shape, bits, dtype)
     width = row_shape[-1]
     rows = payload.reshape(-1, quantized_row_bytes(width, bits))
     scale = rows[:, :2].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dct_compile.triton_kernels.compat import jit, tl
 from dct_compile.triton_kernels.layout import quantized_row_bytes
-from dct_compile.triton_kernels.quantize import check_quantized, largest_code
+from dct_compile.triton_kernels.quantize import check_quantize_arguments, check_quantized, largest_code
 from dct_compile.triton_kernels.row_codec_triton import (
     CODES,
     as_bits,
@@ -42,9 +42,10 @@ def row_codes(x, scale, seed, index, QMAX: tl.constexpr):  # type: ignore[no-unt
     # The product is exact, so that it makes no difference whether the compiler fuses it with the sum.
     u = (h >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
     divisor = tl.where(scale > 0.0, scale, 1.0) + tl.zeros_like(x)
-    code = tl.floor(tl.div_rn(x, divisor) + u)
-    code = tl.minimum(tl.maximum(code, -QMAX), QMAX)
-    return tl.where(scale > 0.0, code, 0.0).to(tl.int32)
+    moved = tl.where(scale > 0.0, tl.div_rn(x, divisor) + u, 0.0)
+    truncated = moved.to(tl.int32)  # and not tl.floor, which takes a negative denormal for 0
+    code = truncated - (truncated.to(tl.float32) > moved).to(tl.int32)
+    return tl.minimum(tl.maximum(code, -QMAX), QMAX)
 
 
 @jit
@@ -115,7 +116,7 @@ def dequantize_rows_kernel(  # type: ignore[no-untyped-def]
 @torch.no_grad()
 def quantize_rows_triton(x: Tensor, seed: Tensor, bits: int) -> Tensor:
     """`quantize_rows_reference` with Triton. No host sync."""
-    qmax = largest_code(bits)
+    check_quantize_arguments(x, seed, bits)
     width, inner = x.shape[-1], math.prod(x.shape[1:-1])
     columns = quantized_row_bytes(width, bits)
     payload = torch.empty(x.shape[0], inner * columns, dtype=torch.uint8, device=x.device)
@@ -130,7 +131,7 @@ def quantize_rows_triton(x: Tensor, seed: Tensor, bits: int) -> Tensor:
         payload,
         WIDTH=width,
         SOURCE=CODES[x.dtype],
-        QMAX=qmax,
+        QMAX=largest_code(bits),
         ENTRIES=entries,
         ROW_BYTES=columns,
         BLOCK=block,
@@ -142,7 +143,7 @@ def quantize_rows_triton(x: Tensor, seed: Tensor, bits: int) -> Tensor:
 @torch.no_grad()
 def dequantize_rows_triton(payload: Tensor, row_shape: Sequence[int], bits: int, dtype: torch.dtype) -> Tensor:
     """`dequantize_rows_reference` with Triton. No host sync."""
-    check_quantized(payload, row_shape, bits)
+    check_quantized(payload, row_shape, bits, dtype)
     width = row_shape[-1]
     out = torch.empty(payload.shape[0], *row_shape, dtype=dtype, device=payload.device)
     if out.numel() == 0:

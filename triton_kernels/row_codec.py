@@ -21,19 +21,34 @@ MAX_WIDTH = 65536
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_dtype(dtype: torch.dtype, what: str) -> None:
+    """Raises ValueError for a dtype that the row ops do not take."""
+    if dtype not in VALUE_DTYPES:
+        raise ValueError(f"{what} is {dtype}, expected one of {VALUE_DTYPES}")
+
+
+def check_rows(x: Tensor) -> None:
+    """Raises ValueError if ``x`` is not [R, *row_shape] of a dtype that the row ops take."""
+    check_dtype(x.dtype, "dtype of the rows")
+    if x.dim() < 2:
+        raise ValueError(f"rows are {tuple(x.shape)}, expected [R, *row_shape]")
+
+
 def check_row_format(width: int, slots: int, value_dtype: torch.dtype) -> None:
     """Raises ValueError for a row that the payload cannot express."""
     if not 1 <= width <= MAX_WIDTH:
         raise ValueError(f"row width {width} is outside 1..{MAX_WIDTH}")
     if not 1 <= slots <= width:
         raise ValueError(f"slots {slots} is outside 1..{width}, the width of the row")
-    if value_dtype not in VALUE_DTYPES:
-        raise ValueError(f"value dtype {value_dtype} is not one of {VALUE_DTYPES}")
+    check_dtype(value_dtype, "value dtype")
 
 
-def check_row_payload(payload: Tensor, row_shape: Sequence[int], slots: int, blocks_of: int, value_dtype: torch.dtype) -> None:
-    """Raises ValueError if ``payload`` is not uint8 [a multiple of ``blocks_of``, inner * row_bytes] for these rows."""
+def check_row_payload(
+    payload: Tensor, row_shape: Sequence[int], slots: int, blocks_of: int, value_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Raises ValueError if ``payload`` is not uint8 [a multiple of ``blocks_of``, inner * row_bytes], or for a dtype that is not known."""
     width = row_shape[-1]
+    check_dtype(dtype, "dtype of the rows")
     check_row_format(width, slots, value_dtype)
     columns = math.prod(row_shape[:-1]) * row_bytes(width, slots, value_dtype)
     if payload.dtype != torch.uint8 or payload.dim() != 2 or payload.shape[1] != columns:
@@ -45,8 +60,9 @@ def check_row_payload(payload: Tensor, row_shape: Sequence[int], slots: int, blo
 def check_row_values(values: Tensor, payload: Tensor, row_shape: Sequence[int], slots: int, addends: int) -> None:
     """Raises ValueError if ``values`` is not a value dtype [addends * the payload's rows, inner * slots]."""
     expected = (addends * payload.shape[0], math.prod(row_shape[:-1]) * slots)
-    if values.dtype not in VALUE_DTYPES or tuple(values.shape) != expected:
-        raise ValueError(f"values are {values.dtype} {tuple(values.shape)}, expected {list(expected)} in one of {VALUE_DTYPES}")
+    check_dtype(values.dtype, "value dtype")
+    if tuple(values.shape) != expected:
+        raise ValueError(f"values are {tuple(values.shape)}, expected {expected}")
 
 
 def round_to_value(values: Tensor, value_dtype: torch.dtype) -> Tensor:

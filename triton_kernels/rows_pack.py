@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.layout import row_bytes
-from dct_compile.triton_kernels.row_codec import check_row_format, encode_rows, round_to_value
+from dct_compile.triton_kernels.row_codec import check_row_format, check_rows, encode_rows, round_to_value
 
 METHODS = ("exact", "laplace", "fixed")
 INF_KEY = 0x7F800000
 """Bits of +inf in float32. The *key* of an entry is the bits of its magnitude: integers in the same order as the magnitudes."""
 
 
-def check_pack_arguments(width: int, slots: int, method: str, density: float, fixed: float, value_dtype: torch.dtype) -> None:
+def check_pack_arguments(x: Tensor, slots: int, method: str, density: float, fixed: float, value_dtype: torch.dtype) -> None:
     """Raises ValueError for arguments that mean nothing."""
-    check_row_format(width, slots, value_dtype)
+    check_rows(x)
+    check_row_format(x.shape[-1], slots, value_dtype)
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {METHODS}")
     if method == "laplace" and not 0 < density <= 1:
@@ -39,8 +40,8 @@ def pack_rows_reference(x: Tensor, slots: int, method: str, density: float, fixe
     ``fixed`` for "fixed". NaN and Inf are always eligible, with magnitude +inf. Kept are the ``slots`` eligible entries of largest
     magnitude, of equals the first. Values are rounded as in ``round_to_value``. Raises ValueError for arguments that mean nothing.
     """
+    check_pack_arguments(x, slots, method, density, fixed, value_dtype)
     width = x.shape[-1]
-    check_pack_arguments(width, slots, method, density, fixed, value_dtype)
     rows = x.reshape(-1, width).float()
     magnitude = torch.where(rows.isfinite(), rows.abs(), math.inf)
     tau = torch.zeros(rows.shape[0], 1, device=x.device)

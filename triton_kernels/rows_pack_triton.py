@@ -69,8 +69,8 @@ def pack_rows_kernel(  # type: ignore[no-untyped-def]
 @torch.no_grad()
 def pack_rows_triton(x: Tensor, slots: int, method: str, density: float, fixed: float, value_dtype: torch.dtype) -> Tensor:
     """`pack_rows_reference` with Triton. No host sync."""
+    check_pack_arguments(x, slots, method, density, fixed, value_dtype)
     width, inner = x.shape[-1], math.prod(x.shape[1:-1])
-    check_pack_arguments(width, slots, method, density, fixed, value_dtype)
     x = x.contiguous()
     columns = row_bytes(width, slots, value_dtype)
     payload = torch.empty(x.shape[0], inner * columns, dtype=torch.uint8, device=x.device)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.row_codec import check_row_payload, check_row_values, decode_rows, round_to_value
+from dct_compile.triton_kernels.row_codec import check_row_payload, check_row_values, check_rows, decode_rows, round_to_value
 
 
 def _sum_rows(values: Tensor, indices: Tensor, valid: Tensor, width: int) -> Tensor:
@@ -31,10 +31,11 @@ def unpack_rows_reference(
     """Dense rows of a payload, or the sum of ``addends`` payloads that stand one after the other.
 
     ``payload``: uint8 [addends * R, inner * row_bytes]. Returns ``dtype`` [R, *row_shape], contiguous: zeros and the valid entries; with
-    several addends their sum, accumulated in float32 in the order of the addends, then cast. Raises ValueError for a payload of another shape.
+    several addends their sum, accumulated in float32 in the order of the addends, then cast.
+    Raises ValueError for a payload of another shape.
     """
     width = row_shape[-1]
-    check_row_payload(payload, row_shape, slots, addends, value_dtype)
+    check_row_payload(payload, row_shape, slots, addends, value_dtype, dtype)
     values, indices, valid = (part.reshape(addends, -1, slots) for part in decode_rows(payload, width, slots, value_dtype))
     return _sum_rows(values, indices, valid, width).to(dtype).reshape(payload.shape[0] // addends, *row_shape)
 
@@ -44,11 +45,12 @@ def gather_rows_reference(grad: Tensor, payload: Tensor, slots: int, payload_dty
 
     ``grad``: float32, bfloat16 or float16 [R, *row_shape], any strides. ``payload``: uint8 [A * R, inner * row_bytes], values of
     ``payload_dtype``; each of its A blocks of R rows reads the same gradient rows (the backward of a sum of A payloads). Returns
-    ``value_dtype`` [A * R, inner * slots], rounded as in ``round_to_value``, 0 in slots that are not valid. Raises ValueError for a payload of
-    another shape.
+    ``value_dtype`` [A * R, inner * slots], rounded as in ``round_to_value``, 0 in slots that are not valid.
+    Raises ValueError for a payload of another shape.
     """
+    check_rows(grad)
     width = grad.shape[-1]
-    check_row_payload(payload, grad.shape[1:], slots, grad.shape[0], payload_dtype)
+    check_row_payload(payload, grad.shape[1:], slots, grad.shape[0], payload_dtype, value_dtype)
     inner = math.prod(grad.shape[1:-1])
     _, indices, valid = decode_rows(payload, width, slots, payload_dtype)
     blocks = payload.shape[0] // max(grad.shape[0], 1)
@@ -63,11 +65,11 @@ def scatter_rows_reference(
     """The counterpart of ``gather_rows``: dense rows with ``values`` at the payload's valid places.
 
     ``values``: float32, bfloat16 or float16 [addends * R, inner * slots]. ``payload``: uint8 [R, inner * row_bytes], values of
-    ``payload_dtype``. Returns ``dtype`` [R, *row_shape], contiguous: zeros and, at the valid places, the sum over the addends, accumulated in
-    float32 in their order, then cast. Raises ValueError for a payload or values of another shape.
+    ``payload_dtype``. Returns ``dtype`` [R, *row_shape], contiguous: zeros and, at the valid places, the sum over the addends, accumulated
+    in float32 in their order, then cast. Raises ValueError for a payload or values of another shape.
     """
     width = row_shape[-1]
-    check_row_payload(payload, row_shape, slots, 1, payload_dtype)
+    check_row_payload(payload, row_shape, slots, 1, payload_dtype, dtype)
     check_row_values(values, payload, row_shape, slots, addends)
     _, indices, valid = decode_rows(payload, width, slots, payload_dtype)
     blocks = values.reshape(addends, -1, slots)

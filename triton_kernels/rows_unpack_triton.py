@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dct_compile.triton_kernels.compat import jit, tl
 from dct_compile.triton_kernels.layout import row_bytes
-from dct_compile.triton_kernels.row_codec import check_row_payload, check_row_values
+from dct_compile.triton_kernels.row_codec import check_row_payload, check_row_values, check_rows
 from dct_compile.triton_kernels.row_codec_triton import (
     CODES,
     as_bits,
@@ -30,7 +30,7 @@ from dct_compile.triton_kernels.row_codec_triton import (
 
 @jit
 def find_slots(packed, column, WIDTH: tl.constexpr, SLOTS: tl.constexpr, VALUE_BYTES: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The slot of each place ``column`` in the row at ``packed``, SLOTS or another place's slot where it has none, and whether it has one."""
+    """For each place ``column`` of the row at ``packed``: its slot, and whether it has one (if not, the slot means nothing)."""
     INDEX_BYTES: tl.constexpr = 1 if WIDTH <= 256 else 2
     indices = packed + SLOTS * VALUE_BYTES
     slot = tl.zeros_like(column)
@@ -141,7 +141,7 @@ def unpack_rows_triton(
     payload: Tensor, row_shape: Sequence[int], slots: int, addends: int, value_dtype: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
     """`unpack_rows_reference` with Triton. No host sync."""
-    check_row_payload(payload, row_shape, slots, addends, value_dtype)
+    check_row_payload(payload, row_shape, slots, addends, value_dtype, dtype)
     out = torch.empty(payload.shape[0] // addends, *row_shape, dtype=dtype, device=payload.device)
     return _dense_rows(payload, None, out, slots, addends, value_dtype, value_dtype)
 
@@ -151,7 +151,7 @@ def scatter_rows_triton(
     values: Tensor, payload: Tensor, row_shape: Sequence[int], slots: int, addends: int, payload_dtype: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
     """`scatter_rows_reference` with Triton. No host sync."""
-    check_row_payload(payload, row_shape, slots, 1, payload_dtype)
+    check_row_payload(payload, row_shape, slots, 1, payload_dtype, dtype)
     check_row_values(values, payload, row_shape, slots, addends)
     out = torch.empty(payload.shape[0], *row_shape, dtype=dtype, device=payload.device)
     return _dense_rows(payload, values, out, slots, addends, payload_dtype, values.dtype)
@@ -160,7 +160,8 @@ def scatter_rows_triton(
 @torch.no_grad()
 def gather_rows_triton(grad: Tensor, payload: Tensor, slots: int, payload_dtype: torch.dtype, value_dtype: torch.dtype) -> Tensor:
     """`gather_rows_reference` with Triton. No host sync."""
-    check_row_payload(payload, grad.shape[1:], slots, grad.shape[0], payload_dtype)
+    check_rows(grad)
+    check_row_payload(payload, grad.shape[1:], slots, grad.shape[0], payload_dtype, value_dtype)
     width, inner = grad.shape[-1], math.prod(grad.shape[1:-1])
     out = torch.empty(payload.shape[0], inner * slots, dtype=value_dtype, device=payload.device)
     if out.numel() == 0:

@@ -25,7 +25,7 @@ from dct_compile.passes.plan import Decision, plan
 from dct_compile.passes.sites import GraphContext, Parameter, Segment, find_sites
 from dct_compile.report import GraphReport, SiteReport
 from dct_compile.runtime import Runtime
-from dct_compile.state import STATE_INPUTS, BucketState, canonical_name
+from dct_compile.state import STATE_INPUTS, BucketState, named_parameters
 
 _ATTRIBUTE = "_dct_gradient_compressor"
 
@@ -86,7 +86,7 @@ class GradientCompressor:
 
     def __init__(self, module: DistributedDataParallel, config: DCTConfig, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
-        self.names = {id(parameter): canonical_name(name) for name, parameter in module.named_parameters()}
+        self.names = {id(parameter): name for name, parameter in named_parameters(module)}
         ranks = dist.get_process_group_ranks(module.process_group)
         self.group = dist.new_group(ranks, backend=dist.get_backend(module.process_group), use_local_synchronization=True)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dct-reducer")

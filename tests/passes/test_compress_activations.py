@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from dct_compile.passes.graph_utils import WAIT, argument
-from tests.lockstep import make_inputs, run_in_lockstep
+from tests.lockstep import make_inputs, run_both, trace_all
 from tests.small_models import Layers, all_reduce, c10d, exchange, gather, ids, leaf, reduce_scatter, world
-from tests.tracing import Trace, communication, dct, nodes_of, outputs, trace
+from tests.tracing import communication, dct, nodes_of, outputs, trace
 
 A2A, AG = c10d.all_to_all_single.default, c10d.all_gather_into_tensor.default
 RS, AR = c10d.reduce_scatter_tensor.default, c10d.all_reduce.default
 PACK, UNPACK = dct.pack_rows.default, dct.unpack_rows.default
 GATHER, SCATTER = dct.gather_rows.default, dct.scatter_rows.default
-QUANTIZE, DEQUANTIZE = dct.quantize_rows.default, dct.dequantize_rows.default
 MASKED = {PACK: 1, UNPACK: 1, GATHER: 1, SCATTER: 1, WAIT: 2}
 
 COLLECTIVES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -33,18 +32,6 @@ REWRITTEN: dict[str, tuple[Mapping[Any, int], Mapping[Any, int]]] = {
     "reduce_scatter": ({RS: 1, AG: 1, WAIT: 2}, {A2A: 2, **MASKED}),
     "all_reduce": ({AR: 2, WAIT: 2}, {AG: 1, A2A: 1, **MASKED}),
 }
-
-
-def traces(function: Callable[..., Any], *inputs: Any, ranks: int = 2, **options: Any) -> list[Trace]:
-    """The same function traced on every rank."""
-    return [trace(function, *inputs, ranks=ranks, rank=rank, **options) for rank in range(ranks)]
-
-
-def run_both(ranks: list[Trace]) -> tuple[list[list[Any]], list[list[Any]]]:
-    """What each rank's joint graph returns before and after the passes."""
-    before = run_in_lockstep([item.before for item in ranks], [make_inputs(item, rank) for rank, item in enumerate(ranks)])
-    after = run_in_lockstep([item.after for item in ranks], [make_inputs(item, rank) for rank, item in enumerate(ranks)])
-    return before, after
 
 
 def keep_largest(x: Tensor, count: int) -> Tensor:
@@ -128,14 +115,14 @@ def test_result_waited_for_twice() -> None:
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_equal_where_everything_fits(name: str) -> None:
     """relu leaves about half of a row; density .7 has room for it."""
-    ranks = traces(lambda x: COLLECTIVES[name](x.relu()).sin(), leaf(16, 64), mp_density=0.7, mp_value_dtype="float32")
+    ranks = trace_all(lambda x: COLLECTIVES[name](x.relu()).sin(), leaf(16, 64), mp_density=0.7, mp_value_dtype="float32")
     for dense, compressed in zip(*run_both(ranks), strict=True):
         torch.testing.assert_close(compressed, dense, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_each_row_keeps_its_largest_and_the_gradient_its_mask(ranks: int) -> None:
-    everyone = traces(lambda x: exchange(x), leaf(16, 64), ranks=ranks, mp_value_dtype="float32")
+    everyone = trace_all(lambda x: exchange(x), leaf(16, 64), ranks=ranks, mp_value_dtype="float32")
     for rank, (dense, compressed) in enumerate(zip(*run_both(everyone), strict=True)):
         sent = make_inputs(everyone[rank], rank)[0]
         torch.testing.assert_close(compressed[0], keep_largest(dense[0], 4), rtol=0, atol=0)
@@ -143,7 +130,7 @@ def test_each_row_keeps_its_largest_and_the_gradient_its_mask(ranks: int) -> Non
 
 
 def test_gather_adds_up_the_gradients_at_each_owners_mask() -> None:
-    everyone = traces(lambda x: gather(x), leaf(16, 64), ranks=4, mp_value_dtype="float32")
+    everyone = trace_all(lambda x: gather(x), leaf(16, 64), ranks=4, mp_value_dtype="float32")
     for rank, (dense, compressed) in enumerate(zip(*run_both(everyone), strict=True)):
         sent = make_inputs(everyone[rank], rank)[0]
         torch.testing.assert_close(compressed[0], keep_largest(dense[0], 4), rtol=0, atol=0)
@@ -151,7 +138,7 @@ def test_gather_adds_up_the_gradients_at_each_owners_mask() -> None:
 
 
 def test_reductions_add_up_masked_rows() -> None:
-    everyone = traces(lambda x: reduce_scatter(x), leaf(16, 64), ranks=4, mp_value_dtype="float32")
+    everyone = trace_all(lambda x: reduce_scatter(x), leaf(16, 64), ranks=4, mp_value_dtype="float32")
     sent = [make_inputs(item, rank)[0] for rank, item in enumerate(everyone)]
     total = torch.stack([keep_largest(x, 4) for x in sent]).sum(0)
     for rank, (dense, compressed) in enumerate(zip(*run_both(everyone), strict=True)):
@@ -162,7 +149,7 @@ def test_reductions_add_up_masked_rows() -> None:
 @pytest.mark.parametrize("collective", [all_reduce, reduce_scatter])
 @pytest.mark.parametrize("op", ["sum", "avg"])
 def test_sums_and_averages(collective: Callable[[Tensor, str], Tensor], op: str) -> None:
-    everyone = traces(lambda x: collective(x * 1, op), torch.randn(16, 64), ranks=4, mp_value_dtype="float32")
+    everyone = trace_all(lambda x: collective(x * 1, op), torch.randn(16, 64), ranks=4, mp_value_dtype="float32")
     total = torch.stack([keep_largest(make_inputs(item, rank)[0], 4) for rank, item in enumerate(everyone)]).sum(0)
     wanted = total / 4 if op == "avg" else total
     for rank, (_, compressed) in enumerate(zip(*run_both(everyone), strict=True)):
@@ -186,7 +173,7 @@ def test_row_parallel_layer_masks_the_gradient_where_it_is() -> None:
         hidden = x.sin()
         return SumOfParts.apply(hidden), x * 2  # type: ignore[no-untyped-call]
 
-    everyone = traces(part, leaf(16, 64), mp_value_dtype="float32")
+    everyone = trace_all(part, leaf(16, 64), mp_value_dtype="float32")
     assert everyone[0].codecs == ["mask"]
     assert communication(everyone[0].after) == {PACK: 1, AG: 1, WAIT: 1, UNPACK: 1, GATHER: 1, SCATTER: 1}
     for rank, (dense, compressed) in enumerate(zip(*run_both(everyone), strict=True)):
@@ -217,58 +204,16 @@ def test_uneven_splits_are_kept() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_half_precision(dtype: torch.dtype) -> None:
-    everyone = traces(lambda x: gather(x.relu()), leaf(16, 64, dtype=dtype), mp_density=0.65, mp_value_dtype=str(dtype)[6:])
+    everyone = trace_all(lambda x: gather(x.relu()), leaf(16, 64, dtype=dtype), mp_density=0.65, mp_value_dtype=str(dtype)[6:])
     for dense, compressed in zip(*run_both(everyone), strict=True):
         assert [item.dtype for item in compressed] == [dtype] * 2
         torch.testing.assert_close(compressed, dense)
 
 
 def test_dimensions_before_the_last_are_rows_too() -> None:
-    everyone = traces(lambda x: exchange(x), leaf(8, 3, 64), mp_value_dtype="float32")
+    everyone = trace_all(lambda x: exchange(x), leaf(8, 3, 64), mp_value_dtype="float32")
     for dense, compressed in zip(*run_both(everyone), strict=True):
         torch.testing.assert_close(compressed[0], keep_largest(dense[0], 4), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(("codec", "steps"), [("int8", 127), ("int4", 7)])
-def test_quantised_exchange(codec: str, steps: int) -> None:
-    table = nn.Embedding(8, 64)
-    everyone = traces(lambda index: exchange(table(index)), ids(16), embedding_codec=codec)
-    counts = communication(everyone[0].after)
-    assert counts == {QUANTIZE: 2, A2A: 2, WAIT: 2, DEQUANTIZE: 2}
-    for dense, compressed in zip(*run_both(everyone), strict=True):
-        step = dense[0].abs().amax(1, keepdim=True) / steps * 1.01
-        assert ((compressed[0] - dense[0]).abs() <= step).all()
-        assert not torch.equal(compressed[0], dense[0])
-
-
-@pytest.mark.parametrize(
-    ("collective", "wanted"),
-    [
-        (gather, {QUANTIZE: 2, AG: 1, A2A: 1, WAIT: 2, DEQUANTIZE: 2}),
-        (reduce_scatter, {QUANTIZE: 2, A2A: 1, AG: 1, WAIT: 2, DEQUANTIZE: 2}),
-        (all_reduce, {QUANTIZE: 2, AG: 2, WAIT: 2, DEQUANTIZE: 2}),
-    ],
-)
-def test_quantised_reductions_are_summed_after_decoding(collective: Callable[[Tensor], Tensor], wanted: Mapping[Any, int]) -> None:
-    table = nn.Embedding(8, 64)
-    everyone = traces(lambda index: collective(table(index)), ids(16))
-    assert communication(everyone[0].after) == wanted
-    for dense, compressed in zip(*run_both(everyone), strict=True):
-        for one, other in zip(dense, compressed, strict=True):
-            if one is not None:
-                torch.testing.assert_close(other, one, rtol=0, atol=0.1 * float(one.abs().max()))
-
-
-def test_seed_is_made_of_the_data() -> None:
-    """No generator of torch is touched; forward and backward, and every site, round differently."""
-    table = nn.Embedding(8, 64)
-    traced = trace(lambda index: exchange(exchange(table(index)).view(16, 64)), ids(16))
-    before, state = torch.get_rng_state(), make_inputs(traced, 0)
-    seeds = [node.args[1] for node in nodes_of(traced.after, QUANTIZE)]
-    assert len({seed.args[0].args[1] for seed in seeds}) == len(seeds)
-    assert not any("rand" in str(node.target) for node in traced.after.nodes)
-    assert len(state) > 0
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_new_nodes_carry_values_and_the_users_line() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dct_compile.passes.graph_utils import WAIT, argument
 from dct_compile.triton_kernels.layout import gradient_layout
-from tests.lockstep import make_inputs, run_in_lockstep
+from tests.lockstep import make_inputs, run_in_lockstep, trace_all
 from tests.small_models import Averaged, AveragedFlat, Layers, SummedAndDivided, Weighted, all_reduce, c10d, world
 from tests.tracing import Trace, communication, dct, nodes_of, outputs, placeholders, trace
 
@@ -16,11 +16,6 @@ A2A, AG, AR = c10d.all_to_all_single.default, c10d.all_gather_into_tensor.defaul
 SELECT, PACK, UNPACK = dct.select_threshold.default, dct.threshold_pack.default, dct.unpack_accumulate.default
 GATHER_SCHEME = {SELECT: 1, PACK: 1, AG: 1, WAIT: 1, UNPACK: 1}
 OWNER_SCHEME = {SELECT: 2, PACK: 2, A2A: 1, AG: 1, WAIT: 2, UNPACK: 2}
-
-
-def traces(model: nn.Module, ranks: int, **options: Any) -> list[Trace]:
-    """The same model traced on every rank with inputs of 16 rows of 64."""
-    return [trace(model, torch.randn(16, 64), ranks=ranks, rank=rank, **options) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(("scheme", "wanted", "state"), [("gather", GATHER_SCHEME, 3), ("owner", OWNER_SCHEME, 6)])
@@ -129,24 +124,16 @@ def test_several_sites_keep_their_states_apart() -> None:
     assert by_name == {"first.weight": "gradient", "second.weight": "gradient", "bias": "dense"}
     residuals = {argument(node, "residual") for node in nodes_of(traced.after, PACK)}
     assert len(residuals) == 2
-    requested = {traced.inputs[request.positions[0]].name for request in traced.requests}
-    assert requested == {"first.weight", "second.weight"}
-    for request, offset in zip(traced.requests, (0, 3), strict=True):
-        residual = placeholders(traced.after)[len(traced.inputs) + offset]
+    sites = {item.site.name: item.site for item in traced.decisions}
+    for request, place in zip(traced.requests, (0, 3), strict=True):
+        residual = placeholders(traced.after)[len(traced.inputs) + place]
         packed = next(node for node in nodes_of(traced.after, PACK) if argument(node, "residual") is residual)
-        decision = next(item for item in traced.decisions if item.site.name == traced.inputs[request.positions[0]].name)
-        assert _origin_of(argument(packed, "grad")) is decision.site.input or _same_name(argument(packed, "grad"), decision.site.input)
-
-
-def _origin_of(node: Any) -> Any:
-    while node.target is torch.ops.aten.reshape.default:
-        node = node.args[0]
-    return node
-
-
-def _same_name(node: Any, other: Any) -> bool:
-    """The trace is a copy of the graph that the decisions were made on."""
-    return bool(_origin_of(node).name == other.name)
+        source = argument(packed, "grad")
+        while source.target is torch.ops.aten.reshape.default:
+            source = source.args[0]
+        gradient = sites[traced.inputs[request.positions[0]].name].input
+        assert gradient is not None
+        assert source.name == gradient.name
 
 
 def test_beside_activations() -> None:
@@ -193,7 +180,7 @@ def run_steps(everyone: list[Trace], steps: int) -> tuple[list[Tensor], list[Ten
 @pytest.mark.parametrize("synchronise", [Averaged, SummedAndDivided, AveragedFlat])
 @pytest.mark.parametrize("value_dtype", ["float32", "bfloat16"])
 def test_gather_loses_nothing_over_time(synchronise: type[torch.autograd.Function], value_dtype: str) -> None:
-    everyone = traces(Weighted(synchronise), 2, all_reduce="gather", dp_value_dtype=value_dtype)
+    everyone = trace_all(Weighted(synchronise), torch.randn(16, 64), ranks=2, all_reduce="gather", dp_value_dtype=value_dtype)
     dense, compressed, states = run_steps(everyone, 4)
     assert torch.equal(compressed[0], compressed[1])
     assert 0 < int((compressed[0] != 0).sum()) < 2 * 4 * 47
@@ -204,7 +191,7 @@ def test_gather_loses_nothing_over_time(synchronise: type[torch.autograd.Functio
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_owner_loses_nothing_over_time(ranks: int) -> None:
-    everyone = traces(Weighted(), ranks, all_reduce="owner")
+    everyone = trace_all(Weighted(), torch.randn(16, 64), ranks=ranks, all_reduce="owner")
     dense, compressed, states = run_steps(everyone, 4)
     for rank in range(1, ranks):
         assert torch.equal(compressed[0], compressed[rank])
@@ -222,14 +209,14 @@ def test_equal_where_everything_fits(scheme: str) -> None:
             return super().forward(torch.relu(x - 3.5))
 
     options = {"threshold": 0.0, "dp_density": 0.4, "capacity_factor": 1.5, "dp_value_dtype": "float32"}
-    dense, compressed, states = run_steps(traces(Sparse(), 2, all_reduce=scheme, **options), 2)
+    dense, compressed, states = run_steps(trace_all(Sparse(), torch.randn(16, 64), ranks=2, all_reduce=scheme, **options), 2)
     assert int((dense[0] != 0).sum()) > 0
     torch.testing.assert_close(compressed, dense)
     assert all(float(state[0].abs().sum()) == 0 for state in states)
 
 
 def test_without_error_feedback_the_rest_is_dropped() -> None:
-    everyone = traces(Weighted(), 2, all_reduce="gather", error_feedback=False, dp_value_dtype="float32")
+    everyone = trace_all(Weighted(), torch.randn(16, 64), ranks=2, all_reduce="gather", error_feedback=False, dp_value_dtype="float32")
     dense, compressed, states = run_steps(everyone, 1)
     assert all(float(state[0].abs().sum()) == 0 for state in states)
     assert 41 <= int((compressed[0] != 0).sum()) <= 92
@@ -238,7 +225,7 @@ def test_without_error_feedback_the_rest_is_dropped() -> None:
 
 @pytest.mark.parametrize("scheme", ["gather", "owner"])
 def test_dense_members_of_a_bucket_are_exact(scheme: str) -> None:
-    everyone = traces(Layers(), 2, all_reduce=scheme, data_parallel=True, exempt=["bottom.*"], min_numel=64)
+    everyone = trace_all(Layers(), torch.randn(16, 64), ranks=2, all_reduce=scheme, data_parallel=True, exempt=["bottom.*"], min_numel=64)
     assert everyone[0].reasons == [f"{scheme}, density 0.01; dense: top.bias, bottom.bias, bottom.weight"]
     counts = communication(everyone[0].after)
     assert counts[AR] == 1

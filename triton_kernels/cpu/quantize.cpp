@@ -53,6 +53,11 @@ void row_codes(const T* x, int64_t width, float scale, int32_t qmax, uint64_t se
   }
 }
 
+// Two codes of eight bits become two of four; by itself, because bytes written through `out` could alias what a longer function uses.
+void join_pairs(const uint16_t* pairs, int64_t count, uint8_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = uint8_t((pairs[i] & 15) | (pairs[i] >> 4 & 0xf0));
+}
+
 }  // namespace
 
 DCT_EXPORT void dct_quantize_rows(const void* x, int64_t dtype, int64_t rows, int64_t width, const int64_t* seed, int64_t bits,
@@ -76,8 +81,7 @@ DCT_EXPORT void dct_quantize_rows(const void* x, int64_t dtype, int64_t rows, in
         }
         int8_t* row_out = bits == 8 ? reinterpret_cast<int8_t*>(out + 2) : reinterpret_cast<int8_t*>(pairs.data());
         row_codes(from, width, BFloat16::load(scale), qmax, uint64_t(*seed), uint64_t(row) * uint64_t(width), row_out);
-        if (bits == 4)
-          for (int64_t i = 0; i < row_bytes - 2; ++i) out[2 + i] = uint8_t((pairs[i] & 15) | (pairs[i] >> 4 & 0xf0));
+        if (bits == 4) join_pairs(pairs.data(), row_bytes - 2, out + 2);
       }
     }
   });

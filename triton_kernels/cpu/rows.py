@@ -8,8 +8,13 @@ from torch import Tensor
 
 from dct_compile.triton_kernels.cpu.dispatch import DOUBLE, DTYPE_CODES, INT, POINTER, cpu_function
 from dct_compile.triton_kernels.layout import quantized_row_bytes, row_bytes
-from dct_compile.triton_kernels.quantize import check_quantized, dequantize_rows_reference, largest_code, quantize_rows_reference
-from dct_compile.triton_kernels.row_codec import check_row_payload, check_row_values
+from dct_compile.triton_kernels.quantize import (
+    check_quantize_arguments,
+    check_quantized,
+    dequantize_rows_reference,
+    quantize_rows_reference,
+)
+from dct_compile.triton_kernels.row_codec import check_row_payload, check_row_values, check_rows
 from dct_compile.triton_kernels.rows_pack import METHODS, check_pack_arguments, laplace_factor, pack_rows_reference
 from dct_compile.triton_kernels.rows_unpack import gather_rows_reference, scatter_rows_reference, unpack_rows_reference
 
@@ -26,8 +31,8 @@ def pack_rows_cpu(x: Tensor, slots: int, method: str, density: float, fixed: flo
     function = cpu_function("dct_pack_rows", _PACK)
     if function is None:
         return pack_rows_reference(x, slots, method, density, fixed, value_dtype)
+    check_pack_arguments(x, slots, method, density, fixed, value_dtype)
     width, inner = x.shape[-1], math.prod(x.shape[1:-1])
-    check_pack_arguments(width, slots, method, density, fixed, value_dtype)
     x = x.contiguous()
     payload = torch.empty(x.shape[0], inner * row_bytes(width, slots, value_dtype), dtype=torch.uint8)
     function(
@@ -52,7 +57,7 @@ def unpack_rows_cpu(
     function = cpu_function("dct_unpack_rows", _UNPACK)
     if function is None:
         return unpack_rows_reference(payload, row_shape, slots, addends, value_dtype, dtype)
-    check_row_payload(payload, row_shape, slots, addends, value_dtype)
+    check_row_payload(payload, row_shape, slots, addends, value_dtype, dtype)
     payload = payload.contiguous()
     out = torch.empty(payload.shape[0] // addends, *row_shape, dtype=dtype)
     function(
@@ -74,7 +79,8 @@ def gather_rows_cpu(grad: Tensor, payload: Tensor, slots: int, payload_dtype: to
     function = cpu_function("dct_gather_rows", _GATHER)
     if function is None:
         return gather_rows_reference(grad, payload, slots, payload_dtype, value_dtype)
-    check_row_payload(payload, grad.shape[1:], slots, grad.shape[0], payload_dtype)
+    check_rows(grad)
+    check_row_payload(payload, grad.shape[1:], slots, grad.shape[0], payload_dtype, value_dtype)
     inner = math.prod(grad.shape[1:-1])
     grad, payload = grad.contiguous(), payload.contiguous()
     out = torch.empty(payload.shape[0], inner * slots, dtype=value_dtype)
@@ -101,7 +107,7 @@ def scatter_rows_cpu(
     function = cpu_function("dct_scatter_rows", _SCATTER)
     if function is None:
         return scatter_rows_reference(values, payload, row_shape, slots, addends, payload_dtype, dtype)
-    check_row_payload(payload, row_shape, slots, 1, payload_dtype)
+    check_row_payload(payload, row_shape, slots, 1, payload_dtype, dtype)
     check_row_values(values, payload, row_shape, slots, addends)
     values, payload = values.contiguous(), payload.contiguous()
     out = torch.empty(payload.shape[0], *row_shape, dtype=dtype)
@@ -126,7 +132,7 @@ def quantize_rows_cpu(x: Tensor, seed: Tensor, bits: int) -> Tensor:
     function = cpu_function("dct_quantize_rows", _QUANTIZE)
     if function is None:
         return quantize_rows_reference(x, seed, bits)
-    largest_code(bits)
+    check_quantize_arguments(x, seed, bits)
     width, inner = x.shape[-1], math.prod(x.shape[1:-1])
     x = x.contiguous()
     payload = torch.empty(x.shape[0], inner * quantized_row_bytes(width, bits), dtype=torch.uint8)
@@ -148,7 +154,7 @@ def dequantize_rows_cpu(payload: Tensor, row_shape: Sequence[int], bits: int, dt
     function = cpu_function("dct_dequantize_rows", _DEQUANTIZE)
     if function is None:
         return dequantize_rows_reference(payload, row_shape, bits, dtype)
-    check_quantized(payload, row_shape, bits)
+    check_quantized(payload, row_shape, bits, dtype)
     payload = payload.contiguous()
     out = torch.empty(payload.shape[0], *row_shape, dtype=dtype)
     rows = payload.shape[0] * math.prod(row_shape[:-1])

@@ -1,8 +1,9 @@
-// pack_rows, unpack_rows, gather_rows, scatter_rows. The references in rows_pack.py and rows_unpack.py are the specification.
+// pack_rows. The reference in rows_pack.py is the specification.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
-#include "common.h"
+#include "rows.h"
 
 namespace dct {
 namespace {
@@ -86,41 +87,6 @@ Cut<Key> find_cut(const Key* keys, int64_t padded, int64_t slots, Key least, Key
   return {Key(below), slots - count_above};
 }
 
-struct RowFormat {
-  int64_t width, slots, value_bytes, index_bytes;
-
-  RowFormat(int64_t width, int64_t slots, int64_t dtype)
-      : width(width), slots(slots), value_bytes(dtype == kFloat32 ? 4 : 2), index_bytes(width <= 256 ? 1 : 2) {}
-
-  int64_t bytes() const { return slots * (value_bytes + index_bytes); }
-
-  void write_index(uint8_t* row, int64_t slot, int64_t index) const {
-    uint8_t* place = row + slots * value_bytes + slot * index_bytes;
-    place[0] = uint8_t(index);
-    if (index_bytes == 2) place[1] = uint8_t(index >> 8);
-  }
-
-  // The place that a slot's value belongs to, or -1 if the slot is not valid. Every value dtype is zero iff its bits but the sign are.
-  int64_t valid_index(const uint8_t* row, int64_t slot) const {
-    const uint8_t* place = row + slots * value_bytes + slot * index_bytes;
-    const int64_t index = index_bytes == 1 ? place[0] : place[0] | int64_t(place[1]) << 8;
-    bool valid = index != 0;
-    if (slot == 0) {
-      int bits = row[value_bytes - 1] & 0x7f;
-      for (int64_t b = 0; b + 1 < value_bytes; ++b) bits |= row[b];
-      valid = bits != 0;
-    }
-    return valid && index < width ? index : -1;
-  }
-};
-
-template <typename T>
-float load_bytes(const uint8_t* from) {
-  T x;
-  std::memcpy(&x, from, sizeof x);
-  return T::load(x);
-}
-
 enum Method : int64_t { kExact = 0, kLaplace = 1, kFixed = 2 };
 
 // keys -> the least key that is eligible; `parameter` is the factor of the mean for kLaplace, the threshold for kFixed.
@@ -176,14 +142,6 @@ void pack_row(const T* x, typename Keys<T>::Key* keys, uint8_t* hits, typename K
   std::memset(indices + slot * format.index_bytes, 0, (format.slots - slot) * format.index_bytes);
 }
 
-// out[i] = the float32 sum over the addends, in their order, of what `add_to(dense, addend)` adds to a row of zeros.
-template <typename O, typename AddTo>
-void sum_row(float* dense, int64_t width, int64_t addends, O* out, AddTo&& add_to) {
-  std::fill(dense, dense + width, 0.0f);
-  for (int64_t a = 0; a < addends; ++a) add_to(dense, a);
-  for (int64_t i = 0; i < width; ++i) out[i] = O::round(dense[i]);
-}
-
 }  // namespace
 
 DCT_EXPORT void dct_pack_rows(const void* x, int64_t dtype, int64_t rows, int64_t width, int64_t slots, int64_t method, double parameter,
@@ -203,77 +161,6 @@ DCT_EXPORT void dct_pack_rows(const void* x, int64_t dtype, int64_t rows, int64_
         for (int64_t row = 0; row < rows; ++row) {
           pack_row<T, V>(static_cast<const T*>(x) + row * width, keys.data(), hits.data(), guess, format, method,
                          float(parameter), payload + row * format.bytes());
-        }
-      }
-    });
-  });
-}
-
-DCT_EXPORT void dct_unpack_rows(const uint8_t* payload, int64_t value_dtype, int64_t rows, int64_t width, int64_t slots, int64_t addends,
-                                int64_t dtype, void* out, int64_t threads) {
-  const RowFormat format(width, slots, value_dtype);
-  with_dtype(value_dtype, [&](auto v) {
-    with_dtype(dtype, [&](auto o) {
-      using V = decltype(v);
-      using O = decltype(o);
-#pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
-      {
-        std::vector<float> dense(width);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
-          sum_row(dense.data(), width, addends, static_cast<O*>(out) + row * width, [&](float* sum, int64_t a) {
-            const uint8_t* packed = payload + (a * rows + row) * format.bytes();
-            for (int64_t slot = 0; slot < slots; ++slot) {
-              const int64_t index = format.valid_index(packed, slot);
-              if (index >= 0) sum[index] += load_bytes<V>(packed + slot * sizeof(V));
-            }
-          });
-        }
-      }
-    });
-  });
-}
-
-// `rows` counts the payload's; the gradient has `grad_rows` and is read again for each block of so many.
-DCT_EXPORT void dct_gather_rows(const void* grad, int64_t dtype, int64_t grad_rows, const uint8_t* payload, int64_t payload_dtype, int64_t rows,
-                                int64_t width, int64_t slots, int64_t value_dtype, void* out, int64_t threads) {
-  const RowFormat format(width, slots, payload_dtype);
-  with_dtype(dtype, [&](auto t) {
-    with_dtype(value_dtype, [&](auto v) {
-      using T = decltype(t);
-      using V = decltype(v);
-#pragma omp parallel for schedule(static) num_threads(worthwhile_threads(rows * slots, threads))
-      for (int64_t row = 0; row < rows; ++row) {
-        const T* from = static_cast<const T*>(grad) + row % grad_rows * width;
-        V* values = static_cast<V*>(out) + row * slots;
-        for (int64_t slot = 0; slot < slots; ++slot) {
-          const int64_t index = format.valid_index(payload + row * format.bytes(), slot);
-          values[slot] = index >= 0 ? saturate<V>(T::load(from[index])) : V{};
-        }
-      }
-    });
-  });
-}
-
-DCT_EXPORT void dct_scatter_rows(const void* values, int64_t value_dtype, const uint8_t* payload, int64_t payload_dtype, int64_t rows,
-                                 int64_t width, int64_t slots, int64_t addends, int64_t dtype, void* out, int64_t threads) {
-  const RowFormat format(width, slots, payload_dtype);
-  with_dtype(value_dtype, [&](auto v) {
-    with_dtype(dtype, [&](auto o) {
-      using V = decltype(v);
-      using O = decltype(o);
-#pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
-      {
-        std::vector<float> dense(width);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
-          sum_row(dense.data(), width, addends, static_cast<O*>(out) + row * width, [&](float* sum, int64_t a) {
-            const V* added = static_cast<const V*>(values) + (a * rows + row) * slots;
-            for (int64_t slot = 0; slot < slots; ++slot) {
-              const int64_t index = format.valid_index(payload + row * format.bytes(), slot);
-              if (index >= 0) sum[index] += V::load(added[slot]);
-            }
-          });
         }
       }
     });

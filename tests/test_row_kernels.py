@@ -1,0 +1,223 @@
+"""The row kernels: the reference against a slow oracle, the compiled kernels against the reference, byte for byte."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dct_compile.triton_kernels.compat import HAS_TRITON
+from dct_compile.triton_kernels.cpu.build import load_library
+from dct_compile.triton_kernels.cpu.rows import gather_rows_cpu, pack_rows_cpu, scatter_rows_cpu, unpack_rows_cpu
+from dct_compile.triton_kernels.row_codec import decode_rows, round_to_value
+from dct_compile.triton_kernels.rows_pack import pack_rows_reference
+from dct_compile.triton_kernels.rows_pack_triton import pack_rows_triton
+from dct_compile.triton_kernels.rows_unpack import gather_rows_reference, scatter_rows_reference, unpack_rows_reference
+from dct_compile.triton_kernels.rows_unpack_triton import gather_rows_triton, scatter_rows_triton, unpack_rows_triton
+from tests.row_cases import edge_rows, oracle, tau_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPE_PAIRS = [(torch.float32, torch.float32), *((dtype, value_dtype) for dtype in DTYPES for value_dtype in DTYPES[1:])]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    pack: Callable[..., Tensor]
+    unpack: Callable[..., Tensor]
+    gather: Callable[..., Tensor]
+    scatter: Callable[..., Tensor]
+    device: str = "cpu"
+
+
+REFERENCE = Implementation(pack_rows_reference, unpack_rows_reference, gather_rows_reference, scatter_rows_reference)
+CPU = Implementation(pack_rows_cpu, unpack_rows_cpu, gather_rows_cpu, scatter_rows_cpu)
+TRITON = Implementation(pack_rows_triton, unpack_rows_triton, gather_rows_triton, scatter_rows_triton, DEVICE)
+COMPILED = [
+    pytest.param(CPU, id="cpu", marks=pytest.mark.skipif(load_library() is None, reason="no C++ compiler")),
+    pytest.param(TRITON, id="triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton")),
+]
+ALL = [pytest.param(REFERENCE, id="reference"), *COMPILED]
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter's numpy, at NaN and infinity
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fresh tensors are filled with NaN or the largest integer: whoever reads or leaves them fails."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    assert found.stride() == expected.stride()
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    if found.is_floating_point():
+        assert torch.equal(found.cpu().signbit() & (expected == 0), expected.signbit() & (expected == 0))
+
+
+SETTINGS = [("exact", 1.0, 0.0), ("laplace", 0.2, 0.0), ("laplace", 1.0, 0.0), ("fixed", 1.0, 1.5), ("fixed", 1.0, 0.0)]
+
+
+@pytest.mark.parametrize(("method", "density", "fixed"), SETTINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_reference_keeps_what_the_specification_says(method: str, density: float, fixed: float, dtype: torch.dtype) -> None:
+    for width, slots in [(1, 1), (7, 3), (256, 13), (257, 257)]:
+        rows = edge_rows(width, dtype)
+        payload = pack_rows_reference(rows, slots, method, density, fixed, torch.float32)
+        values, indices, _ = decode_rows(payload, width, slots, torch.float32)
+        for row, sent, places in zip(rows.float(), values, indices, strict=True):
+            kept = oracle(row.tolist(), slots, tau_of(row, method, density, fixed))
+            assert places.tolist() == kept + [0] * (slots - len(kept))
+            torch.testing.assert_close(sent[: len(kept)], row[kept], rtol=0, atol=0, equal_nan=True)
+            assert not sent[len(kept) :].any()
+
+
+SHAPES = [(1, 1), (2, 1), (5, 5), (255, 12), (256, 256), (256, 13), (257, 13), (1000, 50)]
+
+
+@pytest.mark.parametrize("kernels", COMPILED)
+@pytest.mark.parametrize(("dtype", "value_dtype"), DTYPE_PAIRS)
+def test_edges_agree_to_the_byte(kernels: Implementation, dtype: torch.dtype, value_dtype: torch.dtype) -> None:
+    # The interpreter takes milliseconds for a row: Triton gets each width with one dtype pair, and each pair with one width.
+    shapes = SHAPES if kernels is CPU else SHAPES[5:7] if dtype == value_dtype else SHAPES[4:5]
+    for width, slots in shapes if dtype != torch.float32 or value_dtype != torch.bfloat16 else SHAPES:
+        rows = edge_rows(width, dtype).to(kernels.device)
+        for method, density, fixed in SETTINGS if width == 256 and slots == 13 else SETTINGS[:2]:
+            expected = pack_rows_reference(rows.cpu(), slots, method, density, fixed, value_dtype)
+            assert torch.equal(kernels.pack(rows, slots, method, density, fixed, value_dtype).cpu(), expected), (width, slots, method)
+        payload = pack_rows_reference(rows.cpu(), slots, "exact", 1.0, 0.0, value_dtype)
+        sent = payload.to(kernels.device)
+        grad = edge_rows(width, dtype).flip(0).contiguous()
+        values = gather_rows_reference(grad, payload, slots, value_dtype, value_dtype)
+        same(
+            kernels.unpack(sent, [width], slots, 1, value_dtype, dtype),
+            unpack_rows_reference(payload, [width], slots, 1, value_dtype, dtype),
+        )
+        same(kernels.gather(grad.to(kernels.device), sent, slots, value_dtype, value_dtype), values)
+        expected = scatter_rows_reference(values, payload, [width], slots, 1, value_dtype, dtype)
+        same(kernels.scatter(values.to(kernels.device), sent, [width], slots, 1, value_dtype, dtype), expected)
+
+
+@pytest.mark.parametrize("kernels", ALL)
+@pytest.mark.parametrize("width", [4096, 65536])
+def test_wide_rows(kernels: Implementation, width: int) -> None:
+    row = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
+    row[0, -1] = 9
+    slots = width // 20
+    payload = kernels.pack(row.to(kernels.device), slots, "exact", 1.0, 0.0, torch.float32)
+    dense = kernels.unpack(payload, [width], slots, 1, torch.float32, torch.float32).cpu()
+    cut = row.abs().flatten().kthvalue(width - slots + 1).values
+    assert torch.equal(dense, torch.where(row.abs() >= cut, row, 0))
+
+
+@pytest.mark.parametrize("kernels", ALL)
+def test_the_gradient_has_the_mask_of_the_forward(kernels: Implementation) -> None:
+    rows = edge_rows(256, torch.float32)[:8].to(kernels.device)
+    payload = kernels.pack(rows, 13, "exact", 1.0, 0.0, torch.bfloat16)
+    dense = kernels.unpack(payload, [256], 13, 1, torch.bfloat16, torch.float32)
+    grad = torch.ones(8, 256, dtype=torch.bfloat16, device=kernels.device)
+    values = kernels.gather(grad, payload, 13, torch.bfloat16, torch.bfloat16)
+    back = kernels.scatter(values, payload, [256], 13, 1, torch.bfloat16, torch.float32)
+    assert torch.equal(back != 0, dense != 0)
+    assert back.sum() == dense.count_nonzero() > 40
+
+
+@pytest.mark.parametrize("kernels", ALL)
+def test_a_first_value_that_rounds_to_zero_is_invalid_on_both_ends(kernels: Implementation) -> None:
+    rows = torch.tensor([[0, 1e-9, 2.0, 1e-9], [0, 0, 0, 1e-9], [-1e-9, 0, 0, 5]], device=kernels.device)
+    payload = kernels.pack(rows, 3, "exact", 1.0, 0.0, torch.float16)
+    values = kernels.gather(torch.full((3, 4), 7.0, device=kernels.device), payload, 3, torch.float16, torch.float32)
+    back = kernels.scatter(values, payload, [4], 3, 1, torch.float16, torch.float32)
+    assert values.tolist() == [[0, 7, 7], [0, 0, 0], [0, 7, 0]]
+    assert back.tolist() == [[0, 0, 7, 7], [0, 0, 0, 0], [0, 0, 0, 7]]
+    assert kernels.unpack(payload, [4], 3, 1, torch.float16, torch.float32).tolist() == [[0, 0, 2, 0], [0, 0, 0, 0], [0, 0, 0, 5]]
+
+
+@pytest.mark.parametrize("kernels", ALL)
+@pytest.mark.parametrize("addends", [1, 2, 3, 4])
+def test_addends_are_summed_in_order_in_float32(kernels: Implementation, addends: int) -> None:
+    """The order shows: 1e8 + 1 - 1e8 is 0 in float32."""
+    factors = [1e8, 1.0, -1e8, 0.25][:addends]
+    base = torch.tensor([[[1.0, 0, -2, 0], [0, 0, 0, 3]], [[0, 4, 0, 0], [5, 6, 7, 8]]])
+    rows = torch.cat([base * factor for factor in factors]).to(kernels.device)
+    payload = kernels.pack(rows, 3, "exact", 1.0, 0.0, torch.float32)
+    expected = torch.zeros_like(base)
+    for factor in factors:
+        expected += torch.where((base == 5), 0, base) * factor
+    for dtype in DTYPES:
+        same(kernels.unpack(payload, [2, 4], 3, addends, torch.float32, dtype), expected.to(dtype))
+    # Backward of that sum: every payload block reads the same gradient rows.
+    grad = torch.arange(1.0, 17.0, device=kernels.device).reshape(2, 2, 4)
+    values = kernels.gather(grad, payload, 3, torch.float32, torch.bfloat16)
+    assert values.shape == (2 * addends, 2 * 3)
+    assert values[-2:].tolist() == [[1, 3, 0, 8, 0, 0], [10, 0, 0, 14, 15, 16]]
+    # Scatter sums values over one mask.
+    parts = torch.cat([values[-2:].float() * factor for factor in factors])
+    summed = kernels.scatter(parts, payload[:2], [2, 4], 3, addends, torch.float32, torch.float32)
+    expected = torch.zeros_like(base)
+    for factor in factors:
+        expected += torch.where((base != 0) & (base != 5), grad.cpu(), 0) * factor
+    same(summed, expected)
+
+
+@pytest.mark.parametrize("kernels", ALL)
+def test_strides_and_empty_tensors(kernels: Implementation) -> None:
+    x = torch.randn(3, 8, 3, 5, device=kernels.device).to(torch.bfloat16)
+    for view in (x.transpose(1, 3), x[:, ::2].transpose(1, 3), x[:, :, 0].transpose(0, 1)[:, 1:3].transpose(1, 2)):
+        slots = view.shape[-1] // 2
+        payload = kernels.pack(view, slots, "exact", 1.0, 0.0, torch.bfloat16)
+        assert torch.equal(payload, kernels.pack(view.contiguous(), slots, "exact", 1.0, 0.0, torch.bfloat16))
+        strided = torch.cat([payload, payload], dim=1)[:, : payload.shape[1]]
+        dense = kernels.unpack(strided, list(view.shape[1:]), slots, 1, torch.bfloat16, torch.float32)
+        assert torch.equal(dense, view.float() * (dense != 0))
+        assert dense.count_nonzero() == view[..., 0].numel() * slots
+        values = kernels.gather(view, strided, slots, torch.bfloat16, torch.float32)
+        assert torch.equal(kernels.scatter(values, strided, list(view.shape[1:]), slots, 1, torch.bfloat16, torch.float32), dense)
+    empty = kernels.pack(x[:0], 2, "exact", 1.0, 0.0, torch.float16)
+    assert empty.shape == (0, 8 * 3 * 2 * 3)
+    assert kernels.unpack(empty, [8, 3, 5], 2, 3, torch.float16, torch.float32).shape == (0, 8, 3, 5)
+    assert kernels.gather(x[:0], empty, 2, torch.float16, torch.float32).shape == (0, 48)
+    assert kernels.scatter(torch.zeros(0, 48, device=kernels.device), empty, [8, 3, 5], 2, 3, torch.float16, torch.bfloat16).shape == (
+        0,
+        8,
+        3,
+        5,
+    )
+
+
+@pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), width=st.integers(1, 300), dtypes=st.sampled_from(DTYPE_PAIRS))
+def test_any_bits(data: st.DataObject, width: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Rows of random bits, narrow ranges of them for ties, through pack and back."""
+    dtype, value_dtype = dtypes
+    slots = data.draw(st.integers(1, width))
+    method, density, fixed = data.draw(st.sampled_from(SETTINGS))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    bits = 8 * dtype.itemsize
+    spread = data.draw(st.sampled_from([2, 40, 2 ** (bits - 1)]))
+    base = data.draw(st.sampled_from([0, 0x7F7FFFF0 if bits == 32 else 0x7BF0, 0x3F800000 if bits == 32 else 0x3C00]))
+    integers = (base + torch.randint(0, spread, (4, width), generator=generator)) % 2 ** (bits - 1)
+    integers -= torch.randint(0, 2, (4, width), generator=generator) * 2 ** (bits - 1)
+    rows = integers.to(torch.int32 if bits == 32 else torch.int16).view(dtype)
+    payload = pack_rows_reference(rows, slots, method, density, fixed, value_dtype)
+    assert torch.equal(pack_rows_cpu(rows, slots, method, density, fixed, value_dtype), payload)
+    dense = unpack_rows_cpu(payload, [width], slots, 1, value_dtype, torch.float32)
+    same(dense, unpack_rows_reference(payload, [width], slots, 1, value_dtype, torch.float32))
+    sent = round_to_value(rows.float(), value_dtype).float()
+    torch.testing.assert_close(dense, torch.where(dense != 0, sent, 0.0), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kernels", ALL)
+def test_a_damaged_payload_stays_in_its_row(kernels: Implementation) -> None:
+    payload = torch.full((3, 4 * (2 + 1)), 255, dtype=torch.uint8, device=kernels.device)
+    assert not kernels.unpack(payload, [100], 4, 1, torch.bfloat16, torch.float32).any()
+    assert not kernels.gather(torch.ones(3, 100, device=kernels.device), payload, 4, torch.bfloat16, torch.float32).any()
+    values = torch.ones(3, 4, device=kernels.device)
+    assert not kernels.scatter(values, payload, [100], 4, 1, torch.bfloat16, torch.float32).any()
