@@ -51,4 +51,5 @@ def circumstances() -> str:
         with open("/proc/cpuinfo") as lines:
             model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     date = datetime.date.today().isoformat()
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}, {date}"
+    machine = f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{machine}, torch {torch.__version__}, Python {platform.python_version()}, {date}"

@@ -104,9 +104,9 @@ class _GraphCompiler:
             else:
                 break
         self._agree(decisions)
-        if self.group is not None:
-            compiled = _SynchronisedStart(compiled, self.inputs, self.group)
-        return _with_state(compiled, requests, self.runtime) if requests else compiled
+        if requests:
+            compiled = _with_state(compiled, requests, self.runtime)
+        return compiled if self.group is None else _with_equal_start(compiled, self.inputs, self.group, self.runtime)
 
     def _attempt(self, requests: list[StateRequest]) -> tuple[Compiled, list[Decision]]:
         earlier = _custom_passes(self.patches.get(_SLOT, getattr(inductor_config, _SLOT)))
@@ -197,19 +197,16 @@ def _with_state(compiled: Compiled, requests: Sequence[StateRequest], runtime: R
     return run
 
 
-class _SynchronisedStart:
-    """Makes parameters and buffers equal on all ranks of ``group`` before they are used for the first time, as DDP does."""
+def _with_equal_start(compiled: Compiled, inputs: Sequence[GraphInput], group: ProcessGroup, runtime: Runtime) -> Compiled:
+    """Makes parameters equal on all ranks of ``group`` before they are used for the first time, as DDP does."""
+    positions = [position for position, info in enumerate(inputs) if info.is_parameter]
 
-    def __init__(self, compiled: Compiled, inputs: Sequence[GraphInput], group: ProcessGroup) -> None:
-        self.compiled, self.group = compiled, group
-        self.positions = [position for position, info in enumerate(inputs) if info.is_parameter]
-        self.seen: set[int] = set()
-
-    def __call__(self, *args: Any) -> Any:
-        for position in self.positions:
-            parameter = args[position]
-            if id(parameter) not in self.seen:
-                self.seen.add(id(parameter))
+    def run(*args: Any) -> Any:
+        for parameter in (args[position] for position in positions):
+            if parameter not in runtime.synchronised:
+                runtime.synchronised[parameter] = True
                 with torch.no_grad():
-                    dist.broadcast(local_tensor(parameter), group=self.group, group_src=0)
-        return self.compiled(*args)
+                    dist.broadcast(local_tensor(parameter), group=group, group_src=0)
+        return compiled(*args)
+
+    return run

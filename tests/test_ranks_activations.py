@@ -1,6 +1,7 @@
 """Model parallelism over gloo ranks: compiled models against the same models in eager mode that mask every row themselves."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -36,6 +37,10 @@ class RowMask(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return (grad * ctx.mask).to(ctx.value_dtype).to(grad.dtype), None, None
+
+
+def masked(h: Tensor, density: float, value_dtype: torch.dtype = torch.float32) -> Tensor:
+    return RowMask.apply(h, density, value_dtype)
 
 
 def exchange(kind: str, h: Tensor, splits: tuple[list[int], list[int]]) -> Tensor:
@@ -103,7 +108,7 @@ def against_masked(rank: int, world_size: int, settings: list[tuple[float, str]]
     for density, dtype in settings:
         with fresh_compiler():
             model = Boundaries(KINDS)
-            reference = Boundaries(KINDS, lambda h, d=density, t=getattr(torch, dtype): RowMask.apply(h, d, t))
+            reference = Boundaries(KINDS, partial(masked, density=density, value_dtype=getattr(torch, dtype)))
             inputs = inputs_of(rank, KINDS, ROWS)
             compiled = torch.compile(model, backend=dct, options={"mp_density": density, "mp_value_dtype": dtype})
             got = run(compiled, model, inputs, splits[rank])
@@ -163,8 +168,7 @@ def changing_splits(rank: int, world_size: int) -> dict[str, Any]:
     kinds = ("uneven",)
     pairs: dict[str, Any] = {"lists": [], "tensors": [], "graphs": []}
 
-    def mask(h: Tensor) -> Tensor:
-        return RowMask.apply(h, 0.1, torch.float32)
+    mask = partial(masked, density=0.1)
 
     def splits(table: list[list[int]]) -> tuple[list[int], list[int]]:
         return [row[rank] for row in table], table[rank]
