@@ -7,6 +7,7 @@ graph, a block that is compiled once and reused for every layer).
 
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,21 @@ class BucketState:
             entry["owner"] = self.owner.part(segment, piece.state_offset, piece.numel)
             entry["owner_share"] = [self.owner_layout.block, self.owner_layout.chunks, self.owner_layout.chunk]
         return entry
+
+    @contextmanager
+    def holding_unused(self, gradient: Tensor) -> Iterator[None]:
+        """While it lasts, parameters whose part of ``gradient`` is all zero send nothing; afterwards their state is as it was before.
+
+        Decided on the device. For the "gather" scheme only: an owner cannot know.
+        """
+        used = [gradient[offset : offset + numel].any() for offset, numel in self.layout.segments]
+        before = [_clone(self.entry(segment)) for segment in range(len(used))]
+        for segment, flag in enumerate(used):
+            self.entry(segment)["residual"].mul_(flag)
+        yield
+        for segment, flag in enumerate(used):
+            for key, tensor in self.entry(segment).items():
+                tensor.copy_(torch.where(flag, tensor, before[segment][key]))
 
     def write(self, segment: int, source: dict[str, Any] | None) -> None:
         """Overwrites one parameter's state with ``source`` (an :meth:`entry`), or with the initial state."""

@@ -112,9 +112,11 @@ def _seed(at: gu.Inserter, x: fx.Node, ordinal: int) -> fx.Node:
 
 
 def _input(site: Site) -> tuple[fx.Node, torch.Tensor]:
-    assert site.input is not None, "the plan leaves sites without a known input dense"
+    """The node that feeds the collective now (the rewriting of another site may have replaced the one that was analysed)."""
+    node = site.node.args[0]
+    assert isinstance(node, fx.Node), "the plan leaves sites without a known input dense"
     assert site.tensor is not None, "the plan leaves sites of unknown shape dense"
-    return site.input, site.tensor
+    return node, site.tensor
 
 
 def _addends(site: Site) -> int:

@@ -56,8 +56,8 @@ class _Rewrite:
         self.average = gu.argument(self.site.node, "reduce_op").lower() == "avg"
 
     def run(self) -> None:
-        assert self.site.input is not None
-        gradient = self.site.input
+        gradient = self.site.node.args[0]
+        assert isinstance(gradient, fx.Node)
         shape = gradient.meta["val"].shape
         if len(shape) != 1:
             gradient = self.start.call(aten.reshape.default, gradient, [-1])

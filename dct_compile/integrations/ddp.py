@@ -9,6 +9,7 @@ import inspect
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import FrameType
 
 import torch
@@ -85,7 +86,10 @@ class GradientCompressor:
     """The communication hook of one DDP module and what it has compiled for each bucket."""
 
     def __init__(self, module: DistributedDataParallel, config: DCTConfig, runtime: Runtime) -> None:
-        self.config, self.runtime = config, runtime
+        # A parameter that no rank used keeps its gradient as it is, so nothing may be sent for it: only a rank can know, not an owner.
+        self.find_unused = module.find_unused_parameters
+        self.config = replace(config, all_reduce="gather") if self.find_unused else config
+        self.runtime = runtime
         self.names = {id(parameter): name for name, parameter in named_parameters(module)}
         ranks = dist.get_process_group_ranks(module.process_group)
         self.group = dist.new_group(ranks, backend=dist.get_backend(module.process_group), use_local_synchronization=True)
@@ -149,10 +153,19 @@ class BucketReducer:
         measure = None if state is None else lambda: measure_buckets([state])
         self.entry = record(f"DDP bucket {index} of group {owner.group.group_name}", before, graph, decisions, owner.runtime, [measure])
         self.module = fx.GraphModule(nn.Module(), graph)
+        self.find_unused = owner.find_unused
 
     def __call__(self, buffer: Tensor) -> Tensor:
         """The average over the group of ``buffer`` (1-D), as a new tensor."""
-        result = self.module(buffer, *(self.state.tensors() if self.state is not None else ()))
+        if self.state is None:
+            return self._reduce(buffer)
+        if not self.find_unused:
+            return self._reduce(buffer, *self.state.tensors())
+        with self.state.holding_unused(buffer):
+            return self._reduce(buffer, *self.state.tensors())
+
+    def _reduce(self, *inputs: Tensor) -> Tensor:
+        result = self.module(*inputs)
         assert isinstance(result, Tensor)
         return result
 
