@@ -13,12 +13,16 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 logger = logging.getLogger("dct_compile.ops")
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
 """No -ffast-math: NaN, infinities and denormals mean what IEEE says, so that the kernels agree with the references to the bit."""
+
+
+LOCK_TIMEOUT_S = 600
 
 
 def _compiler() -> list[str]:
@@ -46,8 +50,7 @@ def _folder() -> Path:
 
 
 def _compile(target: Path) -> None:
-    """Build into a file of our own and rename it: ranks that compile at once never see half a library."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Build into a file of our own and rename it: nobody ever loads half a library."""
     handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     try:
@@ -68,7 +71,11 @@ def load_library() -> ctypes.CDLL | None:
     try:
         target = _folder() / f"kernels-{_digest()}.so"
         if not target.exists():
-            _compile(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # The ranks of a machine start together: one compiles, the others wait for it.
+            with FileLock(target.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):
+                if not target.exists():
+                    _compile(target)
         return ctypes.CDLL(str(target))
     except subprocess.CalledProcessError as error:
         reason = error.stderr.decode(errors="replace").strip()
