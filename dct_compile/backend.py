@@ -145,7 +145,7 @@ def _describe(node: fx.Node, example: Any) -> GraphInput:
 
 
 def _readable_source(source: str) -> str:
-    """ "L['self']._modules['top']._parameters['weight']" -> "top.weight"."""
+    """A source such as ``L['self']._modules['top']._parameters['weight']`` as a name: ``top.weight``."""
     parts = [part.strip("'\"") for chunk in source.split("[")[1:] for part in [chunk.split("]")[0]]]
     return ".".join(parts[1:]) if len(parts) > 1 else source
 

@@ -31,7 +31,7 @@ class DCTConfig:
     refresh_interval: int = 1000
     """Steps between two choices of a gradient's threshold (the paper's threshold life-span L)."""
     refresh_warmup: str = "geometric"
-    """"geometric": refresh often at first, ever less often up to ``refresh_interval``; "off": the paper's plain schedule."""
+    """The schedule: "geometric" refreshes often at first, ever less often up to ``refresh_interval``; "off" is the paper's."""
     error_feedback: bool = True
     """Keep what was not sent and add it to the next gradient."""
     dp_value_dtype: str = "bfloat16"
@@ -47,7 +47,7 @@ class DCTConfig:
     mp_eval: bool = True
     """Keep masking activations in evaluation (graphs without a backward), as the paper does."""
     all_reduce: str = "auto"
-    """"gather": all-gather of payloads; "owner": all-to-all to owners of index ranges, then all-gather; "auto": whichever sends less."""
+    """The scheme: "gather" payloads from all; "owner": all-to-all to owners of index ranges, then gather; "auto": whichever sends less."""
     embedding_codec: str = "int8"
     """How an embedding exchange travels: "int8" or "int4" rows, rounded stochastically; "threshold" like activations; "dense"."""
     data_parallel: bool | ProcessGroup = field(default=False, metadata={"allowed": "True, False or a ProcessGroup"})

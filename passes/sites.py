@@ -217,7 +217,16 @@ def _gradient_segments(node: fx.Node, returned: dict[Any, Parameter]) -> tuple[S
 
 
 def source_line(node: fx.Node) -> str:
-    """ "file.py:12 in forward: code" of the user's line that issued ``node``; the node's own name where the trace holds none."""
+    """The user's line that issued ``node``, behind the path of its module: ``top.0: file.py:12 in forward: code``.
+
+    The node's own name stands for a line that the trace does not hold.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0].partition("].")[2] if stack else ""
+    return f"{path}: {_line(node)}" if path else _line(node)
+
+
+def _line(node: fx.Node) -> str:
     lines = (node.stack_trace or "").splitlines()
     for position in range(len(lines) - 1, -1, -1):
         line = lines[position].strip()

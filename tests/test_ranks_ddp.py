@@ -1,7 +1,9 @@
 """DistributedDataParallel over gloo ranks: wrapping orders, buckets, accumulation, unused and frozen parameters, hooks."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dct_compile
 from dct_compile.backend import dct
+from dct_compile.integrations.ddp import BucketReducer, GradientCompressor
 from tests.ranks import digest, fresh_compiler, run_ranks
 from tests.ranks_audit import Auditor
 from tests.ranks_ddp import Net, Options, batch, ddp_of, loss_of, reasons, train
@@ -139,3 +142,35 @@ def test_ddp_in_its_many_ways() -> None:
     for name in ("gather buckets", "owner buckets", "graph split at buckets"):
         assert len(first[name][1]) > 1, f"{name}: there was only one bucket"
     assert "DDP has a communication hook of its own" in [reason for _, reason in first["own hook"][1]]
+
+
+def overlapping(rank: int, world_size: int) -> tuple[int, bool]:
+    """Buckets reduced, and whether the first waited in vain for the last to be filled."""
+    last_filled, starved, reduced = threading.Event(), threading.Event(), []
+    reduce, reducer_of, filled = BucketReducer.__call__, GradientCompressor._reducer, []
+
+    def wait_for_the_last(self: BucketReducer, buffer: Tensor) -> Tensor:
+        if not last_filled.wait(20):
+            starved.set()
+        reduced.append(self)
+        return reduce(self, buffer)
+
+    def tell(self: GradientCompressor, index: int, parameters: Sequence[Tensor], buffer: Tensor) -> BucketReducer:
+        filled.extend(parameters)
+        if len(filled) == len(self.names):
+            last_filled.set()
+        return reducer_of(self, index, parameters, buffer)
+
+    with torch._dynamo.config.patch(optimize_ddp=False):
+        _, compiled = ddp_of(Net(), {}, inside=True, bucket_cap_mb=SMALL_BUCKETS)
+        loss_of(compiled(batch(rank, 0))).backward()  # DDP makes its small buckets after the first step
+        with mock.patch.object(BucketReducer, "__call__", wait_for_the_last), mock.patch.object(GradientCompressor, "_reducer", tell):
+            loss_of(compiled(batch(rank, 1))).backward()
+    return len(reduced), starved.is_set()
+
+
+@pytest.mark.distributed
+def test_a_bucket_does_not_block_the_backward_that_fills_the_next() -> None:
+    for buckets, starved in run_ranks(overlapping, 2):
+        assert buckets > 1
+        assert not starved
