@@ -222,7 +222,7 @@ def test_run_with_both_backends(tmp_path: Path) -> None:
     compressed = [site for site in dct["sites"][0] if site["decision"] == "compressed"]
     assert compressed
     assert all(site["kind"] == "gradient" and site["wire_bytes"] < site["dense_bytes"] / 10 for site in compressed)
-    assert "identical (2 checks)" in result.output
+    assert "identical (24 checks)" in result.output
 
 
 @pytest.mark.distributed

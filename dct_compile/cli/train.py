@@ -33,7 +33,7 @@ _DEFAULT = "Default: the backend's."
 @click.option("--epochs", type=_POSITIVE, default=2)
 @click.option("--batch-size", type=_POSITIVE, default=256, help="Samples per step, over all ranks.")
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=0.02, help="Adagrad's learning rate.")
-@click.option("--check-every", type=_POSITIVE, default=100, help="Steps between two comparisons of the replicas.")
+@click.option("--check-every", type=_POSITIVE, default=1, help="Steps between two comparisons of the replicas.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/train"), help="Folder for the report.")
 def train(
     backend: str,
