@@ -119,9 +119,8 @@ def reachable_from(roots: Iterable[fx.Node]) -> set[fx.Node]:
     return seen
 
 
-def sources(node: fx.Node, through: Iterable[Any] = SHAPE_OPS) -> set[fx.Node]:
+def sources(node: fx.Node) -> set[fx.Node]:
     """The nearest producers of ``node``'s values that are not shape operations (``getitem`` counts as one)."""
-    allowed = frozenset(through)
     seen: set[fx.Node] = set()
     found: set[fx.Node] = set()
     stack = [node]
@@ -130,18 +129,18 @@ def sources(node: fx.Node, through: Iterable[Any] = SHAPE_OPS) -> set[fx.Node]:
         if current in seen:
             continue
         seen.add(current)
-        if current.target in allowed:
+        if current.target in SHAPE_OPS:
             tensors = current.args[0]
             stack.extend([tensors] if isinstance(tensors, fx.Node) else [item for item in tensors if isinstance(item, fx.Node)])  # type: ignore[union-attr]
-        elif _is_getitem_of(current, allowed):
+        elif _is_getitem_of_shape_op(current):
             stack.append(current.args[0])  # type: ignore[arg-type]
         else:
             found.add(current)
     return found
 
 
-def _is_getitem_of(node: fx.Node, allowed: frozenset[Any]) -> bool:
-    return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].target in allowed
+def _is_getitem_of_shape_op(node: fx.Node) -> bool:
+    return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].target in SHAPE_OPS
 
 
 def output_node(graph: fx.Graph) -> fx.Node:

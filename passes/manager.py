@@ -115,7 +115,9 @@ class JointGraphPass(CustomGraphPass):
         for user_pass in self.earlier:
             user_pass(graph)
         context, state = self._read_inputs(graph)
-        before = readable(graph)
+        # Printing a large graph takes a while: one without collectives is neither rewritten nor reported.
+        may_change = self.group is not None or any(gu.collective_name(node) is not None for node in graph.nodes)
+        before = readable(graph) if may_change else ""
         if self.group is not None and context.training:
             insert_gradient_sync(graph, context, trainable_buckets(self.inputs, context.parameters.values()), self.group.group_name)
         self.decisions = plan(find_sites(graph, context), self.config, context.training)
