@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-VALUE_DTYPES = ("float32", "bfloat16", "float16")
+MP_VALUE_DTYPES = ("float32", "bfloat16", "float16")
+DP_VALUE_DTYPES = (*MP_VALUE_DTYPES, "int8")
 THRESHOLDS = ("exact", "sampled", "laplace")
 REFRESH_WARMUPS = ("geometric", "off")
 ALL_REDUCES = ("auto", "gather", "owner")
@@ -35,7 +36,7 @@ class DCTConfig:
     error_feedback: bool = True
     """Keep what was not sent and add it to the next gradient."""
     dp_value_dtype: str = "bfloat16"
-    """Dtype of a gradient value on the wire; the rounding error stays in the residual."""
+    """Dtype of a gradient value on the wire ("int8": multiples of a scale per 4096 elements); the rounding error stays in the residual."""
     mp_value_dtype: str = "bfloat16"
     """Dtype of an activation (gradient) value on the wire."""
     capacity_factor: float = 1.1
@@ -63,8 +64,8 @@ class DCTConfig:
         _check_integer("refresh_interval", self.refresh_interval, 1)
         _check_choice("refresh_warmup", self.refresh_warmup, REFRESH_WARMUPS)
         _check_bool("error_feedback", self.error_feedback)
-        _check_choice("dp_value_dtype", self.dp_value_dtype, VALUE_DTYPES)
-        _check_choice("mp_value_dtype", self.mp_value_dtype, VALUE_DTYPES)
+        _check_choice("dp_value_dtype", self.dp_value_dtype, DP_VALUE_DTYPES)
+        _check_choice("mp_value_dtype", self.mp_value_dtype, MP_VALUE_DTYPES)
         _check_number("capacity_factor", self.capacity_factor, 1.0, "a number >= 1")
         _check_integer("min_numel", self.min_numel, 0)
         if isinstance(self.exempt, str) or not all(isinstance(pattern, str) for pattern in _as_iterable(self.exempt)):

@@ -7,8 +7,9 @@
                                   ==>    gathered = all_gather_into_tensor(payload)
                                          mean     = dct.unpack_accumulate(gathered, divisor=ranks)
 
-"owner": each rank owns a share of every parameter. The payload's chunks go to their owners by all_to_all, each owner sums its chunk,
-thresholds the sum again with a residual of its own, and that payload is gathered: the bytes per rank do not grow with the ranks.
+"owner": each rank owns a share of every parameter. The payload's chunks go to their owners by all_to_all, each owner sums its chunk and
+thresholds the sum again with a residual of its own (``dct.repack``), and that payload is gathered: the bytes per rank do not grow with
+the ranks.
 
 Parameters that stay dense are taken out of the buffer, reduced together and put back while unpacking. The state (residual, threshold,
 counters; twice under "owner") enters as graph inputs and is updated in place.
@@ -62,14 +63,14 @@ class _Rewrite:
         if len(shape) != 1:
             gradient = self.start.call(aten.reshape.default, gradient, [-1])
         dense = self._reduce_dense(gradient)
-        layout, size = self.plan.layout, self.site.group_size
-        payload = self._select_and_pack(self.start, gradient, layout, self.state[:3])
+        size = self.site.group_size
+        payload = self._select_and_pack(gradient)
         if self.plan.owner_layout is None:
             gathered = self.start.call(c10d.all_gather_into_tensor.default, payload, size, self.group)
         else:
             gathered = self._reduce_at_owner(payload, self.plan.owner_layout)
         waited = self.finish.call(gu.WAIT, gathered)
-        reduced = self._unpack(self.finish, waited, dense, self.plan.numel, gradient.meta["val"].dtype, layout, size if self.average else 1)
+        reduced = self._unpack(waited, dense, gradient.meta["val"].dtype, size if self.average else 1)
         if len(shape) != 1:
             reduced = self.finish.call(aten.reshape.default, reduced, list(shape))
         for wait in gu.waits(self.site.node):
@@ -82,38 +83,27 @@ class _Rewrite:
         splits = [layout.chunk_bytes] * size
         started = self.start.call(c10d.all_to_all_single.default, payload, splits, splits, self.group)
         received = self.finish.call(gu.WAIT, started)
-        total = self._unpack(self.finish, received, None, layout.state_numel, torch.float32, layout, 1)
-        chunk = self._select_and_pack(self.finish, total, layout, self.state[3:])
+        chunk = self.finish.call(
+            dct.repack.default,
+            *(received, *self.state[3:], *_geometry(layout), *_wire(layout)),
+            *(*self._selection, self.config.error_feedback),
+        )
         return self.finish.call(c10d.all_gather_into_tensor.default, chunk, size, self.group)
 
-    def _select_and_pack(self, at: gu.Inserter, gradient: fx.Node, layout: GradientLayout, state: Sequence[fx.Node]) -> fx.Node:
-        residual, threshold, counters = state
-        config, geometry = self.config, _geometry(layout)
-        at.call(
-            dct.select_threshold.default,
-            *(gradient, residual, threshold, counters, *geometry),
-            *(config.dp_density, config.threshold_method, config.fixed_threshold),
-            *(config.refresh_interval, config.refresh_warmup, config.error_feedback),
-        )
-        return at.call(
-            dct.threshold_pack.default,
-            *(gradient, residual, threshold, counters, *geometry),
-            *(layout.capacity_fraction, layout.value_dtype, config.error_feedback),
-        )
+    @property
+    def _selection(self) -> tuple[float, str, float, int, str]:
+        config = self.config
+        return config.dp_density, config.threshold_method, config.fixed_threshold, config.refresh_interval, config.refresh_warmup
 
-    def _unpack(
-        self,
-        at: gu.Inserter,
-        payloads: fx.Node,
-        dense: fx.Node | None,
-        numel: int,
-        dtype: torch.dtype,
-        layout: GradientLayout,
-        divisor: int,
-    ) -> fx.Node:
-        return at.call(
-            dct.unpack_accumulate.default,
-            *(payloads, dense, numel, dtype, *_geometry(layout), layout.capacity_fraction, layout.value_dtype, divisor),
+    def _select_and_pack(self, gradient: fx.Node) -> fx.Node:
+        layout, state, feedback = self.plan.layout, self.state[:3], self.config.error_feedback
+        self.start.call(dct.select_threshold.default, gradient, *state, *_geometry(layout), *self._selection, feedback)
+        return self.start.call(dct.threshold_pack.default, gradient, *state, *_geometry(layout), *_wire(layout), feedback)
+
+    def _unpack(self, payloads: fx.Node, dense: fx.Node | None, dtype: torch.dtype, divisor: int) -> fx.Node:
+        layout = self.plan.layout
+        return self.finish.call(
+            dct.unpack_accumulate.default, payloads, dense, self.plan.numel, dtype, *_geometry(layout), *_wire(layout), divisor
         )
 
     def _reduce_dense(self, gradient: fx.Node) -> fx.Node | None:
@@ -132,3 +122,7 @@ class _Rewrite:
 
 def _geometry(layout: GradientLayout) -> tuple[list[int], int, int, int]:
     return [number for segment in layout.segments for number in segment], layout.block, layout.chunks, layout.chunk
+
+
+def _wire(layout: GradientLayout) -> tuple[float, torch.dtype]:
+    return layout.capacity_fraction, layout.value_dtype

@@ -145,6 +145,10 @@ def test_dtypes_as_the_operators_want_them(name: str) -> None:
     assert config.dp_dtype is config.mp_dtype is getattr(torch, name)
 
 
+def test_gradient_values_may_be_int8() -> None:
+    assert DCTConfig(dp_value_dtype="int8").dp_dtype is torch.int8
+
+
 def test_comparable_is_plain_and_tells_options_apart() -> None:
     plain = DCTConfig(exempt=("a", "b")).comparable()
     assert plain["exempt"] == ["a", "b"]

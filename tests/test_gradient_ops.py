@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from dct_compile.ops import select_threshold, threshold_pack, unpack_accumulate
+from dct_compile.triton_kernels.cpu.build import load_library
+from dct_compile.triton_kernels.cpu.gradient import repack_cpu
 from dct_compile.triton_kernels.layout import gradient_layout
+
+needs_compiler = pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
 
 SEGMENTS = [3, 400, 500, 300]
 NUMEL = 810
@@ -26,7 +30,12 @@ def pack_arguments(dtype: torch.dtype, value_dtype: torch.dtype, chunks: int, ch
     return (grad, *state(numel), SEGMENTS, 256, chunks, chunk, 0.3, value_dtype, True)
 
 
-GEOMETRIES = [(torch.float32, torch.float32, 1, -1), (torch.bfloat16, torch.bfloat16, 3, -1), (torch.float16, torch.bfloat16, 3, 1)]
+GEOMETRIES = [
+    (torch.float32, torch.float32, 1, -1),
+    (torch.bfloat16, torch.bfloat16, 3, -1),
+    (torch.float16, torch.bfloat16, 3, 1),
+    (torch.float32, torch.int8, 2, -1),
+]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -85,6 +94,7 @@ def test_in_a_compiled_function_the_state_changes_in_place() -> None:
     [
         (0, torch.zeros(799), "grad is"),
         (0, torch.zeros(810, dtype=torch.float64), "grad is"),
+        (0, torch.zeros(810, dtype=torch.int8), "grad is"),
         (1, torch.zeros(699), "residual is"),
         (1, torch.zeros(1400)[::2], "residual is"),
         (2, torch.zeros(2, dtype=torch.float64), "threshold is"),
@@ -96,6 +106,31 @@ def test_a_wrong_tensor_is_named(position: int, wrong: Tensor, message: str) -> 
     arguments[position] = wrong
     with pytest.raises(ValueError, match=message):
         threshold_pack(*arguments)
+
+
+@needs_compiler
+def test_a_wrong_dtype_or_block_is_named() -> None:
+    arguments = pack_arguments(torch.float32, torch.float32, 1, -1)
+    with pytest.raises(ValueError, match=r"value_dtype is torch\.float64: expected one of .*torch\.int8"):
+        threshold_pack(*arguments[:9], torch.float64, True)
+    for block in (32, 300, 2**32):
+        with pytest.raises(ValueError, match=f"block is {block}: expected a power of two"):
+            threshold_pack(*arguments[:5], block, *arguments[6:])
+    payload = threshold_pack(*arguments)
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8: expected one of torch\.float32, torch\.bfloat16, torch\.float16"):
+        unpack_accumulate(payload, None, NUMEL, torch.int8, *arguments[4:10], 1)
+
+
+@needs_compiler
+def test_what_an_owner_packs_again_is_checked() -> None:
+    numel = gradient_layout(tuple(SEGMENTS), 256, 2, 1, 0.3, torch.int8).state_numel
+    payload = threshold_pack(*pack_arguments(torch.float32, torch.int8, 2, 1))
+    geometry = (SEGMENTS, 256, 2, 1, 0.3, torch.int8, 0.1, "exact", 0.0, 1, "off", True)
+    with pytest.raises(ValueError, match="gathered is"):
+        repack_cpu(payload[:-4], *state(numel), *geometry)
+    with pytest.raises(ValueError, match="residual is"):
+        repack_cpu(payload, *state(numel + 1), *geometry)
+    assert repack_cpu(payload, *state(numel), *geometry).shape == payload.shape
 
 
 def test_gathered_bytes_must_be_whole_payloads() -> None:
@@ -115,6 +150,10 @@ def test_without_a_compiler_the_references_answer(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(threshold_pack(*arguments[:1], *state(), *arguments[4:]), expected)
     arguments_of_unpack = (None, NUMEL, torch.float32, SEGMENTS, 256, 1, -1, 0.3, torch.bfloat16, 1)
     assert unpack_accumulate(expected, *arguments_of_unpack).count_nonzero() > 0
+    owned = gradient_layout(tuple(SEGMENTS), 256, 2, 0, 0.3, torch.bfloat16).state_numel
+    part = threshold_pack(torch.randn(owned), *state(owned), SEGMENTS, 256, 2, 0, 0.3, torch.bfloat16, True)
+    selection = (0.1, "exact", 0.0, 1, "off", True)
+    assert repack_cpu(part, *state(owned), SEGMENTS, 256, 2, 0, 0.3, torch.bfloat16, *selection).any()
     chosen = state()
     select_threshold(arguments[0], *chosen, SEGMENTS, 256, 1, -1, 0.1, "exact", 0.0, 1, "off", True)
     assert (chosen[1] != 1).all()

@@ -1,4 +1,4 @@
-"""What the Triton kernels of the gradient ops share: the bucket's blocks as device tensors, and the test for non-finite gradients."""
+"""What the Triton kernels of the gradient ops share: a bucket's tiles and pieces as device tensors, and tests on the device."""
 
 from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
 
@@ -7,32 +7,34 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.compat import jit, tl
-from dct_compile.triton_kernels.layout import GradientLayout
+from dct_compile.triton_kernels.compat import HAS_TRITON, jit, tl
+from dct_compile.triton_kernels.layout import TILE, GradientLayout
 
-BLOCK_COLUMNS = 4
-PIECE_COLUMNS = 6
+INDEX_TYPES = {1: tl.uint8, 2: tl.uint16, 4: tl.int32} if HAS_TRITON else {}
+"""Triton's types of counts and indices, by their bytes."""
+TILE_COLUMNS = 4
+PIECE_COLUMNS = 7
 
 
 @lru_cache(maxsize=4096)
-def block_table(layout: GradientLayout, device: torch.device) -> Tensor:
-    """int64 [blocks of all pieces, BLOCK_COLUMNS]: grad offset, state offset, elements, piece. On the device once, not in every step."""
+def tile_table(layout: GradientLayout, device: torch.device) -> Tensor:
+    """int64 [tiles of all pieces, TILE_COLUMNS]: grad offset, state offset, elements, piece. On the device once, not in every step."""
     rows = []
     for number, piece in enumerate(layout.pieces):
-        starts = torch.arange(piece.blocks) * layout.block
-        sizes = (piece.numel - starts).clamp(max=layout.block)
+        starts = torch.arange(piece.tiles) * TILE
+        sizes = (piece.numel - starts).clamp(max=TILE)
         rows.append(torch.stack([piece.grad_offset + starts, piece.state_offset + starts, sizes, torch.full_like(starts, number)], dim=1))
-    return torch.cat(rows or [torch.empty(0, BLOCK_COLUMNS, dtype=torch.int64)]).to(device)
+    return torch.cat(rows or [torch.empty(0, TILE_COLUMNS, dtype=torch.int64)]).to(device)
 
 
 @lru_cache(maxsize=4096)
 def piece_table(layout: GradientLayout, device: torch.device) -> Tensor:
-    """int64 [pieces, PIECE_COLUMNS]: segment, chunk, capacity, first block in the chunk, first block in the block table, blocks."""
+    """int64 [pieces, PIECE_COLUMNS]: segment, chunk, capacity, first block and first tile in the chunk, first tile of all, tiles."""
     rows = []
-    first_block = 0
+    first_row = 0
     for piece in layout.pieces:
-        rows.append([piece.segment, piece.chunk, piece.capacity, piece.first_block, first_block, piece.blocks])
-        first_block += piece.blocks
+        rows.append([piece.segment, piece.chunk, piece.capacity, piece.first_block, piece.first_tile, first_row, piece.tiles])
+        first_row += piece.tiles
     return torch.tensor(rows, dtype=torch.int64).view(-1, PIECE_COLUMNS).to(device)
 
 
@@ -43,26 +45,15 @@ def is_nonfinite(x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def nonfinite_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr,  # [numel]
-    blocks_ptr,  # int64 [blocks, 4]
-    wanted_ptr,  # int32 [1]: 0 where the answer is not needed
-    found_ptr,  # int32 [1], zero before
-    BLOCK: tl.constexpr,
-):
-    """found = 1 if an element of the block is not finite."""
-    if tl.load(wanted_ptr) != 0:
-        row = blocks_ptr + tl.program_id(0).to(tl.int64) * 4
-        offsets = tl.arange(0, BLOCK)
-        x = tl.load(grad_ptr + tl.load(row) + offsets, mask=offsets < tl.load(row + 2), other=0.0).to(tl.float32)
-        if tl.max(is_nonfinite(x).to(tl.int32), axis=0) != 0:
-            tl.atomic_max(found_ptr, 1)
-
-
-def nonfinite_flag(grad: Tensor, layout: GradientLayout, wanted: Tensor) -> Tensor:
-    """int32 [1]: 1 if a compressed element of ``grad`` is not finite; 0 without a look at them where ``wanted`` (int32 [1]) is 0."""
-    found = torch.zeros_like(wanted)
-    blocks = block_table(layout, grad.device)
-    if blocks.shape[0]:
-        nonfinite_kernel[(blocks.shape[0],)](grad, blocks, wanted, found, BLOCK=layout.block)
-    return found
+def is_due(counters, interval, GEOMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`schedule.is_refresh_step` of the parameter whose counters (a pointer to int64 [4]) are given."""
+    step = tl.load(counters)
+    gap = step * 0 + interval
+    due = step < 0
+    if GEOMETRIC:
+        power = step  # the largest power of two that is not above the step: fill the bits below its highest one
+        for shift in tl.static_range(0, 6):
+            power = power | (power >> (1 << shift))
+        gap = tl.minimum(gap, tl.maximum((power - (power >> 1)) // 8, 1))
+        due = tl.load(counters + 3) > 0
+    return due | (step % gap == 0)

@@ -1,19 +1,22 @@
 """Where every byte of a payload lies: the wire format, shared by kernels, fakes, plan and report.
 
 A *bucket* is a flat gradient buffer; its compressed parameters are *segments* ``(offset, numel)`` of it. Each segment is cut into
-*blocks*; a kept entry is known by its place in its block, which needs one byte (block 256) or two (block 4096). For the "owner" scheme
-the blocks of every segment are split over ``chunks`` ranks; the part of one segment in one chunk is a *piece*. Pieces are cut segment by
-segment, never across them, so what a parameter sends does not depend on its neighbours in the bucket.
+*blocks*; a kept entry is known by its place in its block, which needs one byte (block 256), two (block 4096) or four (a block that is
+the whole piece). For the "owner" scheme every segment is split over ``chunks`` ranks; the part of one segment in one chunk is a *piece*.
+Pieces are cut segment by segment, never across them, so what a parameter sends does not depend on its neighbours in the bucket. Kernels
+work on *tiles*: `TILE` elements of a piece, counted from its start.
 
-One chunk of a payload::
+One chunk of a payload (int8 values are multiples of a scale of their tile)::
 
-    values  [capacity]          value dtype     kept entries, in order of piece, block, index
-    counts  [blocks_per_chunk]  uint8 / uint16  entries of each block; blocks past the last piece hold 0
-    indices [capacity]          uint8 / uint16  place of each entry in its block
-    padding to 4 bytes
+    scales  [tiles_per_chunk]   float32                  only for int8 values: what a 1 stands for in each tile
+    values  [capacity]          value dtype              kept entries, in order of piece, block, index
+    counts  [blocks_per_chunk]  uint8 / uint16 / uint32  entries of each block; blocks past the last piece hold 0
+    indices [capacity]          uint8 / uint16 / uint32  place of each entry in its block
+
+Counts begin at a multiple of their size; the chunk is padded to 4 bytes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import ceil
 
@@ -21,25 +24,28 @@ import torch
 
 SMALL_BLOCK = 256
 LARGE_BLOCK = 4096
+WHOLE_PIECE = 1 << 31
+TILE = 4096
+"""Elements that share a scale, that one program of a kernel works on, and in multiples of which a whole-piece block may be cut."""
 COUNTERS = 4
 """Columns of a parameter's counters: step, entries kept so far, entries overflowed so far, entries overflowed in the last step."""
 
 
 def choose_block(density: float) -> int:
-    """The block with the fewer metadata bytes per element: counts are paid per block, indices per kept entry."""
-    small = 1 / SMALL_BLOCK + density
-    large = 2 / LARGE_BLOCK + 2 * density
-    return SMALL_BLOCK if small <= large else LARGE_BLOCK
+    """The block with the fewest metadata bytes per element: counts are paid per block, indices per kept entry."""
+    metadata_bytes = {SMALL_BLOCK: 1 / SMALL_BLOCK + density, LARGE_BLOCK: 2 / LARGE_BLOCK + 2 * density, WHOLE_PIECE: 4 * density}
+    return min(metadata_bytes, key=lambda block: metadata_bytes[block])
 
 
 def piece_share(numel: int, block: int, chunks: int) -> int:
-    """Elements of one segment that each chunk gets (the last ones may get fewer): whole blocks, evenly split."""
-    return ceil(ceil(numel / block) / chunks) * block
+    """Elements of one segment that each chunk gets (the last ones may get fewer): whole blocks (or tiles), evenly split."""
+    unit = min(block, TILE)
+    return ceil(ceil(numel / unit) / chunks) * unit
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of one segment that lies in one chunk. Offsets and sizes in elements, blocks counted within the chunk."""
+    """The part of one segment that lies in one chunk. Offsets and sizes in elements, blocks and tiles counted within the chunk."""
 
     segment: int
     chunk: int
@@ -48,6 +54,8 @@ class Piece:
     numel: int
     first_block: int
     blocks: int
+    first_tile: int
+    tiles: int
     capacity: int
 
 
@@ -69,7 +77,7 @@ class GradientLayout:
 
     @property
     def index_bytes(self) -> int:
-        return 1 if self.block <= SMALL_BLOCK else 2
+        return 1 if self.block <= SMALL_BLOCK else 2 if self.block <= LARGE_BLOCK else 4
 
     @property
     def max_count(self) -> int:
@@ -81,15 +89,17 @@ class GradientLayout:
         """Every piece, ordered by chunk and then by segment; empty pieces included. Offsets are those of the whole bucket."""
         pieces: list[Piece] = []
         for chunk in range(self.chunks):
-            first_block = state_offset = 0
+            first_block = first_tile = state_offset = 0
             for index, (offset, numel) in enumerate(self.segments):
                 share = piece_share(numel, self.block, self.chunks)
                 start = min(chunk * share, numel)
                 size = min((chunk + 1) * share, numel) - start
-                blocks = ceil(size / self.block)
+                blocks, tiles = ceil(size / self.block), ceil(size / TILE)
                 capacity = min(size, ceil(size * self.capacity_fraction))
-                pieces.append(Piece(index, chunk, offset + start, state_offset + start, size, first_block, blocks, capacity))
+                place = (offset + start, state_offset + start, size)
+                pieces.append(Piece(index, chunk, *place, first_block, blocks, first_tile, tiles, capacity))
                 first_block += blocks
+                first_tile += tiles
                 state_offset += numel
         return tuple(pieces)
 
@@ -102,7 +112,7 @@ class GradientLayout:
         offset = 0
         for piece in self.all_pieces:
             if piece.chunk == self.chunk:
-                own.append(Piece(piece.segment, 0, offset, offset, piece.numel, piece.first_block, piece.blocks, piece.capacity))
+                own.append(replace(piece, chunk=0, grad_offset=offset, state_offset=offset))
                 offset += piece.numel
         return tuple(own)
 
@@ -126,14 +136,24 @@ class GradientLayout:
         return self._largest_chunk("blocks")
 
     @cached_property
+    def tiles_per_chunk(self) -> int:
+        return self._largest_chunk("tiles")
+
+    @cached_property
     def capacity(self) -> int:
         """Entries that one chunk of the payload can hold."""
         return self._largest_chunk("capacity")
 
     @property
+    def values_offset(self) -> int:
+        """Byte offset of the values in a chunk, behind the scales where there are any."""
+        return 4 * self.tiles_per_chunk if self.value_dtype == torch.int8 else 0
+
+    @property
     def counts_offset(self) -> int:
-        """Byte offset of the counts in a chunk (even, because the count may be 16-bit: values are 2 or 4 bytes)."""
-        return self.capacity * self.value_dtype.itemsize
+        """Byte offset of the counts in a chunk."""
+        end = self.values_offset + self.capacity * self.value_dtype.itemsize
+        return ceil(end / self.index_bytes) * self.index_bytes
 
     @property
     def indices_offset(self) -> int:
@@ -142,7 +162,7 @@ class GradientLayout:
     @property
     def chunk_bytes(self) -> int:
         used = self.indices_offset + self.capacity * self.index_bytes
-        return (used + 3) // 4 * 4
+        return ceil(used / 4) * 4
 
     @property
     def payload_bytes(self) -> int:

@@ -10,18 +10,9 @@ from torch import Tensor
 
 from dct_compile.triton_kernels.compat import jit, tl
 from dct_compile.triton_kernels.layout import quantized_row_bytes
+from dct_compile.triton_kernels.number_formats_triton import CODES, as_bits, as_stored, load_float, rounded_bits
 from dct_compile.triton_kernels.quantize import check_quantize_arguments, check_quantized, largest_code
-from dct_compile.triton_kernels.row_codec_triton import (
-    CODES,
-    as_bits,
-    as_stored,
-    load_bytes,
-    load_float,
-    power_of_two,
-    rounded_bits,
-    store_bytes,
-    warps_for,
-)
+from dct_compile.triton_kernels.row_codec_triton import load_bytes, power_of_two, store_bytes, warps_for
 
 
 @jit

@@ -1,27 +1,8 @@
-"""Parts of the row kernels: number formats by their bits, values that stand at any byte, launch shapes.
-
-bfloat16 is read and written as 16-bit integers and float32 is rounded by integer arithmetic: compilers and Triton's interpreter leave
-different NaNs, and the interpreter truncates. The *code* of a dtype is 0 for float32, 1 for bfloat16, 2 for float16.
-"""
+"""Parts of the row kernels: values that stand at any byte, launch shapes."""
 
 from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
 
-import torch
-from torch import Tensor
-
 from dct_compile.triton_kernels.compat import jit, tl
-
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def as_stored(x: Tensor) -> Tensor:
-    """The tensor as kernels take it: bfloat16 as int16."""
-    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
-
-
-def as_bits(x: Tensor) -> Tensor:
-    """The tensor as kernels write it: integers of the same size."""
-    return x.view(torch.int32 if x.element_size() == 4 else torch.int16)
 
 
 def power_of_two(n: int) -> int:
@@ -32,38 +13,6 @@ def power_of_two(n: int) -> int:
 def warps_for(block: int) -> int:
     """Warps that hold ``block`` entries in registers: 8 entries in each thread, up to 16 warps."""
     return min(max(block // 256, 1), 16)
-
-
-@jit
-def load_float(pointer, mask, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 of what `as_stored` gave; 0 outside the mask."""
-    if CODE == 1:
-        bits = tl.load(pointer, mask=mask, other=0).to(tl.int32) << 16
-        return bits.to(tl.float32, bitcast=True)
-    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-
-
-@jit
-def rounded_bits(x, CODE: tl.constexpr, SATURATE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 -> int32 with the bits of x in the dtype, to nearest even, NaN the one quiet NaN; SATURATE keeps finite values finite."""
-    raw = x.to(tl.int32, bitcast=True)
-    magnitude = raw & 0x7FFFFFFF
-    finite = magnitude < 0x7F800000
-    if CODE == 0:
-        bits = raw
-        nan = 0x7FC00000
-    elif CODE == 1:
-        nearest = (magnitude + 0x7FFF + ((magnitude >> 16) & 1)) >> 16
-        if SATURATE:
-            nearest = tl.where(finite, tl.minimum(nearest, 0x7F7F), nearest)
-        bits = nearest | ((raw >> 16) & 0x8000)
-        nan = 0x7FC0
-    else:
-        if SATURATE:
-            x = tl.where(finite, tl.minimum(tl.maximum(x, -65504.0), 65504.0), x)
-        bits = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        nan = 0x7E00
-    return tl.where(magnitude > 0x7F800000, nan, bits)
 
 
 @jit
@@ -80,14 +29,3 @@ def load_bytes(pointer, mask, BYTES: tl.constexpr):  # type: ignore[no-untyped-d
     for byte in tl.static_range(1, BYTES):
         bits |= tl.load(pointer + byte, mask=mask, other=0).to(tl.int32) << (8 * byte)
     return bits
-
-
-@jit
-def float_of_bits(bits, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """int32 with the bits of a value of the dtype -> float32."""
-    if CODE == 0:
-        return bits.to(tl.float32, bitcast=True)
-    elif CODE == 1:
-        return (bits << 16).to(tl.float32, bitcast=True)
-    else:
-        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

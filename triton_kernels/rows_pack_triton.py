@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dct_compile.triton_kernels.compat import jit, tl
 from dct_compile.triton_kernels.layout import row_bytes
-from dct_compile.triton_kernels.row_codec_triton import CODES, as_stored, load_float, power_of_two, rounded_bits, store_bytes, warps_for
+from dct_compile.triton_kernels.number_formats_triton import CODES, as_stored, load_float, rounded_bits
+from dct_compile.triton_kernels.row_codec_triton import power_of_two, store_bytes, warps_for
 from dct_compile.triton_kernels.rows_pack import INF_KEY, check_pack_arguments, laplace_factor
 
 

@@ -14,18 +14,9 @@ from torch import Tensor
 
 from dct_compile.triton_kernels.compat import jit, tl
 from dct_compile.triton_kernels.layout import row_bytes
+from dct_compile.triton_kernels.number_formats_triton import CODES, as_bits, as_stored, float_of_bits, load_float, rounded_bits
 from dct_compile.triton_kernels.row_codec import check_row_payload, check_row_values, check_rows
-from dct_compile.triton_kernels.row_codec_triton import (
-    CODES,
-    as_bits,
-    as_stored,
-    float_of_bits,
-    load_bytes,
-    load_float,
-    power_of_two,
-    rounded_bits,
-    warps_for,
-)
+from dct_compile.triton_kernels.row_codec_triton import load_bytes, power_of_two, warps_for
 
 
 @jit

@@ -85,12 +85,10 @@ def select_threshold_reference(
     - "laplace": -mean(abs(W)) * ln(density), the quantile of a zero-mean Laplace distribution with that mean;
     - "fixed": ``fixed``, at every step.
 
-    A density of 1 or more gives 0 at every step. Nothing changes if a compressed element of ``grad`` is not finite.
+    A density of 1 or more gives 0 at every step. Where one of the elements that are looked at is not finite the threshold stays.
     """
     layout = gradient_layout(tuple(segments), block, chunks, chunk, 1.0, torch.float32)
     chosen = selections(layout, density, method)
-    if not all(bool(grad[part.grad_offset : part.grad_offset + part.numel].isfinite().all()) for part in chosen):
-        return
     constant = constant_threshold(density, method, fixed)
     for part in chosen:
         step, _, _, overflow = counters[part.segment].tolist()
@@ -100,7 +98,10 @@ def select_threshold_reference(
             w = grad[part.grad_offset : part.grad_offset + part.numel].float()
             if error_feedback:
                 w = w + residual[part.state_offset : part.state_offset + part.numel]
+            magnitudes = w[:: part.stride].abs()
+            if not bool(magnitudes.isfinite().all()):
+                continue
             if method == "laplace":
-                threshold.data[part.segment] = -w.abs().double().mean() * log(density)
+                threshold.data[part.segment] = -magnitudes.double().mean() * log(density)
             else:
-                threshold.data[part.segment] = w[:: part.stride].abs().topk(part.rank, sorted=False).values.min()
+                threshold.data[part.segment] = magnitudes.topk(part.rank, sorted=False).values.min()

@@ -1,18 +1,41 @@
 """Compress a gradient bucket: add the residual, keep what reaches the threshold, write it to a payload, keep the rest for the next step."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.layout import GradientLayout, Piece, gradient_layout
+from dct_compile.triton_kernels.layout import TILE, GradientLayout, Piece, gradient_layout
+
+INDEX_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+LARGEST_CODE = 127
+"""Codes of int8 values are -127 ... 127; a tile with non-finite entries has an infinite scale and codes 1 (inf), -1 (-inf), 0 (NaN)."""
 
 
-def chunk_views(payload: Tensor, layout: GradientLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, counts and indices of one chunk's bytes, as views; counts and indices as uint8 or (for 16 bits) int16."""
-    index_dtype = torch.uint8 if layout.index_bytes == 1 else torch.int16
-    values = payload[: layout.counts_offset].view(layout.value_dtype)
-    counts = payload[layout.counts_offset : layout.indices_offset].view(index_dtype)
-    indices = payload[layout.indices_offset : layout.indices_offset + layout.capacity * layout.index_bytes].view(index_dtype)
-    return values, counts, indices
+@dataclass(frozen=True)
+class ChunkView:
+    """One chunk's bytes as views: counts and indices of 2 and 4 bytes look signed, see `unsigned`; scales are empty but for int8 values."""
+
+    scales: Tensor
+    values: Tensor
+    counts: Tensor
+    indices: Tensor
+
+
+def chunk_view(payload: Tensor, layout: GradientLayout) -> ChunkView:
+    """Views of one chunk's bytes, ``payload``: uint8 [layout.chunk_bytes]."""
+    index_dtype = INDEX_DTYPES[layout.index_bytes]
+    return ChunkView(
+        payload[: layout.values_offset].view(torch.float32),
+        payload[layout.values_offset :][: layout.capacity * layout.value_dtype.itemsize].view(layout.value_dtype),
+        payload[layout.counts_offset : layout.indices_offset].view(index_dtype),
+        payload[layout.indices_offset :][: layout.capacity * layout.index_bytes].view(index_dtype),
+    )
+
+
+def unsigned(counts_or_indices: Tensor, layout: GradientLayout) -> Tensor:
+    """int64 of what `ChunkView` shows as signed."""
+    return counts_or_indices.long().bitwise_and(2 ** (8 * layout.index_bytes) - 1)
 
 
 def round_to_wire(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -20,6 +43,19 @@ def round_to_wire(w: Tensor, dtype: torch.dtype) -> Tensor:
     largest = torch.finfo(dtype).max
     rounded = torch.where(w.isinf(), w, w.clamp(-largest, largest)).to(dtype)
     return rounded.masked_fill(w.isnan(), float("nan"))
+
+
+def tile_scales(w: Tensor, candidates: Tensor) -> Tensor:
+    """float32 [tiles]: the largest magnitude among each tile's candidates over `LARGEST_CODE`; infinite where one is not finite."""
+    magnitudes = torch.where(candidates, w.abs(), 0.0)
+    tiles = torch.nn.functional.pad(magnitudes, (0, -w.numel() % TILE)).view(-1, TILE)
+    return torch.where(tiles.isfinite().all(1), tiles.amax(1) * (1.0 / LARGEST_CODE), float("inf"))
+
+
+def encode_with_scale(w: Tensor, scale: Tensor) -> Tensor:
+    """int8 codes of ``w``, each with its own ``scale``: rounded to nearest even, 0 where the scale is 0."""
+    finite = torch.where(scale > 0, w / scale, 0.0).round()
+    return torch.where(scale.isinf(), w.sign().nan_to_num(0.0), finite).to(torch.int8)
 
 
 def window_mask(candidates: Tensor, capacity: int, step: int) -> Tensor:
@@ -39,16 +75,35 @@ def first_of_block(candidates: Tensor, layout: GradientLayout) -> Tensor:
     return (rows & (rows.cumsum(1) <= layout.max_count)).view(-1)[: candidates.numel()]
 
 
-def _pack_piece(w: Tensor, kept: Tensor, piece: Piece, base: int, layout: GradientLayout, chunk_payload: Tensor) -> tuple[Tensor, Tensor]:
-    """Write one piece's kept entries from slot ``base`` on; returns their places in the piece and the values as written."""
-    values, counts, indices = chunk_views(chunk_payload, layout)
+def encode(w: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Wire values of the entries ``w``, and what they stand for as float32. ``scale``: of each entry's tile, used for int8 alone."""
+    if dtype == torch.int8:
+        codes = encode_with_scale(w, scale)
+        return codes, codes.float() * scale
+    values = round_to_wire(w, dtype)
+    return values, values.float()
+
+
+def _write_piece(w: Tensor, candidates: Tensor, kept: Tensor, piece: Piece, base: int, layout: GradientLayout, chunk: ChunkView) -> Tensor:
+    """Write one piece's kept entries from slot ``base`` on; returns what was sent, as float32 [kept entries]."""
     places = kept.nonzero().view(-1)
-    sent = round_to_wire(w[places], layout.value_dtype)
-    values[base : base + places.numel()] = sent
-    indices[base : base + places.numel()] = (places % layout.block).to(indices.dtype)
+    scales = tile_scales(w, candidates)
+    values, sent = encode(w[places], scales[places // TILE], layout.value_dtype)
+    chunk.values[base : base + places.numel()] = values
+    chunk.indices[base : base + places.numel()] = (places % layout.block).to(chunk.indices.dtype)
     in_block = torch.bincount(places // layout.block, minlength=piece.blocks)
-    counts[piece.first_block : piece.first_block + piece.blocks] = in_block.to(counts.dtype)
-    return places, sent
+    chunk.counts[piece.first_block : piece.first_block + piece.blocks] = in_block.to(chunk.counts.dtype)
+    if layout.value_dtype == torch.int8:
+        chunk.scales[piece.first_tile : piece.first_tile + piece.tiles] = scales
+    return sent
+
+
+def _gradient(grad: Tensor, piece: Piece) -> Tensor:
+    return grad[piece.grad_offset : piece.grad_offset + piece.numel].float()
+
+
+def _state(residual: Tensor, piece: Piece) -> Tensor:
+    return residual.data[piece.state_offset : piece.state_offset + piece.numel]
 
 
 @torch.no_grad()
@@ -73,39 +128,34 @@ def threshold_pack_reference(
     the residual; which ones a full piece sends moves on with the step, so that each has its turn. After the call, for float32 W,
     ``float(sent) + residual == W`` exactly.
 
-    If an element of the compressed segments is not finite the step is *held*: only such elements are sent, as they are, and residual
-    and step stay. An infinite W of finite summands is sent as it is (if it is sent) and its residual stays.
+    If a W of the bucket is not finite the step is *held*: only such elements are sent, as they are, and counters and residual stay, the
+    latter but for one rounding of the sum: it becomes W - grad, wherever adding the gradient once more gives a finite number.
     """
     layout = gradient_layout(tuple(segments), block, chunks, chunk, capacity_fraction, value_dtype)
     payload = grad.new_zeros(layout.payload_bytes, dtype=torch.uint8)
-    held = not all(bool(grad[piece.grad_offset : piece.grad_offset + piece.numel].isfinite().all()) for piece in layout.pieces)
-    steps = counters[:, 0].tolist()
-    kept_now = [0] * len(layout.segments)
-    overflow_now = [0] * len(layout.segments)
+    views = [chunk_view(payload[number * layout.chunk_bytes :][: layout.chunk_bytes], layout) for number in range(layout.payload_chunks)]
+    sums = [_gradient(grad, piece) + (_state(residual, piece) if error_feedback else 0.0) for piece in layout.pieces]
     bases = [0] * layout.payload_chunks
-    for piece in layout.pieces:
-        w = grad[piece.grad_offset : piece.grad_offset + piece.numel].float()
-        state = residual.data[piece.state_offset : piece.state_offset + piece.numel]
-        if held:
-            candidates = ~w.isfinite()
-        else:
-            w = w + state if error_feedback else w
-            candidates = (w.abs() >= threshold[piece.segment]) & (w != 0)
-        kept = window_mask(first_of_block(candidates, layout), piece.capacity, steps[piece.segment])
-        start = piece.chunk * layout.chunk_bytes
-        base = bases[piece.chunk]
-        places, sent = _pack_piece(w, kept, piece, base, layout, payload[start : start + layout.chunk_bytes])
-        bases[piece.chunk] += places.numel()
-        kept_now[piece.segment] += places.numel()
-        overflow_now[piece.segment] += int(candidates.sum()) - places.numel()
-        if error_feedback and not held:
-            rest = w.index_put((places,), w[places] - sent.float())
-            state.copy_(torch.where(w.isinf(), state, rest))
-    if held:
-        counters.data[:, 3] = 0
-    else:
-        counters.data[:, 0] += 1
-        counters.data[:, 1] += counters.new_tensor(kept_now)
-        counters.data[:, 2] += counters.new_tensor(overflow_now)
-        counters.data[:, 3] = counters.new_tensor(overflow_now)
+    if not all(bool(w.isfinite().all()) for w in sums):
+        for piece, w in zip(layout.pieces, sums, strict=True):
+            again = w
+            if error_feedback:
+                state = torch.where(w.isfinite(), w, _state(residual, piece))
+                again = _gradient(grad, piece) + state
+                _state(residual, piece).copy_(torch.where(again.isfinite(), state - _gradient(grad, piece), state))
+            candidates = ~again.isfinite()
+            kept = window_mask(first_of_block(candidates, layout), piece.capacity, int(counters[piece.segment, 0]))
+            bases[piece.chunk] += _write_piece(again, candidates, kept, piece, bases[piece.chunk], layout, views[piece.chunk]).numel()
+        return payload
+    kept_now, overflow_now = torch.zeros(2, len(layout.segments), dtype=torch.int64, device=counters.device)
+    for piece, w in zip(layout.pieces, sums, strict=True):
+        candidates = (w.abs() >= threshold[piece.segment]) & (w != 0)
+        kept = window_mask(first_of_block(candidates, layout), piece.capacity, int(counters[piece.segment, 0]))
+        sent = _write_piece(w, candidates, kept, piece, bases[piece.chunk], layout, views[piece.chunk])
+        bases[piece.chunk] += sent.numel()
+        kept_now[piece.segment] += sent.numel()
+        overflow_now[piece.segment] += candidates.sum() - sent.numel()
+        if error_feedback:
+            _state(residual, piece).copy_(w.masked_scatter(kept, w[kept] - sent))
+    counters.data += torch.stack([torch.ones_like(kept_now), kept_now, overflow_now, overflow_now - counters[:, 3]], dim=1)
     return payload

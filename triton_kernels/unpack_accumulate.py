@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.layout import GradientLayout, gradient_layout
-from dct_compile.triton_kernels.threshold_pack import chunk_views
+from dct_compile.triton_kernels.layout import TILE, GradientLayout, gradient_layout
+from dct_compile.triton_kernels.threshold_pack import chunk_view, unsigned
 
 
 def uncovered_ranges(layout: GradientLayout, numel: int) -> tuple[tuple[int, int], ...]:
@@ -23,17 +23,20 @@ def uncovered_ranges(layout: GradientLayout, numel: int) -> tuple[tuple[int, int
 
 
 def _add_chunk(total: Tensor, payload: Tensor, layout: GradientLayout, chunk: int) -> None:
-    values, counts, indices = chunk_views(payload, layout)
-    in_block = counts.long() & (2 ** (8 * layout.index_bytes) - 1)
+    view = chunk_view(payload, layout)
+    in_block = unsigned(view.counts, layout)
     starts = torch.zeros_like(in_block)
+    first_tiles = torch.zeros_like(in_block)
     for piece in layout.pieces:
         if piece.chunk == chunk:
-            places = torch.arange(piece.blocks, device=starts.device) * layout.block + piece.grad_offset
-            starts[piece.first_block : piece.first_block + piece.blocks] = places
-    entry_starts = starts.repeat_interleave(in_block)
-    entries = entry_starts.numel()
-    places = entry_starts + (indices[:entries].long() & (2 ** (8 * layout.index_bytes) - 1))
-    total[places] += values[:entries].float()  # an index occurs once in a payload
+            places = torch.arange(piece.blocks, device=starts.device) * layout.block
+            starts[piece.first_block : piece.first_block + piece.blocks] = places + piece.grad_offset
+            first_tiles[piece.first_block : piece.first_block + piece.blocks] = piece.first_tile + places // TILE
+    indices = unsigned(view.indices[: int(in_block.sum())], layout)
+    values = view.values[: indices.numel()].float()
+    if layout.value_dtype == torch.int8:
+        values = values * view.scales[first_tiles.repeat_interleave(in_block) + indices // TILE]
+    total[starts.repeat_interleave(in_block) + indices] += values  # an index occurs once in a payload
 
 
 def finish(total: Tensor, dense: Tensor | None, dtype: torch.dtype, layout: GradientLayout, divisor: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The operators ``torch.ops.dct.*``: schemas, fake implementations, and dispatch to the kernels."""
 
-from dct_compile.ops.gradient import select_threshold, threshold_pack, unpack_accumulate
+from dct_compile.ops.gradient import repack, select_threshold, threshold_pack, unpack_accumulate
 from dct_compile.ops.rows import dequantize_rows, gather_rows, pack_rows, quantize_rows, scatter_rows, unpack_rows
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "gather_rows",
     "pack_rows",
     "quantize_rows",
+    "repack",
     "scatter_rows",
     "select_threshold",
     "threshold_pack",

@@ -14,8 +14,9 @@ from tests.tracing import Trace, communication, dct, nodes_of, outputs, placehol
 
 A2A, AG, AR = c10d.all_to_all_single.default, c10d.all_gather_into_tensor.default, c10d.all_reduce.default
 SELECT, PACK, UNPACK = dct.select_threshold.default, dct.threshold_pack.default, dct.unpack_accumulate.default
+REPACK = dct.repack.default
 GATHER_SCHEME = {SELECT: 1, PACK: 1, AG: 1, WAIT: 1, UNPACK: 1}
-OWNER_SCHEME = {SELECT: 2, PACK: 2, A2A: 1, AG: 1, WAIT: 2, UNPACK: 2}
+OWNER_SCHEME = {SELECT: 1, PACK: 1, A2A: 1, REPACK: 1, AG: 1, WAIT: 2, UNPACK: 1}
 
 
 @pytest.mark.parametrize(("scheme", "wanted", "state"), [("gather", GATHER_SCHEME, 3), ("owner", OWNER_SCHEME, 6)])
@@ -47,14 +48,14 @@ def test_operators_carry_the_options() -> None:
         refresh_interval=7,
         refresh_warmup="off",
         error_feedback=False,
-        dp_value_dtype="float16",
+        dp_value_dtype="int8",
         capacity_factor=1.5,
     )
     select, pack = nodes_of(traced.after, SELECT)[0], nodes_of(traced.after, PACK)[0]
     names = ("density", "method", "fixed", "refresh_interval", "refresh_warmup", "error_feedback")
     assert [argument(select, name) for name in names] == [0.02, "fixed", 0.25, 7, "off", False]
     names = ("segments", "block", "chunks", "chunk", "capacity_fraction", "value_dtype", "error_feedback")
-    assert [argument(pack, name) for name in names] == [[0, 4096], 256, 1, -1, pytest.approx(0.03), torch.float16, False]
+    assert [argument(pack, name) for name in names] == [[0, 4096], 256, 1, -1, pytest.approx(0.03), torch.int8, False]
 
 
 def test_owner_sends_each_chunk_to_its_owner() -> None:
@@ -62,9 +63,11 @@ def test_owner_sends_each_chunk_to_its_owner() -> None:
     exchange = nodes_of(traced.after, A2A)[0]
     layout = gradient_layout((0, 4096), 256, 4, -1, 0.01 * 1.1, torch.bfloat16)
     assert argument(exchange, "input_split_sizes") == argument(exchange, "output_split_sizes") == [layout.chunk_bytes] * 4
-    assert [argument(node, "chunk") for node in nodes_of(traced.after, PACK)] == [-1, 2]
-    assert [argument(node, "chunk") for node in nodes_of(traced.after, UNPACK)] == [2, -1]
-    assert [argument(node, "divisor") for node in nodes_of(traced.after, UNPACK)] == [1, 4]
+    pack, repack, unpack = (nodes_of(traced.after, op)[0] for op in (PACK, REPACK, UNPACK))
+    assert [argument(node, "chunk") for node in (pack, repack, unpack)] == [-1, 2, -1]
+    assert argument(unpack, "divisor") == 4, "the owner's sum is not divided"
+    state = placeholders(traced.after)[len(traced.inputs) :][:6]
+    assert [argument(node, name) for node in (pack, repack) for name in ("residual", "threshold", "counters")] == state
 
 
 @pytest.mark.parametrize(
@@ -149,7 +152,7 @@ def test_what_mutates_state_stays_in_the_backward() -> None:
     traced = trace(Layers(), torch.randn(16, 64), data_parallel=True, all_reduce="owner", min_numel=1)
     assert communication(traced.forward) == {}
     assert communication(traced.backward) == OWNER_SCHEME
-    assert {node.meta["partitioner_tag"] for node in traced.after.nodes if node.target in (SELECT, PACK)} == {"is_backward"}
+    assert {node.meta["partitioner_tag"] for node in traced.after.nodes if node.target in (SELECT, PACK, REPACK)} == {"is_backward"}
 
 
 def test_residual_is_updated_in_place_not_copied() -> None:
@@ -178,7 +181,7 @@ def run_steps(everyone: list[Trace], steps: int) -> tuple[list[Tensor], list[Ten
 
 
 @pytest.mark.parametrize("synchronise", [Averaged, SummedAndDivided, AveragedFlat])
-@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8"])
 def test_gather_loses_nothing_over_time(synchronise: type[torch.autograd.Function], value_dtype: str) -> None:
     everyone = trace_all(Weighted(synchronise), torch.randn(16, 64), ranks=2, all_reduce="gather", dp_value_dtype=value_dtype)
     dense, compressed, states = run_steps(everyone, 4)
@@ -189,9 +192,9 @@ def test_gather_loses_nothing_over_time(synchronise: type[torch.autograd.Functio
     assert [int(state[2][0, 0]) for state in states] == [4, 4]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_owner_loses_nothing_over_time(ranks: int) -> None:
-    everyone = trace_all(Weighted(), torch.randn(16, 64), ranks=ranks, all_reduce="owner")
+@pytest.mark.parametrize(("ranks", "options"), [(2, {}), (4, {}), (2, {"dp_value_dtype": "int8"}), (2, {"dp_density": 0.0002})])
+def test_owner_loses_nothing_over_time(ranks: int, options: dict[str, Any]) -> None:
+    everyone = trace_all(Weighted(), torch.randn(16, 64), ranks=ranks, all_reduce="owner", **options)
     dense, compressed, states = run_steps(everyone, 4)
     for rank in range(1, ranks):
         assert torch.equal(compressed[0], compressed[rank])

@@ -18,8 +18,8 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 logger = logging.getLogger("dct_compile.ops")
 
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
-"""No -ffast-math: NaN, infinities and denormals mean what IEEE says, so that the kernels agree with the references to the bit."""
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
+"""No -ffast-math, no fused products and sums: numbers mean what IEEE says, so that the kernels agree with the references to the bit."""
 
 
 LOCK_TIMEOUT_S = 600

@@ -9,7 +9,16 @@ import torch
 from dct_compile.triton_kernels.cpu.build import load_library
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The dtypes that kernels know, as common.h numbers them."""
+"""The dtypes of tensors that kernels know, as common.h numbers them."""
+VALUE_DTYPE_CODES = {**DTYPE_CODES, torch.int8: 3}
+"""The dtypes of a gradient payload's values, as gradient.h numbers them."""
+
+
+def dtype_code(name: str, dtype: torch.dtype, codes: dict[torch.dtype, int]) -> int:
+    """The kernels' number of a dtype; raises ValueError, naming the argument, where they do not know it."""
+    if dtype not in codes:
+        raise ValueError(f"{name} is {dtype}: expected one of {', '.join(str(known) for known in codes)}")
+    return codes[dtype]
 
 
 @cache

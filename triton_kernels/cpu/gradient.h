@@ -1,80 +1,121 @@
-// The geometry of a bucket's payload, as cpu/gradient.py lays it out in one int64 array (names as in layout.py).
+// The geometry of a bucket's payload, as cpu/gradient.py lays it out in one int64 array (names as in layout.py), and its values.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common.h"
 
 namespace dct {
 
+constexpr int64_t kTile = 4096;                    // layout.TILE
+constexpr int64_t kWholePiece = int64_t(1) << 31;  // layout.WHOLE_PIECE
+constexpr int64_t kInt8 = 3;                       // dtype code of values that are multiples of their tile's scale
+
 struct Piece {
-  int64_t segment, chunk, grad_offset, state_offset, numel, first_block, blocks, capacity;
+  int64_t segment, chunk, grad_offset, state_offset, numel, first_block, blocks, first_tile, tiles, capacity;
+
+  int64_t tile_numel(int64_t tile) const { return std::min(kTile, numel - tile * kTile); }
 };
 
+// `block` is a power of two, 64 or more.
 struct Layout {
-  int64_t block, index_bytes, max_count, blocks_per_chunk, capacity, counts_offset, indices_offset, chunk_bytes, payload_chunks, value_dtype;
+  int64_t block, index_bytes, max_count, capacity, values_offset, counts_offset, indices_offset, chunk_bytes, payload_chunks, value_dtype;
   int64_t segments;
-  int64_t blocks;  // of all pieces
-  int64_t numel;   // of all pieces
+  int64_t numel;  // of all pieces
   int64_t pieces;
   Piece piece[1];  // [pieces]
+
+  bool blocks_in_tiles() const { return block <= kTile; }
+  int64_t block_of(int64_t place) const { return place >> __builtin_ctzll(uint64_t(block)); }
+  int64_t index_of(int64_t place) const { return place & (block - 1); }
 };
+
+struct Int8 {
+  int8_t raw;
+  static float load(Int8 x) { return float(x.raw); }
+};
+
+// Calls `body(V{})` with the storage type of values.
+template <typename Body>
+inline void with_value_dtype(int64_t code, Body&& body) {
+  if (code == kInt8) return body(Int8{});
+  with_dtype(code, body);
+}
+
+// Calls `body(I{})` with the type of counts and indices.
+template <typename Body>
+inline void with_index_bytes(int64_t bytes, Body&& body) {
+  if (bytes == 1) return body(uint8_t{});
+  if (bytes == 2) return body(uint16_t{});
+  body(uint32_t{});
+}
+
+// What a code of 1 stands for in a tile whose largest candidate is `largest`.
+inline float scale_of(float largest) { return is_finite(largest) ? largest * float(1.0 / 127) : largest; }
+
+// The wire value of w, and what it stands for; the scale matters for int8 alone.
+template <typename V>
+inline V encode(float w, float scale) {
+  if constexpr (std::is_same_v<V, Int8>) {
+    if (!is_finite(scale)) return {int8_t((w > 0.0f) - (w < 0.0f))};
+    return {int8_t(scale > 0.0f ? int32_t(std::nearbyint(w / scale)) : 0)};
+  } else {
+    return saturate<V>(w);
+  }
+}
+
+template <typename V>
+inline float decode(V value, float scale) {
+  return std::is_same_v<V, Int8> ? V::load(value) * scale : V::load(value);
+}
+
+template <typename T>
+inline T read_at(const uint8_t* from, int64_t i) {
+  T x;
+  std::memcpy(&x, from + i * int64_t(sizeof x), sizeof x);
+  return x;
+}
+
+template <typename T>
+inline void write_at(uint8_t* to, int64_t i, T x) {
+  std::memcpy(to + i * int64_t(sizeof x), &x, sizeof x);
+}
 
 // One chunk of a payload.
 struct ChunkView {
   uint8_t* bytes;
   const Layout* layout;
 
-  int64_t small(int64_t offset, int64_t i) const {
-    if (layout->index_bytes == 1) return bytes[offset + i];
-    uint16_t x;
-    std::memcpy(&x, bytes + offset + 2 * i, sizeof x);
-    return x;
+  uint8_t* values() const { return bytes + layout->values_offset; }
+  uint8_t* counts() const { return bytes + layout->counts_offset; }
+  uint8_t* indices() const { return bytes + layout->indices_offset; }
+  float scale(int64_t tile) const { return layout->value_dtype == kInt8 ? read_at<float>(bytes, tile) : 1.0f; }
+  void set_scale(int64_t tile, float x) const {
+    if (layout->value_dtype == kInt8) write_at(bytes, tile, x);
   }
-  void set_small(int64_t offset, int64_t i, int64_t x) const {
-    if (layout->index_bytes == 1) {
-      bytes[offset + i] = uint8_t(x);
-    } else {
-      const uint16_t narrow = uint16_t(x);
-      std::memcpy(bytes + offset + 2 * i, &narrow, sizeof narrow);
-    }
+  void set_count(int64_t block, int64_t x) const {
+    with_index_bytes(layout->index_bytes, [&](auto type) { write_at(counts(), block, decltype(type)(x)); });
   }
-  int64_t count(int64_t i) const { return small(layout->counts_offset, i); }
-  int64_t index(int64_t i) const { return small(layout->indices_offset, i); }
-  void set_count(int64_t i, int64_t x) const { set_small(layout->counts_offset, i, x); }
-  void set_index(int64_t i, int64_t x) const { set_small(layout->indices_offset, i, x); }
 };
 
-// The blocks of all pieces, one after the other, are split evenly over threads: calls `visit(piece number, first block, last block + 1)`
-// for each piece that this thread's share touches.
+// The elements of all pieces, one after the other, are split evenly over threads, by tiles: calls `visit(piece number, first tile, last
+// tile + 1)` for each piece that this thread's share touches, in parts that lie in one block or, where blocks are smaller, hold at most
+// kWholePiece elements.
 template <typename Visit>
 inline void for_each_share(const Layout& layout, int64_t thread, int64_t threads, Visit&& visit) {
-  const int64_t begin = layout.blocks * thread / threads;
-  const int64_t end = layout.blocks * (thread + 1) / threads;
+  const int64_t begin = layout.numel * thread / threads;
+  const int64_t end = layout.numel * (thread + 1) / threads;
+  const int64_t longest = (layout.blocks_in_tiles() ? kWholePiece : layout.block) / kTile;
   int64_t before = 0;
-  for (int64_t p = 0; p < layout.pieces && before < end; before += layout.piece[p].blocks, ++p) {
-    const int64_t first = std::max<int64_t>(begin - before, 0);
-    const int64_t last = std::min(end - before, layout.piece[p].blocks);
-    if (first < last) visit(p, first, last);
-  }
-}
-
-// Whether grad[0..n) holds a NaN or an infinity: an integer test of the exponent, 4096 elements at a time.
-template <typename G>
-inline bool any_nonfinite(const G* grad, int64_t n) {
-  using Bits = std::conditional_t<sizeof(G) == 4, uint32_t, uint16_t>;
-  constexpr Bits exponent = std::is_same_v<G, Float32> ? 0x7f800000u : std::is_same_v<G, BFloat16> ? 0x7f80u : 0x7c00u;
-  for (int64_t start = 0; start < n; start += 4096) {
-    const int64_t stop = std::min<int64_t>(start + 4096, n);
-    Bits largest = 0;
-    for (int64_t i = start; i < stop; ++i) {
-      Bits bits;
-      std::memcpy(&bits, grad + i, sizeof bits);
-      largest = std::max<Bits>(largest, bits & exponent);
+  for (int64_t p = 0; p < layout.pieces && before < end; before += layout.piece[p].numel, ++p) {
+    int64_t first = ceil_div(std::max<int64_t>(begin - before, 0), kTile);
+    const int64_t last = std::min(ceil_div(end - before, kTile), layout.piece[p].tiles);
+    for (int64_t stop; first < last; first = stop) {
+      stop = std::min((first / longest + 1) * longest, last);
+      visit(p, first, stop);
     }
-    if (largest == exponent) return true;
   }
-  return false;
 }
 
 }  // namespace dct

@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "gradient.h"
-#include "tile.h"
+#include "gradient_kernels.h"
+#include "group.h"
 
 namespace dct {
 
@@ -12,10 +12,7 @@ constexpr size_t kKeptScratch = size_t(1) << 21;  // entries of scratch that a t
 
 struct Job {
   const Layout& layout;
-  const void* grad;
-  float* residual;
-  const float* threshold;
-  int64_t* counters;
+  const State& state;
   uint8_t* payload;
 
   ChunkView chunk(int64_t c) const { return {payload + c * layout.chunk_bytes, &layout}; }
@@ -23,39 +20,32 @@ struct Job {
 
 // A thread's part of one piece.
 struct Run {
-  int64_t piece, first, last;      // blocks
-  int64_t entries;                 // candidates that a count can express
-  int64_t cut;                     // those that it cannot
-  size_t listed, list_start;       // the part of `entries` that is in the worker's list
-  int64_t base;                    // entries of the piece in the runs before
+  int64_t piece, first, last;  // tiles
+  int64_t entries;             // candidates that a count can express
+  int64_t cut;                 // those that it cannot
+  size_t list_start, listed;   // the first of `entries` are in the worker's list, all of them unless they alone overflow the piece
+  int64_t base;                // entries of the piece in the runs before
 };
 
-struct Infinite {
-  float* place;
-  float before;
-  float w;
-};
-
+// Candidates: their places, counted from the first tile of their run, and their W.
 struct Worker {
   std::vector<Run> runs;
-  std::vector<uint16_t> indices;
+  std::vector<uint32_t> places;
   std::vector<float> values;
-  std::vector<Infinite> infinite;
   size_t used = 0;
 
   void reserve_tile() {
-    if (used + kTile > indices.size()) {
-      const size_t size = std::max<size_t>(2 * indices.size(), 4096);
-      indices.resize(size);
+    if (used + kTile + kGroup > places.size()) {  // groups are listed in steps of kGroup
+      const size_t size = 2 * places.size() + kTile + kGroup;
+      places.resize(size);
       values.resize(size);
     }
   }
   void clear() {
     runs.clear();
-    infinite.clear();
     used = 0;
-    if (indices.size() > kKeptScratch) {
-      indices = {};
+    if (places.size() > kKeptScratch) {
+      places = {};
       values = {};
     }
   }
@@ -67,10 +57,15 @@ inline Worker& worker_of_thread() {
   return worker;
 }
 
-// The candidates of a piece that are sent when not all fit: `capacity` of `total`, cyclically from `start`.
+// The candidates of a piece that are sent: `capacity` of `total`, cyclically from `start`.
 struct Window {
   int64_t start, capacity, total;
 
+  static Window at_step(int64_t step, int64_t capacity, int64_t total) {
+    if (total <= capacity) return {0, total, total};
+    return {int64_t(static_cast<unsigned __int128>(step) * uint64_t(capacity) % uint64_t(total)), capacity, total};
+  }
+  bool holds_all() const { return capacity == total; }
   bool holds(int64_t rank) const { return (rank >= start ? rank - start : rank - start + total) < capacity; }
   int64_t held_before(int64_t rank) const {
     const int64_t wrapped = std::max<int64_t>(start + capacity - total, 0);
@@ -79,50 +74,98 @@ struct Window {
 };
 
 struct Total {
-  int64_t entries = 0, cut = 0, slot = 0;
+  int64_t entries = 0, cut = 0;
+  int64_t slot = 0;  // of the piece's first entry in its chunk
+  Window window{};
 };
 
-// Between the passes, on the thread that ends the first one last: totals of the pieces, their slots, the counters, and zeros where the payload is not used.
-inline void settle(const Job& job, std::vector<Worker*>& workers, std::vector<Total>& totals, std::vector<int64_t>& steps, bool held) {
+// Bytes [from, to), of which an empty payload has none.
+inline void zero(uint8_t* bytes, int64_t from, int64_t to) {
+  if (from < to) std::memset(bytes + from, 0, size_t(to - from));
+}
+
+// The entries of pieces whose blocks are larger than tiles; runs lie in one block.
+inline void set_large_counts(const Job& job, const std::vector<Worker*>& workers, const std::vector<Total>& totals) {
+  const Layout& layout = job.layout;
+  for (int64_t c = 0; c < layout.payload_chunks; ++c) zero(job.chunk(c).bytes, layout.counts_offset, layout.indices_offset);
+  for (const Worker* worker : workers) {
+    for (const Run& run : worker->runs) {
+      const Piece& piece = layout.piece[run.piece];
+      const Window& window = totals[size_t(run.piece)].window;
+      const int64_t kept = window.held_before(run.base + run.entries) - window.held_before(run.base);
+      const ChunkView chunk = job.chunk(piece.chunk);
+      const int64_t block = piece.first_block + layout.block_of(run.first * kTile);
+      chunk.set_count(block, int64_t(read_at<uint32_t>(chunk.counts(), block)) + kept);
+    }
+  }
+}
+
+// The totals of the pieces, and where their entries and those of the runs go.
+inline void set_windows(const Job& job, const std::vector<Worker*>& workers, std::vector<Total>& totals) {
   const Layout& layout = job.layout;
   for (Worker* worker : workers) {
-    if (worker == nullptr) break;  // fewer threads than asked for
     for (Run& run : worker->runs) {
-      run.base = totals[size_t(run.piece)].entries;
-      totals[size_t(run.piece)].entries += run.entries;
-      totals[size_t(run.piece)].cut += run.cut;
+      Total& total = totals[size_t(run.piece)];
+      run.base = total.entries;
+      total.entries += run.entries;
+      total.cut += run.cut;
     }
   }
-  for (int64_t s = 0; s < layout.segments; ++s) {
-    int64_t* counters = job.counters + 4 * s;
-    steps[size_t(s)] = counters[0];
-    counters[0] += held ? 0 : 1;
-    counters[3] = 0;
+  int64_t chunk = -1, slot = 0;
+  for (int64_t p = 0; p < layout.pieces; ++p) {
+    const Piece& piece = layout.piece[p];
+    Total& total = totals[size_t(p)];
+    total.window = Window::at_step(job.state.counters[4 * piece.segment], piece.capacity, total.entries);
+    if (piece.chunk != chunk) slot = 0;
+    chunk = piece.chunk;
+    total.slot = slot;
+    slot += total.window.capacity;
   }
-  const int64_t value_bytes = layout.value_dtype == kFloat32 ? 4 : 2;
+}
+
+inline void count_step(const Job& job, const std::vector<Total>& totals) {
+  for (int64_t s = 0; s < job.layout.segments; ++s) {
+    job.state.counters[4 * s] += 1;
+    job.state.counters[4 * s + 3] = 0;
+  }
+  for (int64_t p = 0; p < job.layout.pieces; ++p) {
+    const Total& total = totals[size_t(p)];
+    const int64_t overflow = total.entries + total.cut - total.window.capacity;
+    int64_t* counters = job.state.counters + 4 * job.layout.piece[p].segment;
+    counters[1] += total.window.capacity;
+    counters[2] += overflow;
+    counters[3] += overflow;
+  }
+}
+
+// Zeros where a payload is not used.
+inline void clear_unused(const Job& job, const std::vector<Total>& totals) {
+  const Layout& layout = job.layout;
+  int64_t value_bytes = 0;
+  with_value_dtype(layout.value_dtype, [&](auto type) { value_bytes = sizeof type; });
   int64_t p = 0;
   for (int64_t c = 0; c < layout.payload_chunks; ++c) {
-    int64_t slot = 0, blocks = 0;
+    int64_t entries = 0, blocks = 0, tiles = 0;
     for (; p < layout.pieces && layout.piece[p].chunk == c; ++p) {
-      const Piece& piece = layout.piece[p];
-      Total& total = totals[size_t(p)];
-      const int64_t kept = std::min(total.entries, piece.capacity);
-      total.slot = slot;
-      slot += kept;
-      blocks = piece.first_block + piece.blocks;
-      if (held) continue;
-      int64_t* counters = job.counters + 4 * piece.segment;
-      const int64_t overflow = total.entries + total.cut - kept;
-      counters[1] += kept;
-      counters[2] += overflow;
-      counters[3] += overflow;
+      entries = totals[size_t(p)].slot + totals[size_t(p)].window.capacity;
+      blocks = layout.piece[p].first_block + layout.piece[p].blocks;
+      tiles = layout.piece[p].first_tile + layout.piece[p].tiles;
     }
     uint8_t* bytes = job.chunk(c).bytes;
-    const auto zero = [bytes](int64_t from, int64_t to) { std::memset(bytes + from, 0, size_t(to - from)); };
-    zero(slot * value_bytes, layout.counts_offset);
-    zero(layout.counts_offset + blocks * layout.index_bytes, layout.indices_offset);
-    zero(layout.indices_offset + slot * layout.index_bytes, layout.chunk_bytes);
+    zero(bytes, tiles * int64_t(sizeof(float)), layout.values_offset);
+    zero(bytes, layout.values_offset + entries * value_bytes, layout.counts_offset);
+    zero(bytes, layout.counts_offset + blocks * layout.index_bytes, layout.indices_offset);
+    zero(bytes, layout.indices_offset + entries * layout.index_bytes, layout.chunk_bytes);
   }
+}
+
+// Between the passes, on the thread that ends the first one last. A held step leaves the counters.
+inline void settle(const Job& job, std::vector<Worker*>& workers, std::vector<Total>& totals, bool held) {
+  while (workers.back() == nullptr) workers.pop_back();  // fewer threads than asked for
+  set_windows(job, workers, totals);
+  if (!job.layout.blocks_in_tiles()) set_large_counts(job, workers, totals);
+  if (!held) count_step(job, totals);
+  clear_unused(job, totals);
 }
 
 }  // namespace dct

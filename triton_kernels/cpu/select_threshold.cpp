@@ -1,19 +1,18 @@
-// select_threshold: the k-th largest magnitude by radix selection, or a mean. The reference in select_threshold.py is the specification.
+// select_threshold: the k-th largest magnitude, or a mean. The reference in select_threshold.py is the specification.
 #include <omp.h>
 
+#include <atomic>
+#include <optional>
 #include <vector>
 
-#include "gradient.h"
+#include "gradient_kernels.h"
+#include "group.h"
 
 namespace dct {
 namespace {
 
-// As in select_threshold.py.
-struct Selection {
-  int64_t segment, grad_offset, state_offset, numel, stride, rank;
-};
-
-enum Method : int64_t { kRank = 0, kMean = 1, kConstant = 2 };
+// What is not finite has magnitude bits of kInfinityBits or above.
+constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 // schedule.is_refresh_step
 bool is_refresh_step(int64_t step, int64_t interval, bool geometric, bool overflowed) {
@@ -24,134 +23,233 @@ bool is_refresh_step(int64_t step, int64_t interval, bool geometric, bool overfl
   return overflowed || step % gap == 0;
 }
 
-// The sampled elements of one selection, as bits of their magnitudes: integers in the order of the magnitudes.
+bool is_due(const Selecting& selecting, const State& state, int64_t s) {
+  const int64_t* counters = state.counters + 4 * selecting.selections[s].segment;
+  return selecting.method == kConstant || is_refresh_step(counters[0], selecting.interval, selecting.geometric, counters[3] > 0);
+}
+
+// The elements of one selection that are looked at.
 template <typename G>
-struct Magnitudes {
+struct Samples {
   const G* grad;
   const float* residual;  // or null
   int64_t stride;
+  int64_t count;
 
-  // Calls visit(bits) for samples [first, last).
+  float at(int64_t sample) const {
+    const int64_t i = sample * stride;
+    return residual != nullptr ? G::load(grad[i]) + residual[i] : G::load(grad[i]);
+  }
+
+  // Calls visit(w) for the samples [first, last) in groups: float w[kGroup], filled up with zeros.
   template <typename Visit>
-  void each(int64_t first, int64_t last, Visit&& visit) const {
-    if (residual != nullptr) {
-      for (int64_t i = first * stride; i < last * stride; i += stride) visit(bits_of(G::load(grad[i]) + residual[i]) & 0x7fffffffu);
-    } else {
-      for (int64_t i = first * stride; i < last * stride; i += stride) visit(bits_of(G::load(grad[i])) & 0x7fffffffu);
+  void each_group(int64_t first, int64_t last, Visit&& visit) const {
+    alignas(64) float w[kGroup];
+    for (int64_t i = first; i < last; i += kGroup) {
+      const int n = int(std::min<int64_t>(kGroup, last - i));
+      if (stride != 1) {
+        for (int k = 0; k < kGroup; ++k) w[k] = k < n ? at(i + k) : 0.0f;
+      } else if (residual != nullptr) {
+        load_group<true>(grad + i, residual + i, n, w);
+      } else {
+        load_group<false>(grad + i, nullptr, n, w);
+      }
+      visit(w);
     }
   }
 };
 
-// One digit of the radix selection: among samples whose bits above `shift + width` equal `prefix`, finds the digit of the rank-th
-// largest, appends it to the prefix and makes the rank one among those with that digit.
+// One digit of a radix selection: among samples whose bits above `shift + width` equal `prefix`, finds the digit of the rank-th largest,
+// appends it to the prefix and makes the rank one among those with that digit. False if a sample is not finite.
 template <typename G>
-void select_digit(const Magnitudes<G>& source, int64_t samples, int shift, int width, int threads, uint32_t& prefix, int64_t& rank) {
+bool select_digit(const Samples<G>& samples, int shift, int width, int threads, uint32_t& prefix, int64_t& rank) {
   const size_t bins = size_t(1) << width;
   const uint32_t digit = uint32_t(bins - 1);
   constexpr size_t kCopies = 4;  // neighbours often share a bin: counting them in different copies keeps the increments independent
   std::vector<int64_t> totals(bins);
+  std::atomic<bool> finite{true};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::vector<uint32_t> counts(kCopies * bins);
     const int64_t thread = omp_get_thread_num();
     const int64_t team = omp_get_num_threads();
-    size_t copy = 0;
-    source.each(samples * thread / team, samples * (thread + 1) / team, [&](uint32_t bits) {
-      if ((bits >> shift) >> width == prefix) {
-        ++counts[copy * bins + ((bits >> shift) & digit)];
-        copy = (copy + 1) % kCopies;
+    const int64_t first = samples.count * thread / team;
+    const int64_t last = samples.count * (thread + 1) / team;
+    Largest largest;
+    samples.each_group(first, last, [&](const float* w) {
+      largest.add(w);
+      for (size_t i = 0; i < kGroup; ++i) {
+        const uint32_t bits = magnitude_bits(w[i]);
+        if ((bits >> shift) >> width == prefix) ++counts[i % kCopies * bins + ((bits >> shift) & digit)];
       }
     });
+    if (largest.bits() >= kInfinityBits) finite = false;
 #pragma omp critical
     for (size_t i = 0; i < counts.size(); ++i) totals[i % bins] += counts[i];
   }
+  if (!finite) return false;
   size_t bin = bins - 1;
-  for (; totals[bin] < rank; --bin) rank -= totals[bin];
+  for (; totals[bin] < rank; --bin) rank -= totals[bin];  // the zeros that fill up groups are the smallest: they move no larger one
   prefix = prefix << width | uint32_t(bin);
+  return true;
 }
 
+// In three passes. Nothing if a sample is not finite.
 template <typename G>
-float rank_threshold(const Magnitudes<G>& source, int64_t samples, int64_t rank, int threads) {
+std::optional<float> rank_by_digits(const Samples<G>& samples, int64_t rank, int threads) {
   uint32_t prefix = 0;
-  select_digit(source, samples, 20, 11, threads, prefix, rank);
-  select_digit(source, samples, 10, 10, threads, prefix, rank);
-  select_digit(source, samples, 0, 10, threads, prefix, rank);
-  return float_of(prefix);
+  const bool found = select_digit(samples, 20, 11, threads, prefix, rank) && select_digit(samples, 10, 10, threads, prefix, rank) &&
+                     select_digit(samples, 0, 10, threads, prefix, rank);
+  return found ? std::optional<float>(float_of(prefix)) : std::nullopt;
 }
 
-// The mean is a sum of fixed parts, so that it does not depend on the number of threads.
+// Bits low <= x < high, between which the rank-th largest probably is.
+struct Bracket {
+  uint32_t low, high;
+};
+
+constexpr int64_t kBracketedCount = 1 << 15;  // samples from which on a bracket is worthwhile
+constexpr int64_t kProbes = 1 << 14;
+
+// Found from every n-th sample; six standard deviations of the rank wide.
 template <typename G>
-double mean_magnitude(const Magnitudes<G>& source, int64_t samples, int threads) {
+Bracket guess_bracket(const Samples<G>& samples, int64_t rank) {
+  const int64_t step = std::max<int64_t>(samples.count / kProbes, 16) | 1;
+  std::vector<uint32_t> probes;
+  for (int64_t i = step / 2; i < samples.count; i += step) probes.push_back(magnitude_bits(samples.at(i)));
+  const double count = double(probes.size());
+  const double fraction = double(rank) / double(samples.count);
+  const int64_t margin = int64_t(3 * std::sqrt(count * fraction * (1 - fraction))) + 2;
+  const int64_t middle = int64_t(count * fraction);
+  const auto probe = [&](int64_t place) {
+    std::nth_element(probes.begin(), probes.begin() + place, probes.end(), std::greater<>());
+    return probes[size_t(place)];
+  };
+  const uint32_t low = middle + margin < int64_t(probes.size()) ? probe(middle + margin) : 0;
+  return {std::max(low, 1u), middle >= margin ? probe(middle - margin) + 1 : kInfinityBits};
+}
+
+// Appends the bits of the samples of [first, last) that lie in the bracket; returns the number of those above.
+template <typename G>
+int64_t list_bracket(const Samples<G>& samples, int64_t first, int64_t last, const Bracket& bracket, std::vector<uint32_t>& inside,
+                     Largest& largest) {
+  const float low = float_of(bracket.low), high = float_of(bracket.high);
+  uint32_t places[kTile + kGroup];
+  int64_t above = 0, listed = 0;
+  uint32_t group = 0;
+  samples.each_group(first, last, [&](const float* w) {
+    largest.add(w);
+    const uint64_t larger = reaching(w, high);
+    above += bit_count(larger);
+    listed += list_bits(reaching(w, low) & ~larger, group, places + listed);
+    group += kGroup;
+  });
+  for (int64_t i = 0; i < listed; ++i) inside.push_back(magnitude_bits(samples.at(first + places[i])));
+  return above;
+}
+
+// In one pass that counts what is above the bracket and lists what is in it. Nothing if a sample is not finite, the rank-th largest is
+// not in the bracket, or the bracket holds too many (equal magnitudes).
+template <typename G>
+std::optional<float> rank_in_bracket(const Samples<G>& samples, int64_t rank, int threads) {
+  const Bracket bracket = guess_bracket(samples, rank);
+  if (bracket.high > kInfinityBits) return std::nullopt;
+  const size_t room = size_t(samples.count / 8 / threads);
+  std::vector<uint32_t> inside;
+  std::atomic<int64_t> above{0};
+  std::atomic<bool> failed{false};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int64_t thread = omp_get_thread_num();
+    const int64_t team = omp_get_num_threads();
+    const int64_t end = samples.count * (thread + 1) / team;
+    std::vector<uint32_t> list;
+    Largest largest;
+    for (int64_t first = samples.count * thread / team; first < end && !failed; first += kTile) {
+      above += list_bracket(samples, first, std::min(first + kTile, end), bracket, list, largest);
+      if (list.size() > room) failed = true;
+    }
+    if (largest.bits() >= kInfinityBits) failed = true;
+#pragma omp critical
+    inside.insert(inside.end(), list.begin(), list.end());
+  }
+  const int64_t place = rank - 1 - above;
+  if (failed || place < 0) return std::nullopt;
+  if (place >= int64_t(inside.size())) return bracket.low == 1 ? std::optional<float>(0.0f) : std::nullopt;  // all below 1 is zero
+  std::nth_element(inside.begin(), inside.begin() + place, inside.end(), std::greater<>());
+  return float_of(inside[size_t(place)]);
+}
+
+template <typename G>
+std::optional<float> rank_threshold(const Samples<G>& samples, int64_t rank, int threads) {
+  if (samples.count >= kBracketedCount) {
+    if (const auto found = rank_in_bracket(samples, rank, threads)) return found;
+  }
+  return rank_by_digits(samples, rank, threads);
+}
+
+// The mean is a sum of fixed parts, so that it does not depend on the number of threads. Not finite if a sample is not.
+template <typename G>
+double mean_magnitude(const Samples<G>& samples, int threads) {
   constexpr int64_t kPart = 16384;
-  const int64_t parts = ceil_div(samples, kPart);
+  const int64_t parts = ceil_div(samples.count, kPart);
   std::vector<double> sums(static_cast<size_t>(parts));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < parts; ++part) {
     double lanes[8] = {};
-    size_t lane = 0;
-    source.each(part * kPart, std::min(samples, (part + 1) * kPart), [&](uint32_t bits) {
-      lanes[lane] += double(float_of(bits));
-      lane = (lane + 1) % 8;
+    samples.each_group(part * kPart, std::min(samples.count, (part + 1) * kPart), [&](const float* w) {
+      for (int i = 0; i < kGroup; i += 8)
+        for (int lane = 0; lane < 8; ++lane) lanes[lane] += double(std::fabs(w[i + lane]));
     });
     for (const double sum : lanes) sums[size_t(part)] += sum;
   }
   double total = 0.0;
   for (const double sum : sums) total += sum;
-  return total / double(samples);
+  return total / double(samples.count);
 }
 
 template <typename G>
-bool all_finite(const G* grad, const Selection* selections, int64_t count, int threads) {
-  bool found = false;
-  for (int64_t s = 0; s < count && !found; ++s) {
-    const G* start = grad + selections[s].grad_offset;
-    const int64_t n = selections[s].numel;
-    const int team = std::min(threads, worthwhile_threads(n, threads));
-#pragma omp parallel for num_threads(team) reduction(|| : found) if (team > 1)
-    for (int64_t thread = 0; thread < team; ++thread) {
-      const int64_t first = n * thread / team;
-      found = found || any_nonfinite(start + first, n * (thread + 1) / team - first);
-    }
-  }
-  return !found;
-}
-
-template <typename G>
-void select(const G* grad, const float* residual, float* threshold, const Selection* selections, const std::vector<int64_t>& due, int64_t method,
-            double factor, int64_t threads) {
-  for (const int64_t s : due) {
-    const Selection& part = selections[s];
-    const Magnitudes<G> source{grad + part.grad_offset, residual ? residual + part.state_offset : nullptr, part.stride};
-    const int64_t samples = ceil_div(part.numel, part.stride);
-    const int team = worthwhile_threads(samples, threads);
-    if (method == kConstant) {
-      threshold[part.segment] = float(factor);
-    } else if (method == kMean) {
-      threshold[part.segment] = float(mean_magnitude(source, samples, team) * factor);
-    } else {
-      threshold[part.segment] = rank_threshold(source, samples, part.rank, team);
-    }
-  }
+std::optional<float> select_one(const Selecting& selecting, const Selection& part, const G* grad, const float* residual, int64_t threads) {
+  const Samples<G> samples{grad + part.grad_offset, residual != nullptr ? residual + part.state_offset : nullptr, part.stride,
+                           ceil_div(part.numel, part.stride)};
+  const int team = worthwhile_threads(samples.count, threads);
+  if (selecting.method == kRank) return rank_threshold(samples, part.rank, team);
+  const double mean = mean_magnitude(samples, team);
+  return std::isfinite(mean) ? std::optional<float>(float(mean * selecting.factor)) : std::nullopt;
 }
 
 }  // namespace
+
+bool reads_gradient(const Selecting& selecting, const State& state) {
+  if (selecting.method == kConstant) return false;
+  for (int64_t s = 0; s < selecting.count; ++s) {
+    if (is_due(selecting, state, s)) return true;
+  }
+  return false;
+}
+
+void select_threshold(const Selecting& selecting, const void* grad, int64_t grad_dtype, const State& state, int64_t threads) {
+  for (int64_t s = 0; s < selecting.count; ++s) {
+    if (!is_due(selecting, state, s)) continue;
+    const Selection& part = selecting.selections[s];
+    float& threshold = state.threshold[part.segment];
+    if (selecting.method == kConstant) {
+      threshold = float(selecting.factor);
+      continue;
+    }
+    with_dtype(grad_dtype, [&](auto type) {
+      threshold = select_one(selecting, part, static_cast<const decltype(type)*>(grad), state.residual, threads).value_or(threshold);
+    });
+  }
+}
+
 }  // namespace dct
 
-// `factor`: of the mean (kMean), or the threshold itself (kConstant). `residual` is null without error feedback.
-DCT_EXPORT void dct_select_threshold(const void* grad, int64_t grad_dtype, const float* residual, float* threshold, const int64_t* counters,
+// `residual` is null without error feedback.
+DCT_EXPORT void dct_select_threshold(const void* grad, int64_t grad_dtype, float* residual, float* threshold, int64_t* counters,
                                      const dct::Selection* selections, int64_t count, int64_t method, double factor, int64_t interval,
                                      int64_t geometric, int64_t threads) {
   using namespace dct;
-  std::vector<int64_t> due;
-  for (int64_t s = 0; s < count; ++s) {
-    const int64_t* row = counters + 4 * selections[s].segment;
-    const bool stale = threshold[selections[s].segment] != float(factor);
-    if (method == kConstant ? stale : is_refresh_step(row[0], interval, geometric != 0, row[3] > 0)) due.push_back(s);
-  }
-  if (due.empty()) return;
-  with_dtype(grad_dtype, [&](auto type) {
-    using G = decltype(type);
-    const G* typed = static_cast<const G*>(grad);
-    if (all_finite(typed, selections, count, int(threads))) select(typed, residual, threshold, selections, due, method, factor, threads);
-  });
+  const Selecting selecting{selections, count, method, factor, interval, geometric != 0};
+  select_threshold(selecting, grad, grad_dtype, {residual, threshold, counters}, threads);
 }

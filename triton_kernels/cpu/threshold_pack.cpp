@@ -3,199 +3,311 @@
 
 #include <atomic>
 
+#include "group.h"
 #include "pack_plan.h"
-#include "tile.h"
+#include "payload_sum.h"
 
 namespace dct {
 namespace {
 
-// What is sent of W, as float32.
-inline float sent(float w, int64_t dtype) {
-  switch (dtype) {
-    case kBFloat16: return BFloat16::load(saturate<BFloat16>(w));
-    case kFloat16: return Float16::load(saturate<Float16>(w));
-    default: return w;
+// Where the passes get the gradient from: `seek` to a tile of a piece, then ask for that tile and those that follow.
+template <typename G>
+struct MemorySource {
+  using Element = G;
+  const G* grad;
+
+  void seek(const Piece&, int64_t) {}
+  const G* tile(const Piece& piece, int64_t tile) { return grad + piece.grad_offset + tile * kTile; }
+};
+
+struct SumSource {
+  using Element = Float32;
+  PayloadSum sum;
+  alignas(64) Float32 total[kTile];
+
+  void seek(const Piece& piece, int64_t tile) { sum.seek(piece, tile); }
+  const Float32* tile(const Piece& piece, int64_t tile) {
+    clear_tile(&total[0].raw);
+    sum.add_tile(piece, tile, &total[0].raw);
+    return total;
+  }
+};
+
+// What a pass needs to know of the run that it goes over.
+template <bool kFeedback>
+struct Place {
+  const Layout& layout;
+  const Piece& piece;
+  ChunkView chunk;
+  float tau;
+
+  Place(const Job& job, const Run& run, bool held)
+      : layout(job.layout), piece(layout.piece[run.piece]), chunk(job.chunk(piece.chunk)), tau(job.state.threshold[piece.segment]),
+        residual_(job.state.residual) {
+    if (held || tau != tau) tau = kInfinity;  // a threshold that is NaN is reached by nothing
+  }
+  // Of a tile of the piece; null without error feedback.
+  float* state(int64_t tile) const { return kFeedback ? residual_ + piece.state_offset + tile * kTile : nullptr; }
+
+ private:
+  float* residual_;
+};
+
+// Calls visit(first element, last element + 1, count) for each part of a tile that lies in one block and stores the count that it returns.
+template <typename Visit>
+inline void each_block(const Layout& layout, const Piece& piece, const ChunkView& chunk, int64_t tile, Visit&& visit) {
+  const int64_t numel = piece.tile_numel(tile);
+  if (!layout.blocks_in_tiles()) {
+    visit(0, numel);  // settle counts
+    return;
+  }
+  for (int64_t start = 0; start < numel; start += layout.block) {
+    const int64_t count = visit(start, std::min(start + layout.block, numel));
+    chunk.set_count(piece.first_block + layout.block_of(tile * kTile + start), count);
   }
 }
 
-inline void set_value(const ChunkView& chunk, int64_t slot, float w) {
-  with_dtype(chunk.layout->value_dtype, [&](auto type) {
-    const auto value = saturate<decltype(type)>(w);
-    std::memcpy(chunk.bytes + slot * int64_t(sizeof value), &value, sizeof value);
-  });
+// W of a group goes to the residual, where it is finite; where one is not it sets `held`. Returns the candidates.
+template <bool kFeedback, typename G>
+inline uint64_t take_group(const G* grad, float* state, int n, float tau, float* w, bool& held) {
+  load_group<kFeedback>(grad, state, n, w);
+  const uint64_t nonfinite = reaching(w, kInfinity);
+  if (nonfinite != 0) {
+    held = true;
+    each_bit(nonfinite, [&](int i) { w[i] = kFeedback ? state[i] : 0.0f; });
+  }
+  if (kFeedback) store_group(w, n, state);
+  return reaching(w, tau) & ~nonfinite;
 }
 
-// First pass over one run: W goes to the residual, candidates to the list as if all of them could be sent, their numbers to the counts.
-// A run whose candidates alone overflow the piece stops listing: `write_window` will go over it again.
-template <typename G, bool kFeedback, bool kHeld>
-void scan(const Job& job, Worker& worker, Run& run) {
+// What is sent of the listed candidates [first, worker.used) of a tile goes out of the residual; their W goes to the list.
+template <bool kFeedback, typename G>
+void take_listed(const Layout& layout, Worker& worker, size_t first, float scale, const G* grad, float* state, int64_t tile_place) {
+  for (size_t start = first; start < worker.used; start += kGroup) {
+    const size_t n = std::min<size_t>(kGroup, worker.used - start);
+    const uint32_t* places = worker.places.data() + start;
+    float* w = worker.values.data() + start;
+    for (size_t i = 0; i < n; ++i) w[i] = kFeedback ? state[places[i] - tile_place] : G::load(grad[places[i] - tile_place]);
+    if constexpr (kFeedback) {
+      float rest[kGroup];
+      with_value_dtype(layout.value_dtype, [&](auto type) {
+        for (size_t i = 0; i < n; ++i) rest[i] = w[i] - decode(encode<decltype(type)>(w[i], scale), scale);
+      });
+      for (size_t i = 0; i < n; ++i) state[places[i] - tile_place] = rest[i];
+    }
+  }
+}
+
+// First pass over a run: W goes to the residual, candidates to the list as if all of them could be sent, their numbers to the counts. A
+// run whose candidates alone overflow the piece stops listing: `write_window` will go over it again. Whether a W is not finite.
+template <bool kFeedback, typename Source>
+bool scan(const Job& job, Source& source, Worker& worker, Run& run) {
+  const Place<kFeedback> at(job, run, false);
   const Layout& layout = job.layout;
-  const Piece& piece = layout.piece[run.piece];
-  const ChunkView chunk = job.chunk(piece.chunk);
-  const G* grad = static_cast<const G*>(job.grad) + piece.grad_offset;
-  float* residual = kFeedback ? job.residual + piece.state_offset : nullptr;
-  const float tau = job.threshold[piece.segment];
+  bool held = false;
   bool listing = true;
-  alignas(64) float w[kTile];
-  alignas(64) float before[kTile];
-  for (int64_t b = run.first; b < run.last; ++b) {
-    const int64_t end = std::min((b + 1) * layout.block, piece.numel);
-    int64_t count = 0;
-    for (int64_t start = b * layout.block; start < end; start += kTile) {
-      const int n = int(std::min<int64_t>(kTile, end - start));
-      float* state = kFeedback ? residual + start : nullptr;
-      load_tile<G, kFeedback>(grad + start, state, n, w);
-      uint64_t mask = candidates<kHeld>(w, tau);
-      if (mask == 0) {
-        if (kFeedback) store_tile(w, n, state);
-        continue;
+  const bool scaled = layout.value_dtype == kInt8;
+  alignas(64) float w[kGroup];
+  source.seek(at.piece, run.first);
+  for (int64_t tile = run.first; tile < run.last; ++tile) {
+    const auto* grad = source.tile(at.piece, tile);
+    float* state = at.state(tile);
+    const int64_t tile_place = (tile - run.first) * kTile;
+    const size_t first_listed = worker.used;
+    Largest largest;
+    worker.reserve_tile();
+    each_block(layout, at.piece, at.chunk, tile, [&](int64_t start, int64_t end) {
+      int64_t count = 0;
+      for (int64_t i = start; i < end; i += kGroup) {
+        const int n = int(std::min<int64_t>(kGroup, end - i));
+        const uint64_t mask = take_group<kFeedback>(grad + i, kFeedback ? state + i : nullptr, n, at.tau, w, held);
+        const uint64_t counted = lowest_bits(mask, layout.max_count - count);
+        run.cut += bit_count(mask ^ counted);
+        count += bit_count(counted);
+        if (scaled) largest.add(w);
+        if (listing) worker.used += size_t(list_bits(counted, uint32_t(tile_place + i), worker.places.data() + worker.used));
       }
-      if (kFeedback) {
-        std::memcpy(before, state, size_t(n) * sizeof(float));
-        store_tile(w, n, state);
+      run.entries += count;
+      return count;
+    });
+    const float most = float_of(largest.bits());  // a candidate's, where the tile has one
+    const float scale = most >= at.tau ? scale_of(most) : 0.0f;
+    at.chunk.set_scale(at.piece.first_tile + tile, scale);
+    take_listed<kFeedback>(layout, worker, first_listed, scale, grad, state, tile_place);
+    run.listed = worker.used - run.list_start;
+    listing = int64_t(run.listed) <= at.piece.capacity;
+  }
+  return held;
+}
+
+// Puts back into the residual what the first pass took out of it.
+void restore(const Job& job, const Worker& worker, const Run& run) {
+  float* residual = job.state.residual + job.layout.piece[run.piece].state_offset + run.first * kTile;
+  for (size_t i = run.list_start; i < run.list_start + run.listed; ++i) residual[worker.places[i]] = worker.values[i];
+}
+
+// First pass of a held step, over what `scan` and `restore` left: counts what is still not finite when the gradient is added again.
+template <bool kFeedback, typename Source>
+void recount(const Job& job, Source& source, Run& run) {
+  const Place<kFeedback> at(job, run, true);
+  alignas(64) float w[kGroup];
+  run.entries = 0;
+  source.seek(at.piece, run.first);
+  for (int64_t tile = run.first; tile < run.last; ++tile) {
+    const auto* grad = source.tile(at.piece, tile);
+    const float* state = at.state(tile);
+    bool any = false;
+    each_block(job.layout, at.piece, at.chunk, tile, [&](int64_t start, int64_t end) {
+      int64_t count = 0;
+      for (int64_t i = start; i < end; i += kGroup) {
+        load_group<kFeedback>(grad + i, kFeedback ? state + i : nullptr, int(std::min<int64_t>(kGroup, end - i)), w);
+        count += bit_count(reaching(w, at.tau));
       }
-      worker.reserve_tile();
-      for (; mask != 0; mask &= mask - 1) {
-        const int i = __builtin_ctzll(mask);
-        const float x = w[i];
-        if (kFeedback && !is_finite(x)) {
-          worker.infinite.push_back({state + i, before[i], x});
-          state[i] = before[i];
-        }
-        if (count == layout.max_count) {
-          ++run.cut;
-          continue;
-        }
-        ++count;
-        if (!listing) continue;
-        worker.indices[worker.used] = uint16_t(start + i - b * layout.block);
-        worker.values[worker.used++] = x;
-        if (kFeedback && is_finite(x)) state[i] = x - sent(x, layout.value_dtype);
-      }
-    }
-    chunk.set_count(piece.first_block + b, count);
-    run.entries += count;
-    if (listing) {
-      run.listed = worker.used - run.list_start;
-      listing = int64_t(run.listed) <= piece.capacity;
-    }
+      any |= count > 0;
+      count = std::min(count, job.layout.max_count);
+      run.entries += count;
+      return count;
+    });
+    at.chunk.set_scale(at.piece.first_tile + tile, any ? kInfinity : 0.0f);
   }
 }
 
-// Second pass over a run of a piece that overflowed: undo what the first pass took out of the residual, then send the window.
-template <typename G, bool kFeedback, bool kHeld>
-void write_window(const Job& job, const Worker& worker, const Run& run, const Window& window, int64_t slot) {
+// Second pass over a run that is not listed as a whole: sends the window's part of its candidates and takes that out of the residual.
+// In a held step what is not sent loses the gradient that `scan` has added.
+template <bool kFeedback, bool kHeld, typename Source>
+void write_window(const Job& job, Source& source, const Run& run, const Window& window, int64_t slot) {
+  constexpr bool kReadsGradient = kHeld || !kFeedback;
+  const Place<kFeedback> at(job, run, kHeld);
   const Layout& layout = job.layout;
-  const Piece& piece = layout.piece[run.piece];
-  const ChunkView chunk = job.chunk(piece.chunk);
-  const G* grad = static_cast<const G*>(job.grad) + piece.grad_offset;
-  float* residual = kFeedback ? job.residual + piece.state_offset : nullptr;
-  const float tau = job.threshold[piece.segment];
-  if (kFeedback) {
-    int64_t b = run.first;
-    int64_t in_block = 0;
-    for (size_t i = 0; i < run.listed; ++i, ++in_block) {
-      for (; in_block == chunk.count(piece.first_block + b); in_block = 0) ++b;
-      residual[b * layout.block + worker.indices[run.list_start + i]] = worker.values[run.list_start + i];
-    }
-    for (const Infinite& entry : worker.infinite) *entry.place = entry.w;
-  }
   int64_t rank = run.base;
   slot += window.held_before(rank);
-  alignas(64) float w[kTile];
-  for (int64_t b = run.first; b < run.last; ++b) {
-    const int64_t end = std::min((b + 1) * layout.block, piece.numel);
-    const int64_t last_rank = rank + chunk.count(piece.first_block + b);
-    int64_t kept = 0;
-    for (int64_t start = b * layout.block; start < end && rank < last_rank; start += kTile) {
-      const int n = int(std::min<int64_t>(kTile, end - start));
-      if constexpr (kFeedback) {
-        load_tile<Float32, false>(reinterpret_cast<const Float32*>(residual + start), nullptr, n, w);
-      } else {
-        load_tile<G, false>(grad + start, nullptr, n, w);
+  alignas(64) float w[kGroup];
+  if (kReadsGradient) source.seek(at.piece, run.first);
+  for (int64_t tile = run.first; tile < run.last; ++tile) {
+    const typename Source::Element* grad = kReadsGradient ? source.tile(at.piece, tile) : nullptr;
+    float* state = at.state(tile);
+    const float scale = at.chunk.scale(at.piece.first_tile + tile);
+    each_block(layout, at.piece, at.chunk, tile, [&](int64_t start, int64_t end) {
+      int64_t count = 0, kept = 0;
+      for (int64_t i = start; i < end; i += kGroup) {
+        const int n = int(std::min<int64_t>(kGroup, end - i));
+        if constexpr (kReadsGradient) {
+          load_group<kFeedback>(grad + i, kFeedback ? state + i : nullptr, n, w);
+        } else {
+          load_group<false>(reinterpret_cast<const Float32*>(state + i), nullptr, n, w);
+        }
+        if constexpr (kHeld && kFeedback) {
+          for (int k = 0; k < n; ++k) state[i + k] = is_finite(w[k]) ? state[i + k] - Source::Element::load(grad[i + k]) : state[i + k];
+        }
+        const uint64_t counted = lowest_bits(reaching(w, at.tau), layout.max_count - count);
+        count += bit_count(counted);
+        each_bit(counted, [&](int bit) {
+          if (!window.holds(rank++)) return;
+          with_value_dtype(layout.value_dtype, [&](auto type) {
+            const auto value = encode<decltype(type)>(w[bit], scale);
+            write_at(at.chunk.values(), slot, value);
+            if (kFeedback && !kHeld) state[i + bit] = w[bit] - decode(value, scale);
+          });
+          with_index_bytes(layout.index_bytes, [&](auto type) {
+            write_at(at.chunk.indices(), slot, decltype(type)(layout.index_of(tile * kTile + i + bit)));
+          });
+          ++slot;
+          ++kept;
+        });
       }
-      for (uint64_t mask = candidates<kHeld>(w, tau); mask != 0 && rank < last_rank; mask &= mask - 1, ++rank) {
-        if (!window.holds(rank)) continue;
-        const int i = __builtin_ctzll(mask);
-        set_value(chunk, slot, w[i]);
-        chunk.set_index(slot++, start + i - b * layout.block);
-        ++kept;
-        if (kFeedback) residual[start + i] = w[i] - sent(w[i], layout.value_dtype);
-      }
-    }
-    chunk.set_count(piece.first_block + b, kept);
+      return kept;
+    });
   }
-  for (const Infinite& entry : worker.infinite) *entry.place = entry.before;
 }
 
+// Second pass over a run that is listed and sent as a whole.
 void write_list(const Job& job, const Worker& worker, const Run& run, int64_t slot) {
-  const ChunkView chunk = job.chunk(job.layout.piece[run.piece].chunk);
+  const Layout& layout = job.layout;
+  const Piece& piece = layout.piece[run.piece];
+  const ChunkView chunk = job.chunk(piece.chunk);
   const float* w = worker.values.data() + run.list_start;
-  const uint16_t* indices = worker.indices.data() + run.list_start;
-  with_dtype(job.layout.value_dtype, [&](auto type) {
+  const uint32_t* places = worker.places.data() + run.list_start;
+  with_value_dtype(layout.value_dtype, [&](auto type) {
     using V = decltype(type);
-    V* values = reinterpret_cast<V*>(chunk.bytes) + slot;
-    for (int64_t i = 0; i < run.entries; ++i) values[i] = saturate<V>(w[i]);
+    for (int64_t i = 0; i < run.entries; ++i) {
+      const float scale = std::is_same_v<V, Int8> ? chunk.scale(piece.first_tile + run.first + places[i] / kTile) : 1.0f;
+      write_at(chunk.values(), slot + i, encode<V>(w[i], scale));
+    }
   });
-  for (int64_t i = 0; i < run.entries; ++i) chunk.set_index(slot + i, indices[i]);
+  with_index_bytes(layout.index_bytes, [&](auto type) {
+    const int64_t first = layout.index_of(run.first * kTile);
+    for (int64_t i = 0; i < run.entries; ++i) write_at(chunk.indices(), slot + i, decltype(type)(layout.index_of(first + places[i])));
+  });
 }
 
-template <typename G>
-bool share_nonfinite(const Job& job, int64_t thread, int64_t threads) {
-  bool found = false;
-  for_each_share(job.layout, thread, threads, [&](int64_t p, int64_t first, int64_t last) {
-    const Piece& piece = job.layout.piece[p];
-    const int64_t begin = first * job.layout.block;
-    const int64_t end = std::min(last * job.layout.block, piece.numel);
-    found = found || any_nonfinite(static_cast<const G*>(job.grad) + piece.grad_offset + begin, end - begin);
-  });
-  return found;
-}
-
-template <typename G>
-void pack(const Job& job, bool feedback, int threads) {
+template <bool kFeedback, typename Source>
+void pack(const Job& job, const Source& gradient, int threads) {
   const Layout& layout = job.layout;
   std::atomic<bool> held{false};
   std::atomic<int64_t> arrived{0};
   std::vector<Worker*> workers(size_t(threads), nullptr);
   std::vector<Total> totals(size_t(layout.pieces));
-  std::vector<int64_t> steps(size_t(layout.segments));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    Source source = gradient;
     Worker& worker = worker_of_thread();
     const int64_t thread = omp_get_thread_num();
     const int64_t team = omp_get_num_threads();
     workers[size_t(thread)] = &worker;
-    if (share_nonfinite<G>(job, thread, team)) held = true;
-#pragma omp barrier
-    const auto first_pass = held ? scan<G, false, true> : feedback ? scan<G, true, false> : scan<G, false, false>;
-    const auto second_pass = held ? write_window<G, false, true> : feedback ? write_window<G, true, false> : write_window<G, false, false>;
     for_each_share(layout, thread, team, [&](int64_t p, int64_t first, int64_t last) {
-      worker.runs.push_back({p, first, last, 0, 0, 0, worker.used, 0});
-      first_pass(job, worker, worker.runs.back());
+      worker.runs.push_back({p, first, last, 0, 0, worker.used, 0, 0});
+      if (scan<kFeedback>(job, source, worker, worker.runs.back())) held = true;
     });
-    if (++arrived == team) settle(job, workers, totals, steps, held);
+#pragma omp barrier
+    for (Run& run : worker.runs) {
+      if (!held) break;
+      if (kFeedback) restore(job, worker, run);
+      recount<kFeedback>(job, source, run);
+    }
+    if (++arrived == team) settle(job, workers, totals, held);
 #pragma omp barrier
     for (const Run& run : worker.runs) {
       const Total& total = totals[size_t(run.piece)];
-      const Piece& piece = layout.piece[run.piece];
-      if (total.entries <= piece.capacity) {
+      if (held) {
+        write_window<kFeedback, true>(job, source, run, total.window, total.slot);
+      } else if (total.window.holds_all()) {
         write_list(job, worker, run, total.slot + run.base);
       } else {
-        const Window window{steps[size_t(piece.segment)] * piece.capacity % total.entries, piece.capacity, total.entries};
-        second_pass(job, worker, run, window, total.slot);
+        if (kFeedback) restore(job, worker, run);
+        write_window<kFeedback, false>(job, source, run, total.window, total.slot);
       }
     }
     worker.clear();
   }
 }
 
+template <typename Source>
+void pack(const Job& job, const Source& gradient, int64_t threads) {
+  const int team = worthwhile_threads(job.layout.numel, threads);
+  if (job.state.residual != nullptr) {
+    pack<true>(job, gradient, team);
+  } else {
+    pack<false>(job, gradient, team);
+  }
+}
+
 }  // namespace
+
+void threshold_pack(const Layout& layout, const void* grad, int64_t grad_dtype, const State& state, uint8_t* payload, int64_t threads) {
+  with_dtype(grad_dtype, [&](auto type) {
+    using G = decltype(type);
+    pack(Job{layout, state, payload}, MemorySource<G>{static_cast<const G*>(grad)}, threads);
+  });
+}
+
+void threshold_pack(const Layout& layout, const Gathered& gathered, const State& state, uint8_t* payload, int64_t threads) {
+  pack(Job{layout, state, payload}, SumSource{PayloadSum(layout, gathered.bytes, gathered.payloads), {}}, threads);
+}
+
 }  // namespace dct
 
-DCT_EXPORT void dct_threshold_pack(const void* grad, int64_t grad_dtype, float* residual, const float* threshold, int64_t* counters,
-                                   const dct::Layout* layout, int64_t feedback, void* payload, int64_t threads) {
-  using namespace dct;
-  const Job job{*layout, grad, residual, threshold, counters, static_cast<uint8_t*>(payload)};
-  with_dtype(grad_dtype, [&](auto type) { pack<decltype(type)>(job, feedback != 0, worthwhile_threads(layout->numel, threads)); });
+// `residual` is null without error feedback.
+DCT_EXPORT void dct_threshold_pack(const void* grad, int64_t grad_dtype, float* residual, float* threshold, int64_t* counters,
+                                   const dct::Layout* layout, uint8_t* payload, int64_t threads) {
+  dct::threshold_pack(*layout, grad, grad_dtype, {residual, threshold, counters}, payload, threads);
 }

@@ -1,0 +1,66 @@
+// The gradient kernels as functions: `repack` is made of the others.
+#pragma once
+
+#include "gradient.h"
+
+namespace dct {
+
+// A flat buffer of gradients.
+struct Bucket {
+  void* start;
+  int64_t numel;
+  int64_t dtype;
+};
+
+struct Gathered {
+  uint8_t* bytes;  // of `payloads` chunks, one after the other
+  int64_t payloads;
+};
+
+struct Range {
+  int64_t offset, numel;
+};
+
+// What no segment covers; `dense` (of the dtype of the bucket) is null where it is to be 0.
+struct Uncovered {
+  const void* dense;
+  const Range* ranges;
+  int64_t count;
+};
+
+// As in select_threshold.py.
+struct Selection {
+  int64_t segment, grad_offset, state_offset, numel, stride, rank;
+};
+
+enum Method : int64_t { kRank = 0, kMean = 1, kConstant = 2 };
+
+struct Selecting {
+  const Selection* selections;
+  int64_t count;
+  int64_t method;
+  double factor;  // of the mean (kMean), or the threshold itself (kConstant)
+  int64_t interval;
+  bool geometric;
+};
+
+struct State {
+  float* residual;  // null without error feedback
+  float* threshold;
+  int64_t* counters;
+};
+
+// Whether select_threshold would look at the gradient in this step.
+bool reads_gradient(const Selecting& selecting, const State& state);
+
+void select_threshold(const Selecting& selecting, const void* grad, int64_t grad_dtype, const State& state, int64_t threads);
+
+void unpack_accumulate(const Layout& layout, const Gathered& gathered, const Uncovered& uncovered, const Bucket& out, int64_t divisor,
+                       int64_t threads);
+
+void threshold_pack(const Layout& layout, const void* grad, int64_t grad_dtype, const State& state, uint8_t* payload, int64_t threads);
+
+// The same, where the gradient is the sum of payloads.
+void threshold_pack(const Layout& layout, const Gathered& gathered, const State& state, uint8_t* payload, int64_t threads);
+
+}  // namespace dct

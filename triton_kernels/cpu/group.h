@@ -1,0 +1,110 @@
+// 64 elements at a time: enough for the vector units, and one bit each in a word.
+#pragma once
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <limits>
+
+#include "common.h"
+
+namespace dct {
+
+constexpr int kGroup = 64;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// w = grad (+ state) for n elements, 0 for the rest of the group.
+template <bool kAdd, typename G>
+inline void load_group(const G* grad, const float* state, int n, float* w) {
+  if (n == kGroup) {
+    for (int i = 0; i < kGroup; ++i) w[i] = kAdd ? G::load(grad[i]) + state[i] : G::load(grad[i]);
+  } else {
+    for (int i = 0; i < n; ++i) w[i] = kAdd ? G::load(grad[i]) + state[i] : G::load(grad[i]);
+    for (int i = n; i < kGroup; ++i) w[i] = 0.0f;
+  }
+}
+
+inline void store_group(const float* w, int n, float* state) {
+  if (n == kGroup) {
+    std::memcpy(state, w, kGroup * sizeof(float));
+  } else {
+    std::memcpy(state, w, size_t(n) * sizeof(float));
+  }
+}
+
+inline uint32_t magnitude_bits(float w) { return bits_of(w) & 0x7fffffffu; }
+
+// Largest magnitudes, as bits (integers in the order of the magnitudes): of w[k], w[k + 16], ... in lane k.
+struct Largest {
+  uint32_t lanes[16] = {};
+
+  void add(const float* w) {
+    for (int i = 0; i < kGroup; i += 16)
+      for (int k = 0; k < 16; ++k) lanes[k] = std::max(lanes[k], magnitude_bits(w[i + k]));
+  }
+  uint32_t bits() const { return *std::max_element(lanes, lanes + 16); }
+};
+
+// Bit i: w[i] != 0 and |w[i]| is not below tau. What is not finite is never below: with an infinite tau these are the bits.
+inline uint64_t reaching(const float* w, float tau) {
+  uint64_t mask = 0;
+#if defined(__AVX512F__)
+  for (int i = 0; i < kGroup; i += 16) {
+    const __m512 x = _mm512_load_ps(w + i);
+    const __mmask16 large = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(tau), _CMP_NLT_UQ);
+    mask |= uint64_t(_mm512_mask_cmp_ps_mask(large, x, _mm512_setzero_ps(), _CMP_NEQ_UQ)) << i;
+  }
+#elif defined(__AVX2__)
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  for (int i = 0; i < kGroup; i += 8) {
+    const __m256 x = _mm256_load_ps(w + i);
+    const __m256 large = _mm256_cmp_ps(_mm256_and_ps(x, magnitude), _mm256_set1_ps(tau), _CMP_NLT_UQ);
+    const __m256 kept = _mm256_and_ps(large, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+    mask |= uint64_t(uint32_t(_mm256_movemask_ps(kept))) << i;
+  }
+#else
+  for (int i = 0; i < kGroup; ++i) mask |= uint64_t(!(std::fabs(w[i]) < tau) && w[i] != 0.0f) << i;
+#endif
+  return mask;
+}
+
+// Calls visit(i) for each set bit i of the mask, from the lowest on.
+template <typename Visit>
+inline void each_bit(uint64_t mask, Visit&& visit) {
+  for (; mask != 0; mask &= mask - 1) visit(__builtin_ctzll(mask));
+}
+
+inline int64_t bit_count(uint64_t mask) { return __builtin_popcountll(mask); }
+
+// Writes the numbers of the set bits, counted from `first`, from the lowest on; `places` has room for 64. Returns how many they are.
+inline int64_t list_bits(uint64_t mask, uint32_t first, uint32_t* places) {
+#if defined(__AVX512VBMI2__)
+  // Without a branch for the first 16: whether a group has candidates cannot be predicted.
+  alignas(64) static constexpr uint8_t kNumbers[kGroup] = {
+      0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+      32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+  const __m512i numbers = _mm512_maskz_compress_epi8(mask, _mm512_load_si512(kNumbers));
+  const __m512i start = _mm512_set1_epi32(int(first));
+  const int64_t count = bit_count(mask);
+  _mm512_storeu_si512(places, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_castsi512_si128(numbers))));
+  if (count > 16) {
+    _mm512_storeu_si512(places + 16, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(numbers, 1))));
+    _mm512_storeu_si512(places + 32, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(numbers, 2))));
+    _mm512_storeu_si512(places + 48, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(numbers, 3))));
+  }
+  return count;
+#else
+  each_bit(mask, [&](int i) { *places++ = first + uint32_t(i); });
+  return bit_count(mask);
+#endif
+}
+
+// The `room` lowest set bits of the mask.
+inline uint64_t lowest_bits(uint64_t mask, int64_t room) {
+  for (int64_t extra = bit_count(mask) - room; extra > 0; --extra) mask ^= uint64_t(1) << (63 - __builtin_clzll(mask));
+  return mask;
+}
+
+}  // namespace dct

@@ -1,0 +1,164 @@
+"""`repack` on the device: the sum of a tile's payload entries goes on to be packed by the program that formed it.
+
+Where a threshold is due the sum of the whole parameter is needed first: such tiles are only summed, then the threshold is selected, then a
+second launch packs them. It returns at once for all others, as does the first one's second half for these.
+"""
+
+from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
+
+import torch
+from torch import Tensor
+
+from dct_compile.triton_kernels.compat import jit, tl
+from dct_compile.triton_kernels.gradient_checks import check_gathered, check_state
+from dct_compile.triton_kernels.gradient_tables import is_due
+from dct_compile.triton_kernels.layout import gradient_layout
+from dct_compile.triton_kernels.pack_stage_triton import stage_tile
+from dct_compile.triton_kernels.select_threshold import constant_threshold
+from dct_compile.triton_kernels.select_threshold_triton import select_threshold_triton
+from dct_compile.triton_kernels.threshold_pack import LARGEST_CODE
+from dct_compile.triton_kernels.threshold_pack_triton import Packer
+from dct_compile.triton_kernels.unpack_accumulate_triton import accumulate_tile, entries_reached, payload_options
+
+
+@jit
+def repack_kernel(  # type: ignore[no-untyped-def]
+    gathered_ptr,  # uint8 [rounds, CHUNK_BYTES]
+    reached_ptr,  # int64 [rounds, BLOCKS_PER_CHUNK]: entries up to the end of each block
+    rounds,
+    total_ptr,  # float32 [state_numel]: out, the sum
+    residual_ptr,  # float32 [state_numel]
+    threshold_ptr,  # float32 [S]
+    counters_ptr,  # int64 [S, 4]
+    interval,
+    tiles_ptr,  # int64 [tiles, 4]
+    tiles,
+    pieces_ptr,  # int64 [pieces, 7]
+    payload_ptr,  # uint8 [CHUNK_BYTES]: the scales are written
+    staged_ptr,  # as in stage_kernel, from here to held_ptr
+    places_ptr,
+    counts_ptr,
+    found_ptr,
+    held_ptr,
+    SELECTED: tl.constexpr,  # False: sums, and packs where no threshold is due. True: packs where one was due
+    CONSTANT: tl.constexpr,  # no threshold is ever due
+    GEOMETRIC: tl.constexpr,
+    CHUNK_BYTES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    VALUES_OFFSET: tl.constexpr,
+    INDICES_OFFSET: tl.constexpr,
+    BLOCKS_PER_CHUNK: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    VALUE_TYPE: tl.constexpr,
+    INDEX_TYPE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    STEP: tl.constexpr,
+    MAX_COUNT: tl.constexpr,
+    GRAD: tl.constexpr,
+    VALUE: tl.constexpr,
+    LARGEST_CODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    FEEDBACK: tl.constexpr,
+):
+    """A tile of the owner's sum, and what `stage_tile` makes of it."""
+    tile = tl.program_id(0).to(tl.int64)
+    if not SELECTED:
+        accumulate_tile(
+            tile,
+            gathered_ptr,
+            reached_ptr,
+            tiles_ptr,
+            pieces_ptr,
+            total_ptr,
+            rounds,
+            CHUNK_BYTES,
+            CHUNKS,
+            VALUES_OFFSET,
+            INDICES_OFFSET,
+            BLOCKS_PER_CHUNK,
+            CAPACITY,
+            VALUE_TYPE,
+            VALUE,
+            INDEX_TYPE,
+            WHOLE,
+            BLOCK,
+            PART,
+            TILE,
+            STEP,
+        )
+    due = False
+    if not CONSTANT:
+        segment = tl.load(pieces_ptr + tl.load(tiles_ptr + tile * 4 + 3) * 7)
+        due = is_due(counters_ptr + segment * 4, interval, GEOMETRIC)
+    if due == SELECTED:
+        stage_tile(
+            tile,
+            total_ptr,
+            residual_ptr,
+            threshold_ptr,
+            tiles_ptr,
+            tiles,
+            pieces_ptr,
+            payload_ptr,
+            staged_ptr,
+            places_ptr,
+            counts_ptr,
+            found_ptr,
+            held_ptr,
+            CHUNK_BYTES,
+            MAX_COUNT,
+            GRAD,
+            VALUE,
+            LARGEST_CODE,
+            BLOCK,
+            PART,
+            TILE,
+            FEEDBACK,
+        )
+
+
+@torch.no_grad()
+def repack_triton(
+    gathered: Tensor,
+    residual: Tensor,
+    threshold: Tensor,
+    counters: Tensor,
+    segments: list[int],
+    block: int,
+    chunks: int,
+    chunk: int,
+    capacity_fraction: float,
+    value_dtype: torch.dtype,
+    density: float,
+    method: str,
+    fixed: float,
+    refresh_interval: int,
+    refresh_warmup: str,
+    error_feedback: bool,
+) -> Tensor:
+    """`repack_reference` with Triton. No host sync; the same bytes in every run."""
+    layout = gradient_layout(tuple(segments), block, chunks, chunk, capacity_fraction, value_dtype)
+    rounds = check_gathered(gathered, layout, None, layout.state_numel)
+    total = torch.empty(layout.state_numel, dtype=torch.float32, device=gathered.device)
+    check_state(total, residual, threshold, counters, layout, error_feedback)
+    packer = Packer.create(layout, residual, threshold, counters, error_feedback)
+    if not layout.segments:
+        return packer.payload
+    state, geometry = (residual, threshold, counters), (segments, block, chunks, chunk)
+    selection = (total, *state, *geometry, density, method, fixed, refresh_interval, refresh_warmup, error_feedback)
+    constant = constant_threshold(density, method, fixed) is not None
+    if constant:
+        select_threshold_triton(*selection)
+    if packer.tiles.shape[0]:
+        gathered = gathered.contiguous()
+        source = (gathered, entries_reached(gathered, layout), rounds, total, *state, refresh_interval)
+        options = {**payload_options(layout), **packer.stage_options(total), "LARGEST_CODE": LARGEST_CODE}
+        options |= {"CONSTANT": constant, "GEOMETRIC": refresh_warmup != "off"}
+        grid = (packer.tiles.shape[0],)
+        repack_kernel[grid](*source, *packer.stage_arguments, SELECTED=False, **options)
+        if not constant:
+            select_threshold_triton(*selection)
+            repack_kernel[grid](*source, *packer.stage_arguments, SELECTED=True, **options)
+    return packer.finish(total)
