@@ -1,5 +1,5 @@
 # Every target sets up what it needs by itself, in .venv; a second run finds it ready.
-# More arguments for the command behind a target:  make test ARGS="-k layout -x"
+# More arguments for the command behind a target:  make test ARGS="-k layout -x", make bench ARGS=--quick
 
 PYTHON ?= python3
 ARGS ?=
@@ -56,7 +56,7 @@ test: $(READY)
 
 bench: $(READY)
 	@echo "==> measuring"
-	@$(BIN)/python benchmarks/threshold_pack.py
+	@$(BIN)/dct bench kernels $(ARGS)
 	@$(BIN)/python benchmarks/train_step.py
 
 # All four run, whatever the ones before say.

@@ -17,10 +17,11 @@ import click
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from measure import circumstances, summarise
 from tabulate import tabulate
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from dct_compile.bench.machine import circumstances
+from dct_compile.bench.timing import summarise
 from dct_compile.models.dlrm import DLRM
 from dct_compile.models.parallel import Table, average_sharded_gradients, make_mesh, wrap_data_parallel
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import click
 import torch
 import torch.distributed as dist
-from measure import circumstances
 from tabulate import tabulate
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dct_compile
+from dct_compile.bench.machine import circumstances
 
 WARMUP_STEPS = 3
 

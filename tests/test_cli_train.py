@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from dct_compile.cli import train as train_module
+from dct_compile.cli import extras
 from dct_compile.cli.main import main
 from dct_compile.cli.present import present
 from dct_compile.cli.replicas import ReplicaMismatch, check_replicas
@@ -87,7 +87,7 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "find_spec", lambda name: None if name == "jinja2" else True)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "jinja2" else True)
     result = _invoke(*SMALL)
     assert result.exit_code == 1
     assert "jinja2 not installed: pip install 'dct-compile[demo]'" in result.output

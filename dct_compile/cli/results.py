@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dct_compile.bench.machine import processor_name
 from dct_compile.report import SiteReport
 
 FILE = "metrics.json"
@@ -112,14 +113,6 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

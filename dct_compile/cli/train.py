@@ -1,15 +1,14 @@
 """``dct train``: the demo. The same model trained dense and with DCT, and a report that compares the two."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dct_compile.cli.extras import require
 from dct_compile.cli.settings import BACKENDS, MODELS, Settings, parse_options, parse_value
 from dct_compile.models.datasets import DATASETS
 
-_DEMO_PACKAGES = ("tqdm", "matplotlib", "jinja2")
 _POSITIVE = click.IntRange(min=1)
 _DEFAULT = "Default: the backend's."
 
@@ -51,9 +50,7 @@ def train(
     Both start from the same parameters and see the same batches. Prints quality, bytes and speed, and writes metrics.json, plots and
     report.html to --out. Under torchrun, the ranks are those that torchrun started.
     """
-    missing = [name for name in _DEMO_PACKAGES if find_spec(name) is None]
-    if missing:
-        raise click.ClickException(f"{', '.join(missing)} not installed: pip install 'dct-compile[demo]'")
+    require("tqdm", "matplotlib", "jinja2")
     flags = {
         "dp_density": dp_density,
         "mp_density": mp_density,

@@ -1,0 +1,1 @@
+"""What ``dct bench`` measures with: cases, timing, results."""

@@ -1,0 +1,87 @@
+"""What the ops are compared with: the same work as chains of ordinary PyTorch ops.
+
+A chain reads the tensors that its op reads; where that is a payload, it reads the entries as PyTorch would hold them: values and int64
+places. Nothing is mutated, and values are left in bfloat16, as they would be sent.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def kthvalue_threshold(grad: Tensor, residual: Tensor, rank: int, stride: int) -> Tensor:
+    """The ``rank``-th largest abs(grad + residual) of every ``stride``-th element."""
+    magnitude = (grad[::stride] + residual[::stride]).abs()
+    return magnitude.kthvalue(magnitude.numel() - rank + 1).values
+
+
+def sort_threshold(grad: Tensor, residual: Tensor, rank: int, stride: int) -> Tensor:
+    """The same from sorted magnitudes."""
+    return (grad[::stride] + residual[::stride]).abs().sort(descending=True).values[rank - 1]
+
+
+def topk_threshold(grad: Tensor, residual: Tensor, rank: int, stride: int) -> Tensor:
+    """The same as the least of the largest."""
+    return (grad[::stride] + residual[::stride]).abs().topk(rank, sorted=False).values.min()
+
+
+def laplace_threshold(grad: Tensor, residual: Tensor, density: float) -> Tensor:
+    """The threshold of a Laplace distribution."""
+    return (grad + residual).abs().mean() * -math.log(density)
+
+
+def threshold_chain(grad: Tensor, residual: Tensor, threshold: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places, values and residual of the entries that reach the threshold."""
+    w = grad + residual
+    kept = w.abs() >= threshold
+    places = kept.nonzero().view(-1)
+    return places, w[places].to(torch.bfloat16), w.masked_fill(kept, 0.0)
+
+
+def topk_compression(grad: Tensor, residual: Tensor, threshold: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places, values and residual of the ``rank`` largest entries."""
+    w = grad + residual
+    places = w.abs().topk(rank, sorted=False).indices
+    return places, w[places].to(torch.bfloat16), w.index_fill(0, places, 0.0)
+
+
+def index_add(numel: int, dtype: torch.dtype, *entries: Tensor) -> Tensor:
+    """The mean of payloads; ``entries``: places and values of each."""
+    total = torch.zeros(numel, device=entries[0].device)
+    for places, values in zip(entries[::2], entries[1::2], strict=True):
+        total.index_add_(0, places, values.float())
+    return (total / (len(entries) // 2)).to(dtype)
+
+
+def topk_rows(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Places and values of the ``slots`` largest entries of each row."""
+    places = x.abs().topk(slots, dim=-1, sorted=False).indices
+    return places, x.gather(-1, places).to(torch.bfloat16)
+
+
+def scatter_dense(width: int, dtype: torch.dtype, places: Tensor, values: Tensor) -> Tensor:
+    """Dense rows of ``width`` with the values at their places."""
+    return torch.zeros(places.shape[0], width, dtype=dtype, device=places.device).scatter_(-1, places, values.to(dtype))
+
+
+def gather_values(grad: Tensor, places: Tensor) -> Tensor:
+    """The entries of each row at the places."""
+    return grad.gather(-1, places).to(torch.bfloat16)
+
+
+def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scales and stochastically rounded codes of each row; two codes of 4 bits in a byte."""
+    largest = 127 if bits == 8 else 7
+    scale = x.float().abs().amax(-1, keepdim=True) / largest
+    codes = (x / scale + torch.rand_like(x, dtype=torch.float32)).floor().clamp(-largest, largest).to(torch.int8)
+    if bits == 4:
+        codes = codes[:, ::2] & 15 | codes[:, 1::2] << 4
+    return scale.to(torch.bfloat16), codes
+
+
+def dequantise(scale: Tensor, codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Code times scale."""
+    if bits == 4:
+        codes = torch.stack([codes << 4 >> 4, codes >> 4], dim=-1).flatten(-2)
+    return (codes.float() * scale.float()).to(dtype)

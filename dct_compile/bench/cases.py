@@ -1,0 +1,235 @@
+"""What is measured: for every op of ``torch.ops.dct`` its inputs, its floor of memory traffic, and its baselines. A new op is a new entry.
+
+The floor counts what an op cannot do without: each input element read once, each output element written once. In the formulas:
+
+    n  elements               g  bytes of an element (of the gradient or of the rows)
+    P  bytes of a payload     v  bytes of a value on the wire (bfloat16: 2)
+    R  rows of w elements     b  bytes of a payload's row
+    k  entries of a row       i  bytes of an index (1 for w <= 256, else 2)
+
+All entries of a payload count, free ones too: they are written as zeros.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from math import ceil
+
+import torch
+from torch._ops import OpOverload
+
+from dct_compile import ops
+from dct_compile.bench import baselines, inputs
+from dct_compile.bench.inputs import VALUE_DTYPE, Inputs, Problem, Source, slots
+from dct_compile.triton_kernels.layout import COUNTERS, quantized_row_bytes, row_bytes
+from dct_compile.triton_kernels.quantize import dequantize_rows_reference, quantize_rows_reference
+from dct_compile.triton_kernels.rows_pack import pack_rows_reference
+from dct_compile.triton_kernels.rows_unpack import gather_rows_reference, scatter_rows_reference, unpack_rows_reference
+from dct_compile.triton_kernels.select_threshold import sample_stride, select_threshold_reference
+from dct_compile.triton_kernels.threshold_pack import threshold_pack_reference
+from dct_compile.triton_kernels.unpack_accumulate import unpack_accumulate_reference
+
+BASELINES = ("eager", "inductor", "topk", "kthvalue", "sort")
+"""The chain of PyTorch ops, the same chain compiled, and other ways to choose what is kept."""
+ACTIVATION_WIDTHS = (256, 16384)
+EMBEDDING_WIDTHS = (64, 1024)
+STATE_BYTES = 4
+"""Bytes of a residual's element, a float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """An op in one of its variants.
+
+    ``floor_bytes``: of memory that it has to read and write at least; ``formula`` says the same in the symbols of this module.
+    ``baselines``: by the names of ``BASELINES``, called with the operands; "inductor" is the compiled "eager" and needs no entry.
+    ``widths``: of the rows; none for the ops on gradients. ``streams``: whether it passes over the elements.
+    ``rtol``: of a float32 result whose order of summation is not specified.
+    """
+
+    op: OpOverload
+    variant: str
+    reference: Callable[..., object]
+    make: Callable[[Problem, Source], Inputs]
+    floor_bytes: Callable[[Problem], int]
+    formula: str
+    baselines: Mapping[str, Callable[..., object]] = field(default_factory=dict)
+    widths: tuple[int, ...] = ()
+    has_density: bool = True
+    streams: bool = True
+    rtol: float = 0.0
+
+    @property
+    def op_name(self) -> str:
+        """As in ``torch.ops.dct``."""
+        return str(self.op.overloadpacket.__name__)
+
+    def title(self, problem: Problem) -> str:
+        """Op, variant and, where there are any, the width of the rows."""
+        return f"{self.op_name}, {self.variant}" + (f", rows of {problem.width}" if self.widths else "")
+
+
+def _dense_bytes(problem: Problem) -> int:
+    return problem.numel * problem.dtype.itemsize
+
+
+def _state_read_bytes(problem: Problem) -> int:
+    return _dense_bytes(problem) + problem.numel * STATE_BYTES
+
+
+def _sampled_bytes(problem: Problem) -> int:
+    """The whole gradient is searched for NaN and Inf; the residual is read where samples are taken."""
+    return _dense_bytes(problem) + ceil(problem.numel / sample_stride(problem.numel)) * STATE_BYTES
+
+
+def _pack_bytes(problem: Problem) -> int:
+    return _dense_bytes(problem) + 2 * problem.numel * STATE_BYTES + problem.layout.payload_bytes
+
+
+def _unpack_bytes(problem: Problem, payloads: int) -> int:
+    return _dense_bytes(problem) + payloads * problem.layout.payload_bytes
+
+
+def _rows_bytes(problem: Problem, method: str = "exact") -> int:
+    return _dense_bytes(problem) + problem.rows * row_bytes(problem.width, slots(problem, method), VALUE_DTYPE)
+
+
+def _gather_bytes(problem: Problem) -> int:
+    """By elements: memory fetches a cache line for each of them, unless they are close."""
+    return problem.rows * problem.kept * (problem.dtype.itemsize + row_bytes(problem.width, 1, VALUE_DTYPE))
+
+
+def _quantized_bytes(problem: Problem, bits: int) -> int:
+    return _dense_bytes(problem) + problem.rows * quantized_row_bytes(problem.width, bits)
+
+
+_RANKED = {"topk": baselines.topk_threshold, "kthvalue": baselines.kthvalue_threshold, "sort": baselines.sort_threshold}
+
+_SELECT = (
+    Case(
+        op=ops.select_threshold,
+        variant="exact",
+        reference=select_threshold_reference,
+        make=partial(inputs.select_inputs, method="exact"),
+        floor_bytes=_state_read_bytes,
+        formula="n (g + 4)",
+        baselines=_RANKED,
+    ),
+    Case(
+        op=ops.select_threshold,
+        variant="sampled",
+        reference=select_threshold_reference,
+        make=partial(inputs.select_inputs, method="sampled"),
+        floor_bytes=_sampled_bytes,
+        formula="n g + 4 samples",
+        baselines=_RANKED,
+    ),
+    Case(
+        op=ops.select_threshold,
+        variant="laplace",
+        reference=select_threshold_reference,
+        make=partial(inputs.select_inputs, method="laplace"),
+        floor_bytes=_state_read_bytes,
+        formula="n (g + 4)",
+        baselines={"eager": baselines.laplace_threshold},
+        rtol=1e-6,
+    ),
+    Case(
+        op=ops.select_threshold,
+        variant="not due",
+        reference=select_threshold_reference,
+        make=partial(inputs.select_inputs, method="exact", step=1),
+        floor_bytes=lambda problem: COUNTERS * torch.int64.itemsize,
+        formula="32",
+        streams=False,
+    ),
+)
+_PACK = (
+    Case(
+        op=ops.threshold_pack,
+        variant="error feedback",
+        reference=threshold_pack_reference,
+        make=inputs.pack_inputs,
+        floor_bytes=_pack_bytes,
+        formula="n (g + 8) + P",
+        baselines={"eager": baselines.threshold_chain, "topk": baselines.topk_compression},
+    ),
+)
+_UNPACK = tuple(
+    Case(
+        op=ops.unpack_accumulate,
+        variant=f"{payloads} payloads",
+        reference=unpack_accumulate_reference,
+        make=partial(inputs.unpack_inputs, payloads=payloads),
+        floor_bytes=partial(_unpack_bytes, payloads=payloads),
+        formula=f"n g + {payloads} P",
+        baselines={"eager": baselines.index_add},
+    )
+    for payloads in (2, 8)
+)
+_PACK_ROWS = tuple(
+    Case(
+        op=ops.pack_rows,
+        variant=method,
+        reference=pack_rows_reference,
+        make=partial(inputs.pack_rows_inputs, method=method),
+        floor_bytes=partial(_rows_bytes, method=method),
+        formula="n g + R b",
+        baselines={"topk": baselines.topk_rows},
+        widths=ACTIVATION_WIDTHS,
+    )
+    for method in ("exact", "laplace")
+)
+_MASKED_ROWS = (
+    Case(
+        op=ops.unpack_rows,
+        variant="1 payload",
+        reference=unpack_rows_reference,
+        make=inputs.unpack_rows_inputs,
+        floor_bytes=_rows_bytes,
+        formula="n g + R b",
+        baselines={"eager": baselines.scatter_dense},
+        widths=ACTIVATION_WIDTHS,
+    ),
+    Case(
+        op=ops.gather_rows,
+        variant="1 payload",
+        reference=gather_rows_reference,
+        make=inputs.gather_rows_inputs,
+        floor_bytes=_gather_bytes,
+        formula="R k (g + i + v)",
+        baselines={"eager": baselines.gather_values},
+        widths=ACTIVATION_WIDTHS,
+    ),
+    Case(
+        op=ops.scatter_rows,
+        variant="1 payload",
+        reference=scatter_rows_reference,
+        make=inputs.scatter_rows_inputs,
+        floor_bytes=_rows_bytes,
+        formula="n g + R k (i + v)",
+        baselines={"eager": baselines.scatter_dense},
+        widths=ACTIVATION_WIDTHS,
+    ),
+)
+_QUANTIZED_ROWS = tuple(
+    Case(
+        op=op,
+        variant=f"int{bits}",
+        reference=reference,
+        make=partial(make, bits=bits),
+        floor_bytes=partial(_quantized_bytes, bits=bits),
+        formula="n g + R b",
+        baselines={"eager": chain},
+        widths=EMBEDDING_WIDTHS,
+        has_density=False,
+    )
+    for bits in (8, 4)
+    for op, reference, make, chain in (
+        (ops.quantize_rows, quantize_rows_reference, inputs.quantize_inputs, baselines.quantise),
+        (ops.dequantize_rows, dequantize_rows_reference, inputs.dequantize_inputs, baselines.dequantise),
+    )
+)
+
+CASES: tuple[Case, ...] = (*_SELECT, *_PACK, *_UNPACK, *_PACK_ROWS, *_MASKED_ROWS, *_QUANTIZED_ROWS)
+"""Every op of ``torch.ops.dct``, variant by variant."""

@@ -1,0 +1,205 @@
+"""What the ops and their baselines are given: sizes, random numbers, arguments."""
+
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dct_compile import ops
+from dct_compile.bench import baselines
+from dct_compile.config import DCTConfig
+from dct_compile.triton_kernels.layout import COUNTERS, GradientLayout, choose_block, gradient_layout
+from dct_compile.triton_kernels.row_codec import decode_rows
+from dct_compile.triton_kernels.select_threshold import sample_stride
+
+CONFIG = DCTConfig()
+"""Whatever is not varied has the backend's default."""
+VALUE_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One set of sizes. ``width``: of a row; the ops on gradients see one row. ``density``: 1 for the ops that keep everything."""
+
+    numel: int
+    width: int
+    density: float
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def rows(self) -> int:
+        return self.numel // self.width
+
+    @property
+    def kept(self) -> int:
+        """Entries kept of each row."""
+        return ceil(self.density * self.width)
+
+    def at_most(self, numel: int) -> "Problem":
+        """The same with ``numel`` elements, if it has more."""
+        return replace(self, numel=min(self.numel, numel), width=min(self.width, numel))
+
+    @property
+    def layout(self) -> GradientLayout:
+        """A bucket of one parameter, sent whole."""
+        fraction = min(1.0, self.density * CONFIG.capacity_factor)
+        return gradient_layout((0, self.numel), choose_block(self.density), 1, -1, fraction, VALUE_DTYPE)
+
+    @property
+    def geometry(self) -> tuple[list[int], int, int, int]:
+        """The arguments ``segments, block, chunks, chunk`` of the gradient ops."""
+        return [0, self.numel], self.layout.block, self.layout.chunks, self.layout.chunk
+
+    @property
+    def wire(self) -> tuple[float, torch.dtype]:
+        """The arguments ``capacity_fraction, value_dtype`` of the gradient ops."""
+        return self.layout.capacity_fraction, self.layout.value_dtype
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``arguments`` of the op, and ``operands`` of its baselines: where they read the same, the same tensors."""
+
+    arguments: tuple[Any, ...]
+    operands: tuple[Any, ...] = ()
+
+    def tensors(self) -> list[Tensor]:
+        """Each once."""
+        found = {id(value): value for value in (*self.arguments, *self.operands) if isinstance(value, Tensor)}
+        return list(found.values())
+
+    def clone(self) -> "Inputs":
+        """The same in memory of its own."""
+        clones = {id(tensor): tensor.clone() for tensor in self.tensors()}
+        arguments, operands = (tuple(clones.get(id(value), value) for value in values) for values in (self.arguments, self.operands))
+        return Inputs(arguments, operands)
+
+
+class Source:
+    """Standard normal numbers, made once for each size: those of the largest sizes take seconds."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it holds."""
+        return sum(tensor.nbytes for tensor in self._made.values())
+
+    def normal(self, name: str, problem: Problem) -> Tensor:
+        """float32 [numel], the same for one name and size. Not to be written to."""
+        held = self._made.get(name)
+        if held is None or held.numel() != problem.numel:
+            generator = torch.Generator(problem.device).manual_seed(sum(name.encode()))
+            self._made[name] = torch.randn(problem.numel, generator=generator, device=problem.device)
+        return self._made[name]
+
+    def gradient(self, problem: Problem) -> Tensor:
+        """[numel] in the problem's dtype."""
+        return self.normal("gradient", problem).to(problem.dtype)
+
+    def rows(self, problem: Problem) -> Tensor:
+        """[R, width] in the problem's dtype."""
+        return self.gradient(problem).view(problem.rows, problem.width)
+
+
+def _state(problem: Problem, source: Source, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient, residual, threshold (0) and counters of one parameter."""
+    threshold = torch.zeros(1, device=problem.device)
+    counters = torch.zeros(1, COUNTERS, dtype=torch.int64, device=problem.device)
+    counters[0, 0] = step
+    return source.gradient(problem), source.normal("residual", problem), threshold, counters
+
+
+def _select_arguments(problem: Problem, source: Source, method: str, step: int) -> tuple[Any, ...]:
+    schedule = (problem.density, method, 0.0, CONFIG.refresh_interval, "off", True)
+    return (*_state(problem, source, step), *problem.geometry, *schedule)
+
+
+def select_inputs(problem: Problem, source: Source, method: str, step: int = 0) -> Inputs:
+    """Of ``select_threshold``, which is due at step 0 only. Operands: gradient, residual, rank, stride; for "laplace" density."""
+    arguments = _select_arguments(problem, source, method, step)
+    if method == "laplace":
+        return Inputs(arguments, (*arguments[:2], problem.density))
+    stride = sample_stride(problem.numel) if method == "sampled" else 1
+    return Inputs(arguments, (*arguments[:2], ceil(problem.density * ceil(problem.numel / stride)), stride))
+
+
+def pack_inputs(problem: Problem, source: Source) -> Inputs:
+    """Of ``threshold_pack`` just after a refresh: ``density`` of the entries reach the threshold. Operands: state and entries to keep."""
+    selected = _select_arguments(problem, source, "exact", 0)
+    ops.select_threshold(*selected)
+    state = selected[:4]
+    return Inputs((*state, *problem.geometry, *problem.wire, True), (*state[:3], problem.kept))
+
+
+def unpack_inputs(problem: Problem, source: Source, payloads: int) -> Inputs:
+    """Of ``unpack_accumulate``: payloads of gradients that are turned against each other, so that different places are kept.
+
+    Operands: numel, dtype, and places and values of each payload.
+    """
+    packed: list[Tensor] = []
+    entries: list[Tensor] = []
+    grad, residual, threshold, counters, *rest = pack_inputs(problem, source).arguments
+    for payload in range(payloads):
+        turn = payload * (problem.numel // 3)
+        turned_grad, turned_residual = grad.roll(turn), residual.roll(turn)
+        entries += baselines.threshold_chain(turned_grad, turned_residual, threshold, problem.kept)[:2]
+        packed.append(ops.threshold_pack(turned_grad, turned_residual, threshold, counters, *rest))
+    arguments = (torch.cat(packed), None, problem.numel, problem.dtype, *problem.geometry, *problem.wire, payloads)
+    return Inputs(arguments, (problem.numel, problem.dtype, *entries))
+
+
+def slots(problem: Problem, method: str) -> int:
+    """Entries that a row's payload can hold, as the plan chooses them."""
+    return problem.kept if method == "exact" else min(problem.width, ceil(problem.kept * CONFIG.capacity_factor))
+
+
+def pack_rows_inputs(problem: Problem, source: Source, method: str) -> Inputs:
+    """Of ``pack_rows``. Operands: rows and entries to keep."""
+    x = source.rows(problem)
+    return Inputs((x, slots(problem, method), method, problem.density, 0.0, VALUE_DTYPE), (x, problem.kept))
+
+
+def _packed_rows(problem: Problem, source: Source) -> tuple[Tensor, Tensor, Tensor]:
+    """Payload uint8 [R, b], places int64 and values [R, k]."""
+    payload = ops.pack_rows(source.rows(problem), problem.kept, "exact", problem.density, 0.0, VALUE_DTYPE)
+    values, places, _ = decode_rows(payload, problem.width, problem.kept, VALUE_DTYPE)
+    return payload, places, values
+
+
+def unpack_rows_inputs(problem: Problem, source: Source) -> Inputs:
+    """Of ``unpack_rows``. Operands: width, dtype, places, values."""
+    payload, places, values = _packed_rows(problem, source)
+    arguments = (payload, [problem.width], problem.kept, 1, VALUE_DTYPE, problem.dtype)
+    return Inputs(arguments, (problem.width, problem.dtype, places, values))
+
+
+def gather_rows_inputs(problem: Problem, source: Source) -> Inputs:
+    """Of ``gather_rows``. Operands: gradient rows and places."""
+    payload, places, _ = _packed_rows(problem, source)
+    grad = source.normal("residual", problem).to(problem.dtype).view(problem.rows, problem.width)
+    return Inputs((grad, payload, problem.kept, VALUE_DTYPE, VALUE_DTYPE), (grad, places))
+
+
+def scatter_rows_inputs(problem: Problem, source: Source) -> Inputs:
+    """Of ``scatter_rows``. Operands: width, dtype, places, values."""
+    payload, places, values = _packed_rows(problem, source)
+    arguments = (values, payload, [problem.width], problem.kept, 1, VALUE_DTYPE, problem.dtype)
+    return Inputs(arguments, (problem.width, problem.dtype, places, values))
+
+
+def quantize_inputs(problem: Problem, source: Source, bits: int) -> Inputs:
+    """Of ``quantize_rows``. Operands: rows and bits."""
+    x, seed = source.rows(problem), torch.full((1,), 7, dtype=torch.int64, device=problem.device)
+    return Inputs((x, seed, bits), (x, bits))
+
+
+def dequantize_inputs(problem: Problem, source: Source, bits: int) -> Inputs:
+    """Of ``dequantize_rows``. Operands: scales, codes, bits, dtype."""
+    payload = ops.quantize_rows(*quantize_inputs(problem, source, bits).arguments)
+    scale, codes = payload[:, :2].clone().view(torch.bfloat16), payload[:, 2:].clone().view(torch.int8)
+    return Inputs((payload, [problem.width], bits, problem.dtype), (scale, codes, bits, problem.dtype))

@@ -1,0 +1,67 @@
+"""The machine that is measured: names, caches, free memory."""
+
+import datetime
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+ASSUMED_CACHE_BYTES = 64 * 2**20
+"""Last-level cache of a machine that does not say how much it has."""
+_SUFFIXES = {"K": 2**10, "M": 2**20, "G": 2**30}
+_CPUS = Path("/sys/devices/system/cpu")
+_MEMINFO = Path("/proc/meminfo")
+
+
+def processor_name() -> str:
+    """The CPU's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+
+
+def last_level_cache_bytes(device: torch.device) -> int:
+    """Bytes of the GPU's L2 cache, or of all last-level caches of the CPU together."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    caches: dict[tuple[int, str], int] = {}
+    for folder in _CPUS.glob("cpu[0-9]*/cache/index*"):
+        try:
+            level, shared, size = ((folder / name).read_text().strip() for name in ("level", "shared_cpu_list", "size"))
+        except OSError:
+            continue
+        caches[int(level), shared] = int(size[:-1]) * _SUFFIXES[size[-1]]
+    last = max((level for level, _ in caches), default=0)
+    return sum(size for (level, _), size in caches.items() if level == last) or ASSUMED_CACHE_BYTES
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes of memory that can still be had on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if _MEMINFO.exists():
+        kib = next(line.split()[1] for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(kib) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def asks_for_huge_pages() -> bool:
+    """Whether PyTorch allocates CPU memory in huge pages: without them, the page faults of a large result are timed with the op."""
+    return os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+
+
+def circumstances() -> str:
+    """Processor, cores, threads, versions and date, in one line."""
+    machine = f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads" + (
+        ", huge pages" if asks_for_huge_pages() else ""
+    )
+    return f"{machine}, torch {torch.__version__}, Python {platform.python_version()}, {datetime.date.today().isoformat()}"
