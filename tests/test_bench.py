@@ -225,7 +225,7 @@ FLOORS = [
     # op, variant, width, density, dtype, bytes of 2^16 elements
     ("select_threshold", "exact", 0, 0.01, torch.float32, 65536 * 8),
     ("select_threshold", "laplace", 0, 0.01, torch.bfloat16, 65536 * 6),
-    ("select_threshold", "sampled", 0, 0.01, torch.float32, 65536 * 4 + 4370 * 4),  # every 15th element
+    ("select_threshold", "sampled", 0, 0.01, torch.float32, 4370 * 8),  # every 15th element
     ("select_threshold", "not due", 0, 0.01, torch.float32, 32),
     # 721 entries of 2 + 1 bytes, 256 counts, padding to 4
     ("threshold_pack", "error feedback", 0, 0.01, torch.float32, 65536 * 12 + 2420),
@@ -234,6 +234,7 @@ FLOORS = [
     ("threshold_pack", "error feedback", 0, 0.001, torch.float32, 65536 * 12 + 324),
     ("unpack_accumulate", "2 payloads", 0, 0.01, torch.float32, 65536 * 4 + 2 * 2420),
     ("unpack_accumulate", "8 payloads", 0, 0.01, torch.bfloat16, 65536 * 2 + 8 * 2420),
+    ("repack", "4 payloads", 0, 0.01, torch.float32, 65536 * 8 + 5 * 2420),
     # 256 rows of 13 entries of 2 + 1 bytes; 4 rows of 820 entries of 2 + 2 bytes
     ("pack_rows", "exact", 256, 0.05, torch.float32, 65536 * 4 + 256 * 39),
     ("pack_rows", "exact", 16384, 0.05, torch.bfloat16, 65536 * 2 + 4 * 3280),
@@ -271,6 +272,9 @@ def test_baselines_do_the_work_of_the_op(case: Case) -> None:
             torch.testing.assert_close(mine, made.arguments[2][0])
         elif case.op_name in ("unpack_accumulate", "unpack_rows", "gather_rows", "scatter_rows", "dequantize_rows"):
             torch.testing.assert_close(mine.view(-1), result.view(-1), rtol=1e-2, atol=1e-2)
+        elif case.op_name == "repack":
+            steps, kept, *_ = made.arguments[3][0].tolist()  # of the call that chose the threshold, and of this one
+            assert mine[0].numel() == mine[1].numel() == kept / steps
         elif case.op_name in ("threshold_pack", "pack_rows"):
             assert mine[0].numel() == mine[1].numel() == problem.rows * problem.kept
         else:

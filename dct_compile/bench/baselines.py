@@ -54,6 +54,14 @@ def index_add(numel: int, dtype: torch.dtype, *entries: Tensor) -> Tensor:
     return (total / (len(entries) // 2)).to(dtype)
 
 
+def index_add_chain(residual: Tensor, threshold: Tensor, *entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of payloads, and what `threshold_chain` makes of it."""
+    total = torch.zeros_like(residual)
+    for places, values in zip(entries[::2], entries[1::2], strict=True):
+        total.index_add_(0, places, values.float())
+    return threshold_chain(total, residual, threshold, 0)
+
+
 def topk_rows(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Places and values of the ``slots`` largest entries of each row."""
     places = x.abs().topk(slots, dim=-1, sorted=False).indices

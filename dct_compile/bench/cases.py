@@ -23,6 +23,7 @@ from dct_compile.bench import baselines, inputs
 from dct_compile.bench.inputs import VALUE_DTYPE, Inputs, Problem, Source, slots
 from dct_compile.triton_kernels.layout import COUNTERS, quantized_row_bytes, row_bytes
 from dct_compile.triton_kernels.quantize import dequantize_rows_reference, quantize_rows_reference
+from dct_compile.triton_kernels.repack import repack_reference
 from dct_compile.triton_kernels.rows_pack import pack_rows_reference
 from dct_compile.triton_kernels.rows_unpack import gather_rows_reference, scatter_rows_reference, unpack_rows_reference
 from dct_compile.triton_kernels.select_threshold import sample_stride, select_threshold_reference
@@ -78,8 +79,8 @@ def _state_read_bytes(problem: Problem) -> int:
 
 
 def _sampled_bytes(problem: Problem) -> int:
-    """The whole gradient is searched for NaN and Inf; the residual is read where samples are taken."""
-    return _dense_bytes(problem) + ceil(problem.numel / sample_stride(problem.numel)) * STATE_BYTES
+    """By elements: memory fetches a cache line for each of them."""
+    return ceil(problem.numel / sample_stride(problem.numel)) * (problem.dtype.itemsize + STATE_BYTES)
 
 
 def _pack_bytes(problem: Problem) -> int:
@@ -88,6 +89,10 @@ def _pack_bytes(problem: Problem) -> int:
 
 def _unpack_bytes(problem: Problem, payloads: int) -> int:
     return _dense_bytes(problem) + payloads * problem.layout.payload_bytes
+
+
+def _repack_bytes(problem: Problem, payloads: int) -> int:
+    return 2 * problem.numel * STATE_BYTES + (payloads + 1) * problem.layout.payload_bytes
 
 
 def _rows_bytes(problem: Problem, method: str = "exact") -> int:
@@ -121,7 +126,7 @@ _SELECT = (
         reference=select_threshold_reference,
         make=partial(inputs.select_inputs, method="sampled"),
         floor_bytes=_sampled_bytes,
-        formula="n g + 4 samples",
+        formula="samples (g + 4)",
         baselines=_RANKED,
     ),
     Case(
@@ -166,6 +171,17 @@ _UNPACK = tuple(
         baselines={"eager": baselines.index_add},
     )
     for payloads in (2, 8)
+)
+_REPACK = (
+    Case(
+        op=ops.repack,
+        variant="4 payloads",
+        reference=repack_reference,
+        make=partial(inputs.repack_inputs, payloads=4),
+        floor_bytes=partial(_repack_bytes, payloads=4),
+        formula="8 n + 5 P",
+        baselines={"eager": baselines.index_add_chain},
+    ),
 )
 _PACK_ROWS = tuple(
     Case(
@@ -231,5 +247,5 @@ _QUANTIZED_ROWS = tuple(
     )
 )
 
-CASES: tuple[Case, ...] = (*_SELECT, *_PACK, *_UNPACK, *_PACK_ROWS, *_MASKED_ROWS, *_QUANTIZED_ROWS)
+CASES: tuple[Case, ...] = (*_SELECT, *_PACK, *_UNPACK, *_REPACK, *_PACK_ROWS, *_MASKED_ROWS, *_QUANTIZED_ROWS)
 """Every op of ``torch.ops.dct``, variant by variant."""

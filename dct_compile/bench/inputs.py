@@ -153,6 +153,19 @@ def unpack_inputs(problem: Problem, source: Source, payloads: int) -> Inputs:
     return Inputs(arguments, (problem.numel, problem.dtype, *entries))
 
 
+def repack_inputs(problem: Problem, source: Source, payloads: int) -> Inputs:
+    """Of ``repack`` just after a refresh, by the owner of a whole parameter. Operands: residual, threshold, places and values."""
+    made = unpack_inputs(problem, source, payloads)
+    segments, block, chunks, _ = problem.geometry
+    selection = (problem.density, "exact", 0.0, CONFIG.refresh_interval, "off", True)
+    arguments = (made.arguments[0], *_state(problem, source, 0)[1:], segments, block, chunks, 0, *problem.wire, *selection)
+    refreshed = Inputs(arguments).clone().arguments
+    ops.repack(*refreshed)
+    gathered, residual, *_ = arguments
+    state = (residual, *refreshed[2:4])  # the threshold that was chosen, and counters past the step that chose it
+    return Inputs((gathered, *state, *arguments[4:]), (*state[:2], *made.operands[2:]))
+
+
 def slots(problem: Problem, method: str) -> int:
     """Entries that a row's payload can hold, as the plan chooses them."""
     return problem.kept if method == "exact" else min(problem.width, ceil(problem.kept * CONFIG.capacity_factor))
