@@ -17,6 +17,7 @@ from dct_compile.triton_kernels.cpu.build import load_library
 from dct_compile.triton_kernels.cpu.gradient import repack_cpu, select_threshold_cpu, threshold_pack_cpu, unpack_accumulate_cpu
 from dct_compile.triton_kernels.layout import TILE, WHOLE_PIECE, GradientLayout, gradient_layout
 from dct_compile.triton_kernels.repack import repack_reference
+from dct_compile.triton_kernels.repack_triton import repack_triton
 from dct_compile.triton_kernels.select_threshold import select_threshold_reference
 from dct_compile.triton_kernels.select_threshold_triton import select_threshold_triton
 from dct_compile.triton_kernels.threshold_pack import chunk_view, threshold_pack_reference
@@ -52,13 +53,12 @@ class Implementation:
 
 REFERENCE = Implementation(select_threshold_reference, threshold_pack_reference, unpack_accumulate_reference, repack_reference)
 CPU = Implementation(select_threshold_cpu, threshold_pack_cpu, unpack_accumulate_cpu, repack_cpu)
-TRITON = Implementation(select_threshold_triton, threshold_pack_triton, unpack_accumulate_triton, device=DEVICE)
+TRITON = Implementation(select_threshold_triton, threshold_pack_triton, unpack_accumulate_triton, repack_triton, DEVICE)
 COMPILED = [
     pytest.param(CPU, id="cpu", marks=pytest.mark.skipif(load_library() is None, reason="no C++ compiler")),
     pytest.param(TRITON, id="triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton")),
 ]
 ALL = [pytest.param(REFERENCE, id="reference"), *COMPILED]
-REPACKING = COMPILED[:1]
 
 
 @pytest.fixture(autouse=True)
@@ -237,6 +237,7 @@ SPECIAL = [
     [2.0**-14, 2.0**-24, 2.0**-25, 1.5 * 2.0**-25, 6.1e-5, 1.00390625, 1.01171875],  # float16 denormals, ties of bfloat16
     [NAN, 1.0, INF, -INF, 0.2],
     [-NAN, 0.0],
+    [190 * 2.0**-149, 2.0**-149, -(2.0**-149)],  # of so few bits that a code of int8 would be 190
 ]
 
 
@@ -579,7 +580,7 @@ def test_an_empty_bucket(implementation: Implementation, chunk: int) -> None:
         assert bucket.unpack(implementation, payload).shape == (0,)
 
 
-@pytest.mark.parametrize("implementation", REPACKING)
+@pytest.mark.parametrize("implementation", COMPILED)
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("method", ["exact", "sampled", "fixed", "laplace"])
 @pytest.mark.parametrize("value_dtype", VALUE_DTYPES)
@@ -605,7 +606,7 @@ def test_repack_agrees(
     assert found.any()
 
 
-@pytest.mark.parametrize("implementation", REPACKING)
+@pytest.mark.parametrize("implementation", COMPILED)
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("value_dtype", [torch.float32, torch.int8])
 def test_repack_holds_a_step(implementation: Implementation, step: int, value_dtype: torch.dtype) -> None:
@@ -678,3 +679,16 @@ def test_the_number_of_threads_changes_nothing(block: int, value_dtype: torch.dt
     bucket.state[1].copy_(results[0][2])
     assert torch.equal(bucket.pack(REFERENCE, grad), results[0][0])
     assert same(bucket.state[0], results[0][1])
+
+
+@pytest.mark.skipif(not HAS_TRITON or load_library() is None, reason="needs both Triton and a C++ compiler")
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("value_dtype", VALUE_DTYPES)
+def test_a_payload_of_one_device_is_read_by_the_other(block: int, value_dtype: torch.dtype) -> None:
+    """Packed on the CPU and unpacked on the GPU (in Triton's interpreter where there is none), and the reverse; mixed in one collective."""
+    bucket = with_gaps(block=block, capacity=0.2, value_dtype=value_dtype)
+    bucket.state[1].fill_(1.0)
+    gathered = torch.cat([bucket.copy().pack(packer, torch.randn(bucket.numel)) for packer in (CPU, TRITON, CPU)])
+    results = [bucket.unpack(reader, gathered, divisor=3) for reader in (CPU, TRITON)]
+    assert int((results[0] != 0).sum()) > 100
+    assert torch.equal(*results)

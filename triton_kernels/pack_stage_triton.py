@@ -18,6 +18,7 @@ def encode(w, scale, VALUE: tl.constexpr):  # type: ignore[no-untyped-def]
         finite = is_nonfinite(w) == 0
         units = tl.div_rn(tl.where(finite, w, 0.0), tl.where(scale > 0.0, scale, 1.0) + tl.zeros_like(w))
         rounded = (units + 12582912.0) - 12582912.0  # 1.5 * 2 ** 23: the adder rounds to the nearest even integer
+        rounded = tl.minimum(tl.maximum(rounded, -127.0), 127.0)
         nan = (w.to(tl.int32, bitcast=True) & 0x7FFFFFFF) > 0x7F800000
         sign = tl.where(nan, 0, tl.where(w > 0.0, 1, -1))
         code = tl.where(is_nonfinite(scale), sign, tl.where(scale > 0.0, rounded, 0.0).to(tl.int32))

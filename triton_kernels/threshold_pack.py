@@ -53,8 +53,11 @@ def tile_scales(w: Tensor, candidates: Tensor) -> Tensor:
 
 
 def encode_with_scale(w: Tensor, scale: Tensor) -> Tensor:
-    """int8 codes of ``w``, each with its own ``scale``: rounded to nearest even, 0 where the scale is 0."""
-    finite = torch.where(scale > 0, w / scale, 0.0).round()
+    """int8 codes of ``w``, each with its own ``scale``: rounded to nearest even, 0 where the scale is 0.
+
+    The least denormals have scales of so few bits that a quotient may be larger than `LARGEST_CODE`.
+    """
+    finite = torch.where(scale > 0, w / scale, 0.0).round().clamp(-LARGEST_CODE, LARGEST_CODE)
     return torch.where(scale.isinf(), w.sign().nan_to_num(0.0), finite).to(torch.int8)
 
 

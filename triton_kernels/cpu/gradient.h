@@ -59,7 +59,7 @@ template <typename V>
 inline V encode(float w, float scale) {
   if constexpr (std::is_same_v<V, Int8>) {
     if (!is_finite(scale)) return {int8_t((w > 0.0f) - (w < 0.0f))};
-    return {int8_t(scale > 0.0f ? int32_t(std::nearbyint(w / scale)) : 0)};
+    return {int8_t(scale > 0.0f ? std::clamp(std::nearbyint(w / scale), -127.0f, 127.0f) : 0.0f)};
   } else {
     return saturate<V>(w);
   }

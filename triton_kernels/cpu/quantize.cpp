@@ -66,6 +66,7 @@ DCT_EXPORT void dct_quantize_rows(const void* x, int64_t dtype, int64_t rows, in
   const int32_t qmax = bits == 8 ? 127 : 7;
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
+    prefer_huge_pages(payload, rows * row_bytes);
 #pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
     {
       std::vector<uint16_t> pairs(ceil_div(width, 2));  // of codes; a last one without an entry stays 0
@@ -92,6 +93,7 @@ DCT_EXPORT void dct_dequantize_rows(const uint8_t* payload, int64_t rows, int64_
   const int64_t row_bytes = 2 + code_bytes(width, bits);
   with_dtype(dtype, [&](auto o) {
     using O = decltype(o);
+    prefer_huge_pages(out, rows * width * int64_t(sizeof(O)));
 #pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
     {
       std::vector<uint16_t> pairs(ceil_div(width, 2));

@@ -5,8 +5,8 @@
 
 // Where no threshold is to be selected, the sum exists a tile at a time, in cache. `residual` is null without error feedback.
 DCT_EXPORT void dct_repack(uint8_t* gathered, int64_t payloads, float* residual, float* threshold, int64_t* counters,
-                           const dct::Selection* selections, int64_t count, int64_t method, double factor, int64_t interval, int64_t geometric,
-                           const dct::Layout* layout, uint8_t* payload, int64_t threads) {
+                           const dct::Selection* selections, int64_t count, int64_t method, double factor, int64_t interval,
+                           int64_t geometric, const dct::Layout* layout, uint8_t* payload, int64_t threads) {
   using namespace dct;
   const Selecting selecting{selections, count, method, factor, interval, geometric != 0};
   const State state{residual, threshold, counters};

@@ -19,17 +19,33 @@ struct RowFormat {
     if (index_bytes == 2) place[1] = uint8_t(index >> 8);
   }
 
-  // The place that a slot's value belongs to, or -1 if the slot is not valid. Every value dtype is zero iff its bits but the sign are.
-  int64_t valid_index(const uint8_t* row, int64_t slot) const {
-    const uint8_t* place = row + slots * value_bytes + slot * index_bytes;
-    const int64_t index = index_bytes == 1 ? place[0] : place[0] | int64_t(place[1]) << 8;
-    bool valid = index != 0;
-    if (slot == 0) {
-      int bits = row[value_bytes - 1] & 0x7f;
-      for (int64_t b = 0; b + 1 < value_bytes; ++b) bits |= row[b];
-      valid = bits != 0;
+  // Calls visit(slot, index) for every slot of a row: the place that its value belongs to, or -1 if the slot is not valid.
+  template <typename Visit>
+  void each_slot(const uint8_t* row, Visit&& visit) const {
+    if (index_bytes == 1) {
+      each_slot_of<uint8_t>(row, visit);
+    } else {
+      each_slot_of<uint16_t>(row, visit);
     }
-    return valid && index < width ? index : -1;
+  }
+
+ private:
+  template <typename Index, typename Visit>
+  void each_slot_of(const uint8_t* row, Visit&& visit) const {
+    const uint8_t* indices = row + slots * value_bytes;
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      Index index;
+      std::memcpy(&index, indices + slot * int64_t(sizeof index), sizeof index);
+      const bool valid = slot == 0 ? holds_value(row) : index != 0;  // places ascend: only the first can be 0
+      visit(slot, valid && index < width ? int64_t(index) : -1);
+    }
+  }
+
+  // Every value dtype is zero iff its bits but the sign are.
+  bool holds_value(const uint8_t* value) const {
+    int bits = value[value_bytes - 1] & 0x7f;
+    for (int64_t b = 0; b + 1 < value_bytes; ++b) bits |= value[b];
+    return bits != 0;
   }
 };
 

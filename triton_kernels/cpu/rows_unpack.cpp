@@ -1,5 +1,6 @@
 // unpack_rows, gather_rows, scatter_rows. The references in rows_unpack.py are the specification.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "rows.h"
@@ -14,12 +15,15 @@ float load_bytes(const uint8_t* from) {
   return T::load(x);
 }
 
-// out[i] = the float32 sum over the addends, in their order, of what `add_to(dense, addend)` adds to a row of zeros.
+// out[i] = the float32 sum over the addends, in their order, of what `add_to(sum, addend)` adds to a row of zeros; formed in `out` itself
+// where that is float32.
 template <typename O, typename AddTo>
-void sum_row(float* dense, int64_t width, int64_t addends, O* out, AddTo&& add_to) {
-  std::fill(dense, dense + width, 0.0f);
-  for (int64_t a = 0; a < addends; ++a) add_to(dense, a);
-  for (int64_t i = 0; i < width; ++i) out[i] = O::round(dense[i]);
+void sum_row(float* scratch, int64_t width, int64_t addends, O* out, AddTo&& add_to) {
+  float* sum = scratch;
+  if constexpr (std::is_same_v<O, Float32>) sum = reinterpret_cast<float*>(out);
+  std::fill(sum, sum + width, 0.0f);
+  for (int64_t a = 0; a < addends; ++a) add_to(sum, a);
+  for (int64_t i = 0; i < width; ++i) out[i] = O::round(sum[i]);
 }
 
 }  // namespace
@@ -31,6 +35,7 @@ DCT_EXPORT void dct_unpack_rows(const uint8_t* payload, int64_t value_dtype, int
     with_dtype(dtype, [&](auto o) {
       using V = decltype(v);
       using O = decltype(o);
+      prefer_huge_pages(out, rows * width * int64_t(sizeof(O)));
 #pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
       {
         std::vector<float> dense(width);
@@ -38,10 +43,9 @@ DCT_EXPORT void dct_unpack_rows(const uint8_t* payload, int64_t value_dtype, int
         for (int64_t row = 0; row < rows; ++row) {
           sum_row(dense.data(), width, addends, static_cast<O*>(out) + row * width, [&](float* sum, int64_t a) {
             const uint8_t* packed = payload + (a * rows + row) * format.bytes();
-            for (int64_t slot = 0; slot < slots; ++slot) {
-              const int64_t index = format.valid_index(packed, slot);
-              if (index >= 0) sum[index] += load_bytes<V>(packed + slot * sizeof(V));
-            }
+            format.each_slot(packed, [&](int64_t slot, int64_t index) {
+              if (index >= 0) sum[index] += load_bytes<V>(packed + slot * int64_t(sizeof(V)));
+            });
           });
         }
       }
@@ -61,10 +65,9 @@ DCT_EXPORT void dct_gather_rows(const void* grad, int64_t dtype, int64_t grad_ro
       for (int64_t row = 0; row < rows; ++row) {
         const T* from = static_cast<const T*>(grad) + row % grad_rows * width;
         V* values = static_cast<V*>(out) + row * slots;
-        for (int64_t slot = 0; slot < slots; ++slot) {
-          const int64_t index = format.valid_index(payload + row * format.bytes(), slot);
+        format.each_slot(payload + row * format.bytes(), [&](int64_t slot, int64_t index) {
           values[slot] = index >= 0 ? saturate<V>(T::load(from[index])) : V{};
-        }
+        });
       }
     });
   });
@@ -77,6 +80,7 @@ DCT_EXPORT void dct_scatter_rows(const void* values, int64_t value_dtype, const 
     with_dtype(dtype, [&](auto o) {
       using V = decltype(v);
       using O = decltype(o);
+      prefer_huge_pages(out, rows * width * int64_t(sizeof(O)));
 #pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
       {
         std::vector<float> dense(width);
@@ -84,10 +88,9 @@ DCT_EXPORT void dct_scatter_rows(const void* values, int64_t value_dtype, const 
         for (int64_t row = 0; row < rows; ++row) {
           sum_row(dense.data(), width, addends, static_cast<O*>(out) + row * width, [&](float* sum, int64_t a) {
             const V* added = static_cast<const V*>(values) + (a * rows + row) * slots;
-            for (int64_t slot = 0; slot < slots; ++slot) {
-              const int64_t index = format.valid_index(payload + row * format.bytes(), slot);
+            format.each_slot(payload + row * format.bytes(), [&](int64_t slot, int64_t index) {
               if (index >= 0) sum[index] += V::load(added[slot]);
-            }
+            });
           });
         }
       }

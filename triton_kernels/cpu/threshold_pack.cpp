@@ -53,12 +53,12 @@ struct Place {
   float* residual_;
 };
 
-// Calls visit(first element, last element + 1, count) for each part of a tile that lies in one block and stores the count that it returns.
+// Calls visit(first element, last element + 1) for each part of a tile that lies in one block, and stores the count that it returns.
 template <typename Visit>
 inline void each_block(const Layout& layout, const Piece& piece, const ChunkView& chunk, int64_t tile, Visit&& visit) {
   const int64_t numel = piece.tile_numel(tile);
   if (!layout.blocks_in_tiles()) {
-    visit(0, numel);  // settle counts
+    visit(0, numel);  // `settle` sets these counts
     return;
   }
   for (int64_t start = 0; start < numel; start += layout.block) {
@@ -121,10 +121,10 @@ bool scan(const Job& job, Source& source, Worker& worker, Run& run) {
       for (int64_t i = start; i < end; i += kGroup) {
         const int n = int(std::min<int64_t>(kGroup, end - i));
         const uint64_t mask = take_group<kFeedback>(grad + i, kFeedback ? state + i : nullptr, n, at.tau, w, held);
+        if (scaled) largest.add(w);
         const uint64_t counted = lowest_bits(mask, layout.max_count - count);
         run.cut += bit_count(mask ^ counted);
         count += bit_count(counted);
-        if (scaled) largest.add(w);
         if (listing) worker.used += size_t(list_bits(counted, uint32_t(tile_place + i), worker.places.data() + worker.used));
       }
       run.entries += count;
