@@ -50,8 +50,8 @@ class _Rewrite:
         self.site, self.state, self.config = decision.site, state, config
         self.plan: GradientPlan = decision.gradient
         node = self.site.node
-        self.start = gu.Inserter(node.graph, node, node, in_backward=True)
-        self.finish = gu.Inserter(node.graph, gu.waits(node)[0], node, in_backward=True)
+        self.start = gu.Inserter(node.graph, node, node, in_backward=True, label=self.site.label)
+        self.finish = gu.Inserter(node.graph, gu.waits(node)[0], node, in_backward=True, label=self.site.label)
         self.group = gu.argument(self.site.node, "group_name")
         self.average = gu.argument(self.site.node, "reduce_op").lower() == "avg"
 
@@ -63,13 +63,16 @@ class _Rewrite:
             gradient = self.start.call(aten.reshape.default, gradient, [-1])
         dense = self._reduce_dense(gradient)
         layout, size = self.plan.layout, self.site.group_size
-        payload = self._select_and_pack(self.start, gradient, layout, self.state[:3])
+        sends = "all_gather_into_tensor" if self.plan.owner_layout is None else "all_to_all_single"
+        payload = self._select_and_pack(self.start, gradient, layout, self.state[:3], sends)
         if self.plan.owner_layout is None:
             gathered = self.start.call(c10d.all_gather_into_tensor.default, payload, size, self.group)
         else:
             gathered = self._reduce_at_owner(payload, self.plan.owner_layout)
         waited = self.finish.call(gu.WAIT, gathered)
-        reduced = self._unpack(self.finish, waited, dense, self.plan.numel, gradient.meta["val"].dtype, layout, size if self.average else 1)
+        divisor = size if self.average else 1
+        dtype = gradient.meta["val"].dtype
+        reduced = self._unpack(self.finish, waited, dense, self.plan.numel, dtype, layout, divisor, "all_gather_into_tensor")
         if len(shape) != 1:
             reduced = self.finish.call(aten.reshape.default, reduced, list(shape))
         for wait in gu.waits(self.site.node):
@@ -82,11 +85,11 @@ class _Rewrite:
         splits = [layout.chunk_bytes] * size
         started = self.start.call(c10d.all_to_all_single.default, payload, splits, splits, self.group)
         received = self.finish.call(gu.WAIT, started)
-        total = self._unpack(self.finish, received, None, layout.state_numel, torch.float32, layout, 1)
-        chunk = self._select_and_pack(self.finish, total, layout, self.state[3:])
+        total = self._unpack(self.finish, received, None, layout.state_numel, torch.float32, layout, 1, "all_to_all_single")
+        chunk = self._select_and_pack(self.finish, total, layout, self.state[3:], "all_gather_into_tensor")
         return self.finish.call(c10d.all_gather_into_tensor.default, chunk, size, self.group)
 
-    def _select_and_pack(self, at: gu.Inserter, gradient: fx.Node, layout: GradientLayout, state: Sequence[fx.Node]) -> fx.Node:
+    def _select_and_pack(self, at: gu.Inserter, gradient: fx.Node, layout: GradientLayout, state: Sequence[fx.Node], sends: str) -> fx.Node:
         residual, threshold, counters = state
         config, geometry = self.config, _geometry(layout)
         at.call(
@@ -94,11 +97,14 @@ class _Rewrite:
             *(gradient, residual, threshold, counters, *geometry),
             *(config.dp_density, config.threshold_method, config.fixed_threshold),
             *(config.refresh_interval, config.refresh_warmup, config.error_feedback),
+            site=self.site.label,
         )
         return at.call(
             dct.threshold_pack.default,
             *(gradient, residual, threshold, counters, *geometry),
             *(layout.capacity_fraction, layout.value_dtype, config.error_feedback),
+            site=self.site.label,
+            sends=sends,
         )
 
     def _unpack(
@@ -110,10 +116,13 @@ class _Rewrite:
         dtype: torch.dtype,
         layout: GradientLayout,
         divisor: int,
+        receives: str,
     ) -> fx.Node:
         return at.call(
             dct.unpack_accumulate.default,
             *(payloads, dense, numel, dtype, *_geometry(layout), layout.capacity_fraction, layout.value_dtype, divisor),
+            site=self.site.label,
+            receives=receives,
         )
 
     def _reduce_dense(self, gradient: fx.Node) -> fx.Node | None:
