@@ -3,11 +3,24 @@
 from torch import nn
 
 from dct_compile.config import DCTConfig
+from dct_compile.monitor import Monitor, SiteStats, monitor
 from dct_compile.report import GraphReport, Report, SiteReport
 from dct_compile.runtime import RUNTIME
 from dct_compile.state import StateDict
 
-__all__ = ["DCTConfig", "GraphReport", "Report", "SiteReport", "load_state_dict", "report", "reset_report", "state_dict"]
+__all__ = [
+    "DCTConfig",
+    "GraphReport",
+    "Monitor",
+    "Report",
+    "SiteReport",
+    "SiteStats",
+    "load_state_dict",
+    "monitor",
+    "report",
+    "reset_report",
+    "state_dict",
+]
 
 
 def report() -> Report:

@@ -8,6 +8,7 @@ import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 import torch.distributed as dist
 from torch import Tensor, fx
+from torch._dynamo.output_graph import GraphCompileReason
 from torch._guards import CompileContext, detect_fake_mode
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
@@ -18,6 +19,8 @@ from dct_compile.integrations import ddp
 from dct_compile.passes.graph_utils import resolve_group
 from dct_compile.passes.manager import GraphInput, JointGraphPass, StateNeededError, StateRequest
 from dct_compile.passes.plan import Decision
+from dct_compile.passes.reasons import Note
+from dct_compile.passes.sites import innermost_line
 from dct_compile.runtime import RUNTIME, Runtime
 from dct_compile.state import STATE_INPUTS, BucketState, local_tensor
 
@@ -38,13 +41,15 @@ def dct(
         patches = {**list_mode_options(mode), **patches}
     if not dist.is_available() or not dist.is_initialized():
         RUNTIME.reports.called = True
-        RUNTIME.reports.note("torch.distributed is not initialised: graphs were compiled as by backend 'inductor'")
+        RUNTIME.tell(Note.NO_PROCESS_GROUP)
         return _compile(gm, example_inputs, patches)
     modules = ddp.enclosing_modules()
     group = _gradient_group(config, bool(modules))
     for module in modules:
         ddp.attach(module, config, RUNTIME)
-    return _GraphCompiler(gm, example_inputs, config, patches, group, RUNTIME).run()
+    _tell_graph_break(gm, RUNTIME)
+    compiler = _GraphCompiler(gm, example_inputs, config, patches, group, RUNTIME)
+    return ddp.watched(compiler.run(), modules, compiler.parameter_positions)
 
 
 def _check_inductor_types(patches: Mapping[str, Any]) -> None:
@@ -53,6 +58,19 @@ def _check_inductor_types(patches: Mapping[str, Any]) -> None:
         default = current[key]
         if isinstance(default, bool | int | float | str) and not isinstance(value, type(default)):
             raise ValueError(f"option {key!r} is {value!r} ({type(value).__name__}); Inductor expects {type(default).__name__}")
+
+
+def _tell_graph_break(gm: fx.GraphModule, runtime: Runtime) -> None:
+    """What Dynamo could not trace runs between this graph and the next, unseen."""
+    ended: GraphCompileReason | None = getattr(gm, "compile_subgraph_reason", None)
+    if ended is None or not ended.graph_break:
+        return
+    line = innermost_line([(frame.filename, str(frame.lineno), frame.name, frame.line or "") for frame in ended.user_stack])
+    if line is None:  # torch cut it itself, as at DDP's buckets; all of it is compiled
+        return
+    cause = ended.reason.splitlines()[0].rstrip(".")
+    template = Note.ASYNC_COLLECTIVE if "async_op=True" in cause else Note.GRAPH_BREAK
+    runtime.tell(template.format(line=line, cause=cause))
 
 
 def _gradient_group(config: DCTConfig, inside_ddp: bool) -> ProcessGroup | None:
@@ -89,6 +107,7 @@ class _GraphCompiler:
         self.patches = patches
         self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
         self.inputs = [_describe(node, example) for node, example in zip(_placeholders(gm), example_inputs, strict=True)]
+        self.parameter_positions = [position for position, info in enumerate(self.inputs) if info.is_parameter]
         compile_id = CompileContext.current_compile_id()
         self.name = f"graph {compile_id}" if compile_id is not None else "graph"
 
@@ -106,7 +125,7 @@ class _GraphCompiler:
         self._agree(decisions)
         if requests:
             compiled = _with_state(compiled, requests, self.runtime)
-        return compiled if self.group is None else _with_equal_start(compiled, self.inputs, self.group, self.runtime)
+        return compiled if self.group is None else _with_equal_start(compiled, self.parameter_positions, self.group, self.runtime)
 
     def _attempt(self, requests: list[StateRequest]) -> tuple[Compiled, list[Decision]]:
         earlier = _custom_passes(self.patches.get(_SLOT, getattr(inductor_config, _SLOT)))
@@ -197,9 +216,8 @@ def _with_state(compiled: Compiled, requests: Sequence[StateRequest], runtime: R
     return run
 
 
-def _with_equal_start(compiled: Compiled, inputs: Sequence[GraphInput], group: ProcessGroup, runtime: Runtime) -> Compiled:
+def _with_equal_start(compiled: Compiled, positions: Sequence[int], group: ProcessGroup, runtime: Runtime) -> Compiled:
     """Makes parameters equal on all ranks of ``group`` before they are used for the first time, as DDP does."""
-    positions = [position for position, info in enumerate(inputs) if info.is_parameter]
 
     def run(*args: Any) -> Any:
         for parameter in (args[position] for position in positions):

@@ -1,5 +1,6 @@
 """The one place of process-wide state: compressor state, the report, and what has been settled with other ranks."""
 
+import logging
 from dataclasses import dataclass, field
 
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -7,6 +8,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dct_compile.agreement import Agreement
 from dct_compile.report import ReportRegistry
 from dct_compile.state import StateStore
+
+log = logging.getLogger("dct_compile")
 
 
 @dataclass
@@ -20,6 +23,12 @@ class Runtime:
     reports: ReportRegistry = field(default_factory=ReportRegistry)
     agreement: Agreement = field(default_factory=Agreement)
     synchronised: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+
+    def tell(self, note: str) -> None:
+        """Adds a note to the report and logs it as a warning, once."""
+        if note not in self.reports.notes:
+            log.warning("%s", note)
+            self.reports.note(note)
 
 
 RUNTIME = Runtime()

@@ -53,27 +53,46 @@ def compress_activations(graph: fx.Graph, decisions: Sequence[Decision], config:
 
 def _mask_forward(decision: Decision, config: DCTConfig) -> tuple[fx.Node, fx.Node]:
     site = decision.site
-    at = gu.Inserter(site.node.graph, site.node, site.node)
+    at = gu.Inserter(site.node.graph, site.node, site.node, label=site.label)
     x, tensor = _input(site)
     method = "exact" if config.threshold_method == "sampled" else config.threshold_method
-    payload = at.call(dct.pack_rows.default, x, decision.slots, method, config.mp_density, config.fixed_threshold, config.mp_dtype)
+    carrier = _carrier(site)
+    payload = at.call(
+        dct.pack_rows.default,
+        *(x, decision.slots, method, config.mp_density, config.fixed_threshold, config.mp_dtype),
+        site=site.label,
+        sends=carrier,
+    )
     received = _exchange(at, site, payload)
     addends = _addends(site)
     row_shape = [int(size) for size in tensor.shape[1:]]
-    y = at.call(dct.unpack_rows.default, received, row_shape, decision.slots, addends, config.mp_dtype, tensor.dtype)
+    y = at.call(
+        dct.unpack_rows.default,
+        *(received, row_shape, decision.slots, addends, config.mp_dtype, tensor.dtype),
+        site=site.label,
+        receives=carrier,
+    )
     _replace(site, _average(at, site, y))
     return payload, received
 
 
 def _mask_backward(site: Site, forward: Decision, payload: fx.Node, received: fx.Node, config: DCTConfig) -> None:
-    at = gu.Inserter(site.node.graph, site.node, site.node)
+    at = gu.Inserter(site.node.graph, site.node, site.node, label=site.label)
     gradient, tensor = _input(site)
-    values = at.call(dct.gather_rows.default, gradient, received, forward.slots, config.mp_dtype, config.mp_dtype)
+    carrier = "all_to_all_single"
+    values = at.call(
+        dct.gather_rows.default, gradient, received, forward.slots, config.mp_dtype, config.mp_dtype, site=site.label, sends=carrier
+    )
     same_splits = site.collective == "all_to_all_single"
     returned = _exchange(at, site, values) if same_splits else _even_all_to_all(at, site, values)
     addends = site.group_size if site.collective in ("reduce_scatter_tensor", "all_reduce") else 1
     row_shape = [int(size) for size in tensor.shape[1:]]
-    dx = at.call(dct.scatter_rows.default, returned, payload, row_shape, forward.slots, addends, config.mp_dtype, tensor.dtype)
+    dx = at.call(
+        dct.scatter_rows.default,
+        *(returned, payload, row_shape, forward.slots, addends, config.mp_dtype, tensor.dtype),
+        site=site.label,
+        receives=carrier,
+    )
     _replace(site, _average(at, site, dx))
 
 
@@ -82,23 +101,25 @@ def _mask_local_gradient(decision: Decision, payload: fx.Node, config: DCTConfig
     assert decision.site.local_gradient is not None
     gradient, users = decision.site.local_gradient
     first = next(node for node in gradient.graph.nodes if node in users)
-    at = gu.Inserter(gradient.graph, first, gradient)
+    label = f"{decision.site.label} backward"
+    at = gu.Inserter(gradient.graph, first, gradient, label=label)
     tensor = gradient.meta["val"]
-    values = at.call(dct.gather_rows.default, gradient, payload, decision.slots, config.mp_dtype, tensor.dtype)
+    values = at.call(dct.gather_rows.default, gradient, payload, decision.slots, config.mp_dtype, tensor.dtype, site=label)
     row_shape = [int(size) for size in tensor.shape[1:]]
-    masked = at.call(dct.scatter_rows.default, values, payload, row_shape, decision.slots, 1, config.mp_dtype, tensor.dtype)
+    masked = at.call(dct.scatter_rows.default, values, payload, row_shape, decision.slots, 1, config.mp_dtype, tensor.dtype, site=label)
     for user in users:
         user.replace_input_with(gradient, masked)
 
 
 def _quantize(decision: Decision, ordinal: int) -> None:
     site = decision.site
-    at = gu.Inserter(site.node.graph, site.node, site.node)
+    at = gu.Inserter(site.node.graph, site.node, site.node, label=site.label)
     x, tensor = _input(site)
-    codes = at.call(dct.quantize_rows.default, x, _seed(at, x, ordinal), decision.bits)
+    carrier = _carrier(site)
+    codes = at.call(dct.quantize_rows.default, x, _seed(at, x, ordinal), decision.bits, site=site.label, sends=carrier)
     received = _exchange(at, site, codes)
     row_shape = [int(size) for size in tensor.shape[1:]]
-    y = at.call(dct.dequantize_rows.default, received, row_shape, decision.bits, tensor.dtype)
+    y = at.call(dct.dequantize_rows.default, received, row_shape, decision.bits, tensor.dtype, site=site.label, receives=carrier)
     if (addends := _addends(site)) > 1:
         y = at.call(aten.sum.dim_IntList, at.call(aten.reshape.default, y, [addends, -1, *row_shape]), [0])
     _replace(site, _average(at, site, y))
@@ -121,6 +142,11 @@ def _input(site: Site) -> tuple[fx.Node, torch.Tensor]:
 
 def _addends(site: Site) -> int:
     return site.group_size if site.collective in ("reduce_scatter_tensor", "all_reduce") else 1
+
+
+def _carrier(site: Site) -> str:
+    """The collective by which :func:`_exchange` sends: sums cannot be taken of encoded rows."""
+    return "all_gather_into_tensor" if site.collective in ("all_gather_into_tensor", "all_reduce") else "all_to_all_single"
 
 
 def _exchange(at: gu.Inserter, site: Site, payload: fx.Node) -> fx.Node:

@@ -51,8 +51,8 @@ class _Rewrite:
         self.site, self.state, self.config = decision.site, state, config
         self.plan: GradientPlan = decision.gradient
         node = self.site.node
-        self.start = gu.Inserter(node.graph, node, node, in_backward=True)
-        self.finish = gu.Inserter(node.graph, gu.waits(node)[0], node, in_backward=True)
+        self.start = gu.Inserter(node.graph, node, node, in_backward=True, label=self.site.label)
+        self.finish = gu.Inserter(node.graph, gu.waits(node)[0], node, in_backward=True, label=self.site.label)
         self.group = gu.argument(self.site.node, "group_name")
         self.average = gu.argument(self.site.node, "reduce_op").lower() == "avg"
 
@@ -87,6 +87,9 @@ class _Rewrite:
             dct.repack.default,
             *(received, *self.state[3:], *_geometry(layout), *_wire(layout)),
             *(*self._selection, self.config.error_feedback),
+            site=self.site.label,
+            receives="all_to_all_single",
+            sends="all_gather_into_tensor",
         )
         return self.finish.call(c10d.all_gather_into_tensor.default, chunk, size, self.group)
 
@@ -96,14 +99,19 @@ class _Rewrite:
         return config.dp_density, config.threshold_method, config.fixed_threshold, config.refresh_interval, config.refresh_warmup
 
     def _select_and_pack(self, gradient: fx.Node) -> fx.Node:
-        layout, state, feedback = self.plan.layout, self.state[:3], self.config.error_feedback
-        self.start.call(dct.select_threshold.default, gradient, *state, *_geometry(layout), *self._selection, feedback)
-        return self.start.call(dct.threshold_pack.default, gradient, *state, *_geometry(layout), *_wire(layout), feedback)
+        state = (gradient, *self.state[:3], *_geometry(self.plan.layout))
+        feedback, site = self.config.error_feedback, self.site.label
+        sends = "all_gather_into_tensor" if self.plan.owner_layout is None else "all_to_all_single"
+        self.start.call(dct.select_threshold.default, *state, *self._selection, feedback, site=site)
+        return self.start.call(dct.threshold_pack.default, *state, *_wire(self.plan.layout), feedback, site=site, sends=sends)
 
     def _unpack(self, payloads: fx.Node, dense: fx.Node | None, dtype: torch.dtype, divisor: int) -> fx.Node:
         layout = self.plan.layout
         return self.finish.call(
-            dct.unpack_accumulate.default, payloads, dense, self.plan.numel, dtype, *_geometry(layout), *_wire(layout), divisor
+            dct.unpack_accumulate.default,
+            *(payloads, dense, self.plan.numel, dtype, *_geometry(layout), *_wire(layout), divisor),
+            site=self.site.label,
+            receives="all_gather_into_tensor",
         )
 
     def _reduce_dense(self, gradient: fx.Node) -> fx.Node | None:

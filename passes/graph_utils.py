@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx
 from torch.distributed import ProcessGroup, distributed_c10d
+from torch.fx.traceback import NodeSource, NodeSourceAction
 
 c10d = torch.ops._c10d_functional
 aten = torch.ops.aten
@@ -152,21 +153,30 @@ def output_node(graph: fx.Graph) -> fx.Node:
 class Inserter:
     """Adds call nodes before a node, with ``meta["val"]`` computed by running the operator on the arguments' fake tensors.
 
-    New nodes take over the source line of ``like``. ``in_backward`` nodes are tagged for the partitioner, which would otherwise move an
-    operator that mutates state to the forward graph.
+    New nodes take over the source line of ``like``. ``label`` is what the comments of Inductor's code call their origin. ``in_backward``
+    nodes are tagged for the partitioner, which would otherwise move an operator that mutates state to the forward graph.
     """
 
-    def __init__(self, graph: fx.Graph, before: fx.Node, like: fx.Node, in_backward: bool = False) -> None:
+    def __init__(self, graph: fx.Graph, before: fx.Node, like: fx.Node, in_backward: bool = False, label: str = "") -> None:
         self.graph, self.before = graph, before
         self.meta: dict[str, Any] = {"stack_trace": like.stack_trace} if like.stack_trace else {}
+        if label:
+            self.meta["from_node"] = [_origin(like, label)]
         if in_backward:
             self.meta["partitioner_tag"] = "is_backward"
 
-    def call(self, target: Any, *args: Any) -> fx.Node:
-        """Inserts ``target(*args)``."""
+    def call(self, target: Any, *args: Any, **names: Any) -> fx.Node:
+        """Inserts ``target(*args, **names)``."""
         name = target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else target.__name__
         with self.graph.inserting_before(self.before):
-            node = self.graph.create_node("call_function", target, args, name=name)
+            node = self.graph.create_node("call_function", target, args, names, name=name)
         node.meta.update(self.meta)
-        node.meta["val"] = target(*fx.node.map_arg(args, lambda item: item.meta["val"]))
+        node.meta["val"] = target(*fx.node.map_arg(args, lambda item: item.meta["val"]), **names)
         return node
+
+
+def _origin(node: fx.Node, label: str) -> NodeSource:
+    source = NodeSource(node, "dct_compile", NodeSourceAction.REPLACE)
+    assert source.node_info is not None
+    source.node_info.name = label
+    return source

@@ -4,8 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import fx
@@ -15,6 +14,7 @@ from torch._logging._internal import trace_structured
 from torch.distributed import ProcessGroup
 
 from dct_compile.config import DCTConfig
+from dct_compile.measure import BucketMeasure
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.compress_activations import compress_activations
 from dct_compile.passes.compress_gradients import compress_gradients
@@ -62,9 +62,6 @@ class StateRequest:
     def tensor_count(self) -> int:
         return 3 if self.owner_layout is None else 6
 
-    def measure(self) -> tuple[float, int] | None:
-        return measure_buckets(self.buckets)
-
 
 class StateNeededError(Exception):
     """The graph has gradient sites whose state is not among its inputs: trace it again with these."""
@@ -72,17 +69,6 @@ class StateNeededError(Exception):
     def __init__(self, requests: list[StateRequest]) -> None:
         super().__init__(f"{len(requests)} gradient sites need state inputs")
         self.requests = requests
-
-
-def measure_buckets(buckets: Sequence[BucketState]) -> tuple[float, int] | None:
-    """Achieved density since the start and entries overflowed, over all parameters of ``buckets``; ``None`` before the first step."""
-    kept = seen = overflow = 0
-    for bucket in buckets:
-        for (_, numel), (step, kept_total, overflow_total, _) in zip(bucket.layout.segments, bucket.local.counters.tolist(), strict=True):
-            kept, seen, overflow = kept + kept_total, seen + step * numel, overflow + overflow_total
-        if bucket.owner is not None:
-            overflow += int(bucket.owner.counters[:, 2].sum())
-    return (kept / seen, overflow) if seen else None
 
 
 class JointGraphPass(CustomGraphPass):
@@ -170,7 +156,10 @@ class JointGraphPass(CustomGraphPass):
             raise StateNeededError([StateRequest.of(decision) for decision in chosen])
 
     def _measures(self) -> list[Measure | None]:
-        return [self.requests[self._request_of(decision)].measure if decision.codec == "gradient" else None for decision in self.decisions]
+        return [
+            BucketMeasure(self.requests[self._request_of(decision)].buckets) if decision.codec == "gradient" else None
+            for decision in self.decisions
+        ]
 
 
 def _innermost(descriptor: object) -> object:
@@ -211,14 +200,29 @@ def record(
     name: str, before: str, graph: fx.Graph, decisions: Sequence[Decision], runtime: Runtime, measures: Sequence[Measure | None]
 ) -> ReportEntry:
     """Logs the decisions, adds them to the report and to TORCH_TRACE; returns the report's entry."""
-    after = readable(graph)
     sites = [(_site_report(decision), measure) for decision, measure in zip(decisions, measures, strict=True)]
+    return publish(GraphReport(name, before, readable(graph)), sites, runtime)
+
+
+def publish(graph: GraphReport, sites: Sequence[tuple[SiteReport, Measure | None]], runtime: Runtime) -> ReportEntry:
+    """Tells the log (a line per site), TORCH_TRACE (graphs as text, sites as JSON) and the report what was decided."""
     for site, _ in sites:
-        log.info("%s: %s %s %s: %s (%s)", name, site.collective, site.kind, site.name, site.decision, site.reason)
-    for label, text in (("before", before), ("after", after)):
-        metadata = {"name": f"dct_{label}", "encoding": "string"}
-        trace_structured("artifact", partial(dict, metadata), payload_fn=partial(str, text))
-    return runtime.reports.add(GraphReport(name, before, after), sites)
+        log.info("%s", _log_line(graph.name, site))
+    for label, text in (("before", graph.before), ("after", graph.after)):
+        if text:  # what DDP's own reducer goes on doing has no graph
+            _trace_artifact(f"dct_{label}", "string", text)
+    _trace_artifact("dct_sites", "json", [asdict(site) for site, _ in sites])
+    return runtime.reports.add(graph, sites)
+
+
+def _log_line(graph: str, site: SiteReport) -> str:
+    sent = f"{site.dense_bytes} -> {site.wire_bytes} bytes"
+    return f"{graph}: {site.name}: {site.kind} {site.collective}: {site.decision} ({site.reason}), {sent}"
+
+
+def _trace_artifact(name: str, encoding: str, payload: object) -> None:
+    """An artifact for tlparse. A bucket of DDP belongs to no compilation, so a compilation's id is not expected."""
+    trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=lambda: payload, expect_trace_id=False)
 
 
 def _site_report(decision: Decision) -> SiteReport:

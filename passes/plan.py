@@ -15,6 +15,7 @@ from torch import Tensor
 from dct_compile import cost
 from dct_compile.config import DCTConfig
 from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.reasons import Reason
 from dct_compile.passes.sites import Segment, Site
 from dct_compile.triton_kernels.layout import GradientLayout, choose_block, quantized_row_bytes, row_bytes
 
@@ -67,7 +68,7 @@ class Decision:
         tensor = self.site.tensor
         shape = "x".join(map(str, tensor.shape[1:])) if tensor is not None and not self.site.segments else ""
         sizes = ",".join(f"{segment.parameter.numel}" for segment in self.site.segments)
-        dtype = str(tensor.dtype).removeprefix("torch.") if tensor is not None else ""
+        dtype = _name(tensor.dtype) if tensor is not None else ""
         return f"{self.site.collective} {self.site.kind} {dtype} [{shape or sizes}] {self.codec} slots={self.slots} bits={self.bits}"
 
 
@@ -88,7 +89,7 @@ def plan(sites: Sequence[Site], config: DCTConfig, training: bool) -> list[Decis
 def dense(site: Site, reason: str) -> Decision:
     """The decision to leave ``site`` as it is."""
     size = dense_bytes(site)
-    return Decision(site, "dense", reason, size, size)
+    return Decision(site, "dense", str(reason), size, size)
 
 
 def dense_bytes(site: Site) -> int:
@@ -113,28 +114,32 @@ def _unsupported(site: Site) -> str | None:
     """Why no codec can carry this collective."""
     tensor = site.tensor
     if site.group_size == 1:
-        return "a group of one rank sends nothing"
+        return Reason.ONE_RANK
     if site.collective not in TWINS:
-        return f"{site.collective} is not compressed"
+        return Reason.COLLECTIVE.format(collective=site.collective)
     if any(user.target is not gu.WAIT for user in site.node.users):
-        return "its result is used before it was waited for"
+        return Reason.NOT_WAITED
     if tensor is None:
-        return "the shape of the input is unknown"
+        return Reason.UNKNOWN_SHAPE
     if tensor.dtype not in COMPRESSIBLE:
-        return f"dtype {str(tensor.dtype).removeprefix('torch.')} is not compressed (float32, bfloat16 and float16 are)"
+        return Reason.DTYPE.format(dtype=_name(tensor.dtype))
     if site.collective in ("all_reduce", "reduce_scatter_tensor") and gu.argument(site.node, "reduce_op").lower() not in ("sum", "avg"):
-        return f"reduce operation {gu.argument(site.node, 'reduce_op')!r} is not compressed (sum and avg are)"
+        return Reason.REDUCE_OP.format(op=gu.argument(site.node, "reduce_op"))
     return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _plan_gradient(site: Site, config: DCTConfig) -> Decision:
     reason = _unsupported(site)
     if reason is None and site.collective != "all_reduce":
-        reason = f"{site.collective} of a gradient is not compressed"
+        reason = Reason.GRADIENT_COLLECTIVE.format(collective=site.collective)
     if reason is None and not site.segments:
-        reason = "compiled autograd's graph does not say whose gradient this is; use DDP's default reducer"
+        reason = Reason.WHOSE_GRADIENT
     if reason is None and config.dp_density == 1:
-        reason = "dp_density=1 keeps everything"
+        reason = Reason.DP_DENSITY_ONE
     if reason is not None:
         return dense(site, reason)
     reasons = {segment: _exempt(segment, config) for segment in site.segments}
@@ -154,16 +159,15 @@ def _plan_gradient(site: Site, config: DCTConfig) -> Decision:
     full_bytes = dense_bytes(site)
     scheme = "owner" if by_owner else "gather"
     if wire_bytes >= full_bytes:
-        return dense(site, f"{scheme} with {size} ranks would send {wire_bytes} bytes, dense sends {full_bytes}")
+        return dense(site, Reason.GRADIENT_TOO_LARGE.format(scheme=scheme, ranks=size, wire=wire_bytes, dense=full_bytes))
     layout = owner if by_owner else gather
     owner_layout = (
         GradientLayout(layout.segments, layout.block, layout.chunks, rank, layout.capacity_fraction, layout.value_dtype)
         if by_owner
         else None
     )
-    what = f"{scheme}, density {config.dp_density:g}"
-    if rest:
-        what += f"; dense: {', '.join(segment.parameter.name for segment in rest)}"
+    names = ", ".join(segment.parameter.name for segment in rest)
+    what = (Reason.GRADIENT_BUT if rest else Reason.GRADIENT).format(scheme=scheme, density=config.dp_density, names=names)
     return Decision(site, "gradient", what, full_bytes, wire_bytes, gradient=GradientPlan(numel, compressed, rest, layout, owner_layout))
 
 
@@ -181,10 +185,10 @@ def gradient_layout_of(compressed: Sequence[Segment], chunks: int, config: DCTCo
 
 def _exempt(segment: Segment, config: DCTConfig) -> str | None:
     if segment.parameter.numel < config.min_numel:
-        return f"fewer than min_numel={config.min_numel} elements"
+        return Reason.MIN_NUMEL.format(min_numel=config.min_numel)
     for pattern in config.exempt:
         if fnmatch.fnmatchcase(segment.parameter.name, pattern):
-            return f"exempt by pattern {pattern!r}"
+            return Reason.EXEMPT.format(pattern=pattern)
     return None
 
 
@@ -193,39 +197,39 @@ def _plan_forward(site: Site, twin: Site | None, config: DCTConfig, training: bo
     if reason is not None:
         return dense(site, reason)
     if site.kind == "activation_gradient":
-        return dense(site, "no forward collective has this one as its backward, so there is no mask to reuse")
+        return dense(site, Reason.NO_FORWARD)
     if site.kind == "other":
-        return dense(site, "carries parameters, not activations")
+        return dense(site, Reason.PARAMETERS)
     if site.origin == "foreign":
-        return dense(site, "its input was computed outside of this graph, so an embedding exchange cannot be told from an activation")
+        return dense(site, Reason.FOREIGN)
     if not training and not config.mp_eval:
-        return dense(site, "mp_eval=False leaves evaluation dense")
+        return dense(site, Reason.EVALUATION)
     tensor = site.tensor
     assert tensor is not None
     if tensor.dim() < 2:
-        return dense(site, "a tensor of fewer than two dimensions has no rows")
+        return dense(site, Reason.NO_ROWS)
     if not all(isinstance(size, int) for size in tensor.shape[1:]):
-        return dense(site, "the width of a row is dynamic")
+        return dense(site, Reason.DYNAMIC_WIDTH)
     if tensor.shape[-1] > MAX_ROW:
-        return dense(site, f"rows of {tensor.shape[-1]} elements are wider than {MAX_ROW}")
+        return dense(site, Reason.WIDE_ROW.format(width=tensor.shape[-1], limit=MAX_ROW))
     if twin is not None and (reason := _mismatch(site, twin)) is not None:
         return dense(site, reason)
     if site.kind == "embedding" and config.embedding_codec == "dense":
-        return dense(site, "embedding_codec='dense'")
+        return dense(site, Reason.CODEC_DENSE)
     if site.kind == "embedding" and config.embedding_codec in QUANTIZED_BITS:
         return _quantized(site, tensor, QUANTIZED_BITS[config.embedding_codec])
     if training and twin is None and site.collective == "all_reduce" and site.local_gradient is None:
-        return dense(site, "the gradient of its input could not be found, so it could not be masked")
+        return dense(site, Reason.NO_LOCAL_GRADIENT)
     return _masked(site, tensor, config)
 
 
 def _mismatch(site: Site, twin: Site) -> str | None:
     if twin.collective != TWINS[site.collective]:
-        return f"its backward is {twin.collective}, expected {TWINS[site.collective]}"
+        return Reason.BACKWARD_COLLECTIVE.format(actual=twin.collective, expected=TWINS[site.collective])
     if twin.tensor is None or site.tensor is None or twin.tensor.shape[1:] != site.tensor.shape[1:]:
-        return "its backward carries rows of another shape"
+        return Reason.BACKWARD_SHAPE
     if twin.tensor.dtype not in COMPRESSIBLE:
-        return f"its backward has dtype {str(twin.tensor.dtype).removeprefix('torch.')}"
+        return Reason.BACKWARD_DTYPE.format(dtype=_name(twin.tensor.dtype))
     return None
 
 
@@ -238,25 +242,25 @@ def _quantized(site: Site, tensor: Tensor, bits: int) -> Decision:
     payload = _rows(tensor) * quantized_row_bytes(tensor.shape[-1], bits)
     wire = _transported(site, payload)
     if not _pays(site, quantized_row_bytes(tensor.shape[-1], bits), tensor.shape[-1] * tensor.itemsize):
-        return dense(site, f"int{bits} rows of {tensor.shape[-1]} elements are not smaller than dense ones")
-    return Decision(site, "quantize", f"int{bits} rows with stochastic rounding", dense_bytes(site), wire, bits=bits)
+        return dense(site, Reason.QUANTIZED_TOO_LARGE.format(bits=bits, width=tensor.shape[-1]))
+    return Decision(site, "quantize", Reason.QUANTIZED.format(bits=bits), dense_bytes(site), wire, bits=bits)
 
 
 def _masked(site: Site, tensor: Tensor, config: DCTConfig) -> Decision:
     if config.mp_density == 1:
-        return dense(site, "mp_density=1 keeps everything")
+        return dense(site, Reason.MP_DENSITY_ONE)
     width = int(tensor.shape[-1])
     kept = ceil(config.mp_density * width)
     slots = kept if config.threshold_method in ("exact", "sampled") else min(width, ceil(kept * config.capacity_factor))
     if kept > 2 * config.mp_density * width:
-        return dense(site, f"rows of {width} elements are too short for mp_density={config.mp_density:g}")
+        return dense(site, Reason.SHORT_ROW.format(width=width, density=config.mp_density))
     one_row = row_bytes(width, slots, config.mp_dtype)
     if not _pays(site, one_row, width * tensor.itemsize):
-        return dense(site, f"a row would take {one_row} bytes, {width * tensor.itemsize} when dense")
+        return dense(site, Reason.ROW_TOO_LARGE.format(wire=one_row, dense=width * tensor.itemsize))
     return Decision(
         site,
         "mask",
-        f"row threshold, {slots} of {width} kept",
+        Reason.MASKED.format(slots=slots, width=width),
         dense_bytes(site),
         _transported(site, _rows(tensor) * one_row),
         slots=slots,
@@ -279,7 +283,7 @@ def _transported(site: Site, payload_bytes: int) -> int:
 def _follow_twin(site: Site, forward: Decision, config: DCTConfig) -> Decision:
     """The backward of a masked collective sends the values at the forward's indices; that of a quantised one is quantised itself."""
     if not forward.compressed:
-        return dense(site, f"its forward is dense: {forward.reason}")
+        return dense(site, Reason.DENSE_FORWARD.format(reason=forward.reason))
     tensor = site.tensor
     assert tensor is not None
     if forward.codec == "quantize":
@@ -287,4 +291,4 @@ def _follow_twin(site: Site, forward: Decision, config: DCTConfig) -> Decision:
     values = _rows(tensor) * forward.slots * config.mp_dtype.itemsize
     kinds = {"all_reduce": "all_gather", "all_gather_into_tensor": "all_gather"}
     wire = cost.sent_bytes(kinds[site.collective], values, site.group_size) if site.collective in kinds else _sent(site, values)
-    return Decision(site, "mask", "the forward's mask, values only", dense_bytes(site), wire, slots=forward.slots)
+    return Decision(site, "mask", str(Reason.FOLLOWS_FORWARD), dense_bytes(site), wire, slots=forward.slots)

@@ -1,6 +1,7 @@
 """Finds every collective of a graph and says what it carries. Nothing is changed here."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dct_compile.labels import site_label
 from dct_compile.passes import graph_utils as gu
 
 aten = gu.aten
@@ -101,6 +103,11 @@ class Site:
     def tensor(self) -> Tensor | None:
         """The fake input tensor; ``None`` where there is none or there are several."""
         return gu.value(self.input) if self.input is not None else None
+
+    @property
+    def label(self) -> str:
+        """A short form of ``name``, for code and profiles."""
+        return site_label(self.name, self.kind)
 
 
 def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
@@ -227,17 +234,20 @@ def source_line(node: fx.Node) -> str:
 
 
 def _line(node: fx.Node) -> str:
-    lines = (node.stack_trace or "").splitlines()
-    for position in range(len(lines) - 1, -1, -1):
-        line = lines[position].strip()
-        if line.startswith('File "') and _TORCH_FOLDER not in line:
-            path, number, function = _parse_frame(line)
-            code = lines[position + 1].strip() if position + 1 < len(lines) else ""
-            return f"{Path(path).name}:{number} in {function}: {code}"
-    return node.name
+    lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
+    frames = [(*_parse_frame(line), code) for line, code in zip(lines, [*lines[1:], ""], strict=False) if line.startswith('File "')]
+    return innermost_line(frames) or node.name
 
 
 def _parse_frame(line: str) -> tuple[str, str, str]:
     _, path, rest = line.split('"', 2)
     _, number, function = (part.strip() for part in rest.split(",", 2))
     return path, number.removeprefix("line "), function.removeprefix("in ")
+
+
+def innermost_line(stack: Sequence[tuple[str, str, str, str]]) -> str | None:
+    """The last frame outside of torch as ``file.py:12 in forward: code``; frames are (path, line, function, code)."""
+    for path, number, function, code in reversed(stack):
+        if _TORCH_FOLDER not in path:
+            return f"{Path(path).name}:{number} in {function}: {code}"
+    return None

@@ -19,6 +19,7 @@ from dct_compile.cli.replicas import ReplicaMismatch, check_replicas
 from dct_compile.cli.results import BackendResult, Results, Run, gradient_density
 from dct_compile.cli.settings import parse_options, parse_value
 from dct_compile.cli.tables import quality, sites, traffic
+from dct_compile.cli.worker import _postfix
 from dct_compile.models.dlrm import DLRM
 from dct_compile.models.parallel import Table, make_mesh
 from dct_compile.report import SiteReport
@@ -117,6 +118,13 @@ def test_option_values() -> None:
 def test_density_between_two_readings() -> None:
     run = Run(0, 0.0, 0.0, 30, [1.0], [0.0], [(10, 0.05), (20, 0.03), (30, 0.02)], 1)
     assert [(step, round(density, 9)) for step, density in run.density_between()] == [(10, 0.05), (20, 0.01), (30, 0.0)]
+
+
+def test_progress_shows_what_is_known() -> None:
+    assert _postfix(torch.tensor(0.5), {}) == {"loss": "0.5000"}
+    numbers = {"density": 0.01012, "overflow": 1200, "compression": 37.24}
+    shown = {"loss": "0.5000", "density": "0.0101", "overflow": "1200", "compression": "37.2x"}
+    assert _postfix(torch.tensor(0.5), numbers) == shown
 
 
 def test_gradient_density_is_weighted_by_size() -> None:

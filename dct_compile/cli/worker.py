@@ -22,6 +22,7 @@ from dct_compile.models.datasets import Samples, batches
 from dct_compile.models.dlrm import DLRM
 from dct_compile.models.metrics import auc, log_loss
 from dct_compile.models.parallel import Mesh, average_sharded_gradients, make_mesh, wrap_data_parallel
+from dct_compile.monitor import Monitor
 from dct_compile.report import SiteReport
 from dct_compile.runtime import RUNTIME
 
@@ -66,6 +67,12 @@ def _train_backend(backend: str, settings: Settings, mesh: Mesh) -> BackendResul
     return BackendResult(backend, runs, trainer.all_sites(), list(RUNTIME.reports.snapshot().notes) if backend == "dct" else [])
 
 
+def _postfix(loss: Tensor, numbers: dict[str, float]) -> dict[str, str]:
+    """What stands behind the progress bar: the loss, and a monitor's summary."""
+    formats = {"density": "{:.4f}", "overflow": "{:.0f}", "compression": "{:.1f}x"}
+    return {"loss": f"{loss.item():.4f}", **{name: formats[name].format(number) for name, number in numbers.items()}}
+
+
 class _Trainer:
     def __init__(self, backend: str, settings: Settings, mesh: Mesh, model: DLRM, compiled: nn.Module) -> None:
         self.backend, self.settings, self.mesh, self.model, self.compiled = backend, settings, mesh, model, compiled
@@ -84,12 +91,14 @@ class _Trainer:
         density: list[tuple[int, float]] = []
         steps = len(data.train) // self.settings.batch_size * self.settings.epochs
         title = f"{self.backend}, seed {seed}"
-        with closing(tqdm(total=steps, desc=title, disable=None if dist.get_rank() == 0 else True, mininterval=0.5)) as bar:
+        bar = tqdm(total=steps, desc=title, disable=None if dist.get_rank() == 0 else True, mininterval=0.5)
+        with closing(bar), Monitor(DENSITY_EVERY, RUNTIME) as monitor:
             for step, batch in enumerate(self._batches(data.train, seed), start=1):
                 start = time.perf_counter()
                 losses.append(self._step(batch, optimizer))
                 seconds.append(time.perf_counter() - start)
-                bar.set_postfix(loss=f"{losses[-1].item():.4f}", refresh=False)
+                monitor.step()
+                bar.set_postfix(_postfix(losses[-1], monitor.summary() if self.backend == "dct" else {}), refresh=False)
                 bar.update()
                 if step % self.settings.check_every == 0 or step == steps:
                     check_replicas(self.model, self.mesh, f"{title}, step {step}")

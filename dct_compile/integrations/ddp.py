@@ -7,10 +7,11 @@ the same order on every rank; on CUDA it runs on a side stream.
 
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,15 +21,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.config import DCTConfig
+from dct_compile.measure import BucketMeasure
 from dct_compile.passes import graph_utils as gu
-from dct_compile.passes.manager import measure_buckets, readable, record, rewrite
+from dct_compile.passes.manager import publish, readable, record, rewrite
 from dct_compile.passes.plan import Decision, plan
+from dct_compile.passes.reasons import Note, Reason
 from dct_compile.passes.sites import GraphContext, Parameter, Segment, find_sites
 from dct_compile.report import GraphReport, SiteReport
 from dct_compile.runtime import Runtime
 from dct_compile.state import STATE_INPUTS, BucketState, named_parameters
 
 _ATTRIBUTE = "_dct_gradient_compressor"
+_NAMED = 8
+"""Parameters that a note names."""
 
 
 def enclosing_modules() -> list[DistributedDataParallel]:
@@ -52,7 +57,7 @@ def attach(module: DistributedDataParallel, config: DCTConfig, runtime: Runtime)
     reason = _reason_to_leave(module, config)
     if reason is not None:
         setattr(module, _ATTRIBUTE, None)
-        runtime.reports.add(GraphReport("DistributedDataParallel", "", ""), [(_dense_site(module, reason), None)])
+        publish(GraphReport("DistributedDataParallel", "", ""), [(_dense_site(module, reason), None)], runtime)
         return
     runtime.agreement.check(module.process_group, config, [])
     compressor = GradientCompressor(module, config, runtime)
@@ -60,15 +65,32 @@ def attach(module: DistributedDataParallel, config: DCTConfig, runtime: Runtime)
     module.register_comm_hook(compressor, GradientCompressor.reduce)
 
 
+def watched(
+    compiled: Callable[..., Any], modules: Sequence[DistributedDataParallel], parameter_positions: Sequence[int]
+) -> Callable[..., Any]:
+    """``compiled``, telling the compressors of ``modules`` the parameters that it is called with, until their first backward is over."""
+    compressors = [found for module in modules if (found := getattr(module, _ATTRIBUTE)) is not None]
+    if not compressors:
+        return compiled
+
+    def run(*args: Any) -> Any:
+        for compressor in compressors:
+            if compressor.uncompiled:
+                compressor.mark_compiled([args[position] for position in parameter_positions])
+        return compiled(*args)
+
+    return run
+
+
 def _reason_to_leave(module: DistributedDataParallel, config: DCTConfig) -> str | None:
     if module.process_group.size() == 1:
-        return "a group of one rank sends nothing"
+        return Reason.ONE_RANK
     if config.dp_density == 1:
-        return "dp_density=1 keeps everything"
+        return Reason.DP_DENSITY_ONE
     if getattr(module, "_comm_hooks", None):
-        return "DDP has a communication hook of its own"
+        return Reason.OWN_HOOK
     if getattr(module, "_use_python_reducer", False):
-        return "DDP's python reducer issues its collectives itself"
+        return Reason.PYTHON_REDUCER
     return None
 
 
@@ -79,7 +101,7 @@ def _dense_site(module: DistributedDataParallel, reason: str) -> SiteReport:
     sent = 2 * (size - 1) * sum(parameter.numel() * parameter.itemsize for parameter in parameters) // size
     dtype = str(parameters[0].dtype).removeprefix("torch.")
     group = module.process_group.group_name
-    return SiteReport("all_reduce", "gradient", "all of DDP's parameters", (numel,), dtype, "dense", reason, sent, sent, group, size)
+    return SiteReport("all_reduce", "gradient", "all of DDP's parameters", (numel,), dtype, "dense", str(reason), sent, sent, group, size)
 
 
 class GradientCompressor:
@@ -91,6 +113,8 @@ class GradientCompressor:
         self.config = replace(config, all_reduce="gather") if self.find_unused else config
         self.runtime = runtime
         self.names = {id(parameter): name for name, parameter in named_parameters(module)}
+        # Parameters that no compiled graph was called with; a parameter that was not used at all cannot be told from those.
+        self.uncompiled = {} if self.find_unused else {id(p): self.names[id(p)] for p in module.parameters() if p.requires_grad}
         ranks = dist.get_process_group_ranks(module.process_group)
         self.group = dist.new_group(ranks, backend=dist.get_backend(module.process_group), use_local_synchronization=True)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dct-reducer")
@@ -105,11 +129,24 @@ class GradientCompressor:
         reducer = self._reducer(bucket.index(), bucket.parameters(), buffer)
         if bucket.is_last():
             self._forget_retired()
+            self._tell_uncompiled()
         if buffer.is_cuda:
             return self._reduce_on_side_stream(reducer, buffer)
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         self.worker.submit(_run, reducer, buffer, future)
         return future
+
+    def mark_compiled(self, parameters: Sequence[Tensor]) -> None:
+        """A compiled graph is called with ``parameters``."""
+        for parameter in parameters:
+            self.uncompiled.pop(id(parameter), None)
+
+    def _tell_uncompiled(self) -> None:
+        if self.uncompiled:
+            names = list(self.uncompiled.values())
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            self.runtime.tell(Note.NOT_COMPILED.format(parameters=", ".join(names[:_NAMED]) + more))
+            self.uncompiled = {}
 
     def _reduce_on_side_stream(self, reducer: "BucketReducer", buffer: Tensor) -> torch.futures.Future[Tensor]:
         if self.stream is None:
@@ -149,8 +186,7 @@ class BucketReducer:
         decisions = plan(find_sites(graph, context), owner.config, training=True)
         self.state = self._find_state(decisions, parameters, owner)
         rewrite(graph, decisions, lambda decision: _add_state_inputs(graph, decision, buffer.device), owner.config)
-        state = self.state
-        measure = None if state is None else lambda: measure_buckets([state])
+        measure = None if self.state is None else BucketMeasure([self.state])
         self.entry = record(f"DDP bucket {index} of group {owner.group.group_name}", before, graph, decisions, owner.runtime, [measure])
         self.module = fx.GraphModule(nn.Module(), graph)
         self.find_unused = owner.find_unused

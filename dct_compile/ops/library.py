@@ -1,13 +1,62 @@
-"""The namespace `dct` of custom operators, and how one is defined."""
+"""The namespace `dct` of custom operators, how one is defined, and the ranges that a profiler shows of them."""
 
+import threading
+from collections import defaultdict
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 LIBRARY = torch.library.Library("dct", "DEF")
 """Kept for the life of the process: its end would unregister the operators."""
+_RANGE_ARGUMENTS = ', *, str site="", str receives="", str sends=""'
+
+
+class _InFlight(threading.local):
+    """The ranges of this thread's exchanges that are under way, oldest first."""
+
+    def __init__(self) -> None:
+        self.ranges: defaultdict[str, list[record_function]] = defaultdict(list)
+
+    def begin(self, name: str) -> None:
+        started = record_function(name)
+        started.__enter__()
+        self.ranges[name].append(started)
+
+    def end(self, name: str) -> None:
+        if self.ranges[name]:  # else the profiler was started while it was under way
+            self.ranges[name].pop(0).__exit__(None, None, None)
+
+
+_IN_FLIGHT = _InFlight()
+
+
+def _in_range(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a profiler see ``function``, and the exchange that it ends or starts, by the name of the site. Free when none is running."""
+
+    @wraps(function)
+    def call(*args: Any, site: str = "", receives: str = "", sends: str = "") -> Any:
+        if not torch.autograd.profiler._is_profiler_enabled:
+            return function(*args)
+        if receives:
+            _IN_FLIGHT.end(f"dct::{receives} {site}")
+        with record_function(f"dct::{name} {site}".rstrip()):
+            result = function(*args)
+        if sends:
+            _IN_FLIGHT.begin(f"dct::{sends} {site}")
+        return result
+
+    return call
+
+
+def _without_range(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any, site: str = "", receives: str = "", sends: str = "") -> Any:
+        return function(*args)
+
+    return call
 
 
 def _on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,11 +76,17 @@ def define_op(schema: str, *, fake: Callable[..., Any], cpu: Callable[..., Any],
     ``fake`` gives shape, dtype and stride of the result without touching data. ``cpu`` and ``cuda`` do the work; they must leave the
     version counters of the tensors they mutate alone (write through ``.data`` or raw pointers): a residual is saved for the backward
     of the step before, and changing it by then is intended.
+
+    Every operator also takes three keyword arguments that only name things, in generated code and in a profiler, and never reach the
+    functions above. ``site``: whose work it is. ``receives``, ``sends``: the collective that brought its input, or that carries its
+    result away. While a profiler runs, the operator is a range ``dct::name site``, and the exchange one named by its collective: from
+    the end of the operator that sends to the start of the one that receives, so it holds all that runs in between.
     """
     name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, _on_device_of_first(cuda), "CUDA")
-    torch.library.register_fake(f"dct::{name}", fake, lib=LIBRARY)
+    arguments, result = schema.rsplit(") -> ", 1)
+    LIBRARY.define(f"{arguments}{_RANGE_ARGUMENTS}) -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, _in_range(name, cpu), "CPU")
+    LIBRARY.impl(name, _in_range(name, _on_device_of_first(cuda)), "CUDA")
+    torch.library.register_fake(f"dct::{name}", _without_range(fake), lib=LIBRARY)
     overload: torch._ops.OpOverload = getattr(torch.ops.dct, name).default
     return overload

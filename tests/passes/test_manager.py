@@ -8,7 +8,8 @@ from torch import fx, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from dct_compile.config import DCTConfig
-from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRequest, measure_buckets
+from dct_compile.measure import BucketMeasure
+from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRequest
 from dct_compile.report import NOTHING_COMPILED
 from dct_compile.runtime import Runtime
 from dct_compile.state import BucketState
@@ -89,9 +90,9 @@ def test_density_is_measured_once_it_has_run() -> None:
 def test_measure_adds_up_buckets() -> None:
     layout = gradient_layout((0, 100, 100, 300), 256, 1, -1, 0.5, torch.float32)
     bucket = BucketState([], layout, None, torch.device("cpu"))
-    assert measure_buckets([bucket]) is None
+    assert BucketMeasure([bucket])() is None
     bucket.local.counters[:] = torch.tensor([[2, 10, 1, 0], [2, 30, 4, 4]])
-    assert measure_buckets([bucket, bucket]) == (40 / 800, 10)
+    assert BucketMeasure([bucket, bucket])() == (40 / 800, 10)
 
 
 def test_measure_counts_the_owners_overflow() -> None:
@@ -100,7 +101,7 @@ def test_measure_counts_the_owners_overflow() -> None:
     assert bucket.owner is not None
     bucket.local.counters[0] = torch.tensor([1, 10, 2, 0])
     bucket.owner.counters[0] = torch.tensor([1, 5, 3, 0])
-    assert measure_buckets([bucket]) == (0.1, 5)
+    assert BucketMeasure([bucket])() == (0.1, 5)
 
 
 def test_state_is_asked_for_and_then_found() -> None:

@@ -1,0 +1,13 @@
+"""Short names of sites, for code, profiles and charts."""
+
+
+def site_label(name: str, kind: str) -> str:
+    """The first parameter and how many follow, or module and line: ``top.weight +3``, ``top.0: model.py:12``, ``model.py:12 backward``.
+
+    ``name`` and ``kind`` are those of :class:`dct_compile.report.SiteReport`.
+    """
+    place = name.partition(" in ")[0]
+    if kind == "gradient":
+        first, *others = place.split(", ")
+        return f"{first} +{len(others)}" if others else first
+    return f"{place} backward" if kind.endswith("_gradient") else place

@@ -1,0 +1,68 @@
+"""Every reason that a site can have in the report, and every note: one table, explained entry by entry in docs/troubleshooting.md."""
+
+from enum import StrEnum, unique
+
+
+@unique
+class Reason(StrEnum):
+    """Why a site was left dense, or how it travels. Templates for ``str.format``; a name in braces is filled in by the plan."""
+
+    ONE_RANK = "a group of one rank sends nothing"
+    COLLECTIVE = "{collective} is not compressed"
+    NOT_WAITED = "its result is used before it was waited for"
+    UNKNOWN_SHAPE = "the shape of the input is unknown"
+    DTYPE = "dtype {dtype} is not compressed (float32, bfloat16 and float16 are)"
+    REDUCE_OP = "reduce operation {op!r} is not compressed (sum and avg are)"
+
+    GRADIENT_COLLECTIVE = "{collective} of a gradient is not compressed"
+    WHOSE_GRADIENT = "compiled autograd's graph does not say whose gradient this is; use DDP's default reducer"
+    DP_DENSITY_ONE = "dp_density=1 keeps everything"
+    MIN_NUMEL = "fewer than min_numel={min_numel} elements"
+    EXEMPT = "exempt by pattern {pattern!r}"
+    GRADIENT_TOO_LARGE = "{scheme} with {ranks} ranks would send {wire} bytes, dense sends {dense}"
+    OWN_HOOK = "DDP has a communication hook of its own"
+    PYTHON_REDUCER = "DDP's python reducer issues its collectives itself"
+
+    NO_FORWARD = "no forward collective has this one as its backward, so there is no mask to reuse"
+    PARAMETERS = "carries parameters, not activations"
+    FOREIGN = "its input was computed outside of this graph, so an embedding exchange cannot be told from an activation"
+    EVALUATION = "mp_eval=False leaves evaluation dense"
+    NO_ROWS = "a tensor of fewer than two dimensions has no rows"
+    DYNAMIC_WIDTH = "the width of a row is dynamic"
+    WIDE_ROW = "rows of {width} elements are wider than {limit}"
+    BACKWARD_COLLECTIVE = "its backward is {actual}, expected {expected}"
+    BACKWARD_SHAPE = "its backward carries rows of another shape"
+    BACKWARD_DTYPE = "its backward has dtype {dtype}"
+    CODEC_DENSE = "embedding_codec='dense'"
+    NO_LOCAL_GRADIENT = "the gradient of its input could not be found, so it could not be masked"
+    QUANTIZED_TOO_LARGE = "int{bits} rows of {width} elements are not smaller than dense ones"
+    MP_DENSITY_ONE = "mp_density=1 keeps everything"
+    SHORT_ROW = "rows of {width} elements are too short for mp_density={density:g}"
+    ROW_TOO_LARGE = "a row would take {wire} bytes, {dense} when dense"
+    DENSE_FORWARD = "its forward is dense: {reason}"
+
+    GRADIENT = "{scheme}, density {density:g}"
+    GRADIENT_BUT = "{scheme}, density {density:g}; dense: {names}"
+    QUANTIZED = "int{bits} rows with stochastic rounding"
+    MASKED = "row threshold, {slots} of {width} kept"
+    FOLLOWS_FORWARD = "the forward's mask, values only"
+
+
+@unique
+class Note(StrEnum):
+    """What no site can tell, because there is none. Templates like :class:`Reason`; each is also logged as a warning, once."""
+
+    NO_PROCESS_GROUP = "torch.distributed is not initialised: graphs were compiled as by backend 'inductor'"
+    GRAPH_BREAK = (
+        "a graph ends early, at {line}: {cause}. Collectives that run there are not seen, and data_parallel does not average the gradients"
+        " of parameters that are used there. torch.compile(..., fullgraph=True) makes it an error with the details"
+    )
+    ASYNC_COLLECTIVE = (
+        "a graph ends early, at {line}: Dynamo does not trace a collective with async_op=True, so it stays dense. Call it without async_op,"
+        " or as torch.distributed._functional_collectives, which are asynchronous by themselves"
+    )
+    NOT_COMPILED = (
+        "parts of DDP's model run outside of compiled graphs: {parameters}. Their gradients are compressed all the same, their other"
+        " collectives are not seen. torch skips its own modules, such as nn.Sequential and nn.Linear, when DDP calls them:"
+        " make them part of a module class of your own"
+    )

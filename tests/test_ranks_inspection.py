@@ -1,0 +1,139 @@
+"""What torch's own tools show of compressed collectives on gloo ranks: generated code and profiles name the sites."""
+
+import itertools
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor, nn
+from torch._C._profiler import _ExperimentalConfig
+from torch._inductor.utils import run_and_get_code
+from torch.profiler import ProfilerActivity, profile
+
+from dct_compile.backend import dct
+from tests.ranks import fresh_compiler, run_ranks
+from tests.ranks_ddp import Net, batch, ddp_of, loss_of
+
+
+class Exchanging(nn.Module):
+    """Two linear layers with an exchange in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.bottom, self.top = nn.Linear(16, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(funcol.all_to_all_single_autograd(torch.relu(self.bottom(x)), None, None, dist.group.WORLD))
+
+
+def ranges(profiler: profile) -> list[tuple[str, float, float]]:
+    """(name, start, end) in microseconds of this project's ranges, in order of their start."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+    found = [(event["name"], event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") == "user_annotation"]
+    return sorted([item for item in found if item[0].startswith("dct::")], key=lambda item: item[1])
+
+
+def inspected(rank: int, world_size: int, options: dict[str, Any]) -> tuple[list[str], list[tuple[str, float, float]]]:
+    """The code of a compiled model's graphs, and the ranges of one of its steps."""
+    with fresh_compiler():
+        compiled = torch.compile(Exchanging(), backend=dct, options={"data_parallel": True, **options})
+
+        def step() -> None:
+            loss_of(compiled(batch(rank, 0))).backward()
+
+        _, code = run_and_get_code(step)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            step()
+        return code, ranges(profiler)
+
+
+def ddp_ranges(rank: int, world_size: int) -> list[tuple[str, float, float]]:
+    with fresh_compiler():
+        _, compiled = ddp_of(Net(), {}, inside=False)
+        loss_of(compiled(batch(rank, 0))).backward()
+        loss_of(compiled(batch(rank, 1))).backward()
+        with profile(activities=[ProfilerActivity.CPU], experimental_config=_ExperimentalConfig(profile_all_threads=True)) as profiler:
+            loss_of(compiled(batch(rank, 2))).backward()
+        return ranges(profiler)
+
+
+EXCHANGE = re.escape("test_ranks_inspection.py:") + r"\d+"
+GRADIENTS = re.escape("top.bias +3")
+COLLECTIVE = re.compile(r"= torch\.ops\._c10d_functional\.(?!wait_tensor)")
+
+
+@pytest.mark.distributed
+def test_generated_code_and_profiles_name_the_sites() -> None:
+    """Under "owner", the gradient's payload is exchanged twice; what stays dense is reduced beside it."""
+    for code, shown in run_ranks(inspected, 2, {"all_reduce": "owner"}):
+        lines = [line.strip() for graph in code for line in graph.splitlines() if not line.strip().startswith(("assert", "# buffer"))]
+        calls = [position for position, line in enumerate(lines) if "torch.ops.dct." in line]
+        assert len(calls) == 8
+        assert all(re.search(rf"site='({EXCHANGE}( backward)?|{GRADIENTS})'", lines[position]) for position in calls)
+        exchanges = [position for position, line in enumerate(lines) if COLLECTIVE.search(line)]
+        assert len(exchanges) == 5
+        for position in [*calls, *exchanges]:
+            comment = next(line for line in reversed(lines[:position]) if "Source Nodes" in line)
+            assert re.search(rf"\[({EXCHANGE}( backward)?|{GRADIENTS})\]", comment), (comment, lines[position])
+
+        forward, backward = f"{EXCHANGE}$", f"{EXCHANGE} backward$"
+        expected = [
+            *(f"pack_rows {forward}", f"all_to_all_single {forward}", f"unpack_rows {forward}"),
+            *(f"gather_rows {backward}", f"all_to_all_single {backward}", f"scatter_rows {backward}"),
+            *(f"select_threshold {GRADIENTS}$", f"threshold_pack {GRADIENTS}$", f"all_to_all_single {GRADIENTS}$"),
+            *(f"repack {GRADIENTS}$", f"all_gather_into_tensor {GRADIENTS}$", f"unpack_accumulate {GRADIENTS}$"),
+        ]
+        assert_ranges(shown, expected)
+
+
+@pytest.mark.distributed
+def test_profiles_of_all_threads_show_ddps_buckets() -> None:
+    label = re.escape("bottom.weight +7")
+    for shown in run_ranks(ddp_ranges, 2):
+        names = ("select_threshold", "threshold_pack", "all_gather_into_tensor", "unpack_accumulate")
+        assert_ranges(shown, [f"{name} {label}$" for name in names])
+
+
+def assert_ranges(shown: list[tuple[str, float, float]], expected: list[str]) -> None:
+    """One range for each pattern, in this order and one after the other."""
+    assert len(shown) == len(expected), shown
+    for (name, _, _), pattern in zip(shown, expected, strict=True):
+        assert re.match(f"dct::{pattern}", name), (name, pattern)
+    assert all(end <= start for (_, _, end), (_, start, _) in itertools.pairwise(shown))
+
+
+def test_exchanges_may_overlap() -> None:
+    """The second is sent before the first is received; both end where their own result is unpacked."""
+    x = torch.randn(4, 32)
+
+    def pack(site: str) -> Tensor:
+        return torch.ops.dct.pack_rows(x, 4, "exact", 0.1, 0.0, torch.float32, site=site, sends="all_to_all_single")
+
+    def unpack(payload: Tensor, site: str) -> Tensor:
+        return torch.ops.dct.unpack_rows(payload, [32], 4, 1, torch.float32, torch.float32, site=site, receives="all_to_all_single")
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        first, second = pack("a"), pack("b")
+        results = unpack(first, "a"), unpack(second, "b")
+    assert torch.equal(*results)
+    found = {name: (start, end) for name, start, end in ranges(profiler)}
+    assert found["dct::pack_rows a"][1] <= found["dct::all_to_all_single a"][0] <= found["dct::pack_rows b"][0]
+    assert found["dct::all_to_all_single a"][1] <= found["dct::unpack_rows a"][0] < found["dct::all_to_all_single b"][1]
+    assert found["dct::all_to_all_single b"][1] <= found["dct::unpack_rows b"][0]
+
+
+def test_a_profiler_that_starts_in_the_middle_sees_no_half_exchange() -> None:
+    payload = torch.ops.dct.pack_rows(torch.randn(4, 32), 4, "exact", 0.1, 0.0, torch.float32, site="a", sends="all_to_all_single")
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        torch.ops.dct.unpack_rows(payload, [32], 4, 1, torch.float32, torch.float32, site="a", receives="all_to_all_single")
+    assert [name for name, _, _ in ranges(profiler)] == ["dct::unpack_rows a"]

@@ -1,0 +1,120 @@
+"""What Dynamo leaves out of the graphs is told: graph breaks, collectives outside, torch's own containers inside of DDP."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dct_compile
+from dct_compile.backend import dct
+from dct_compile.passes.reasons import Reason
+from dct_compile.report import NOTHING_COMPILED
+from tests.ranks import fresh_compiler, run_ranks
+from tests.tracing import fake_group
+
+
+class Two(nn.Module):
+    """Two linear layers and what happens between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.bottom, self.top, self.between = nn.Linear(16, 64), nn.Linear(64, 16), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(self.between(torch.relu(self.bottom(x))))
+
+
+class Own(nn.Module):
+    """A module class of a user."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x))
+
+
+def broken(h: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return funcol.all_to_all_single_autograd(h, None, None, dist.group.WORLD)
+
+
+@torch.compiler.disable
+def outside(h: Tensor) -> Tensor:
+    return funcol.all_to_all_single_autograd(h, None, None, dist.group.WORLD)
+
+
+def asynchronous(h: Tensor) -> Tensor:
+    received = torch.empty_like(h)
+    work = dist.all_to_all_single(received, h, async_op=True)
+    assert work is not None
+    work.wait()
+    return received
+
+
+def unbroken(h: Tensor) -> Tensor:
+    return h.sin()
+
+
+@pytest.mark.parametrize(
+    ("between", "words"),
+    [
+        (broken, ["test_ranks_outside.py", "in broken: torch._dynamo.graph_break()", "Call to `torch._dynamo.graph_break()`", "fullgraph"]),
+        (outside, ["in forward: return self.top(self.between", "Skip calling `torch.compiler.disable()`d function", "are not seen"]),
+        (asynchronous, ["in asynchronous: work = dist.all_to_all_single", "async_op=True", "functional_collectives"]),
+        (unbroken, []),
+    ],
+)
+def test_a_graph_break_is_told_once(between: Callable[[Tensor], Tensor], words: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    with fake_group(2), fresh_compiler():
+        compiled = torch.compile(Two(between), backend=dct, options={"mp_density": 1})
+        for _ in range(2):
+            compiled(torch.randn(8, 16))
+        report = dct_compile.report()
+    warned = [record.getMessage() for record in caplog.records if record.name == "dct_compile" and record.levelno == logging.WARNING]
+    assert warned == list(report.notes)
+    assert len(warned) == bool(words)
+    for word in words:
+        assert word in warned[0]
+    if between is broken:
+        assert [site.reason for site in report.sites] == [Reason.FOREIGN, Reason.DENSE_FORWARD.format(reason=Reason.FOREIGN)]
+
+
+def notes_of(module: nn.Module, wrapped: bool) -> list[str]:
+    """The notes after two steps under DDP, compiled from outside of it (``wrapped``) or inside."""
+    with fresh_compiler():
+        if wrapped:
+            compiled: Any = torch.compile(DistributedDataParallel(module), backend=dct)
+        else:
+            compiled = DistributedDataParallel(torch.compile(module, backend=dct))  # type: ignore[arg-type]
+        for _ in range(2):
+            compiled(torch.randn(8, 16)).square().mean().backward()
+        return list(dct_compile.report().notes)
+
+
+def containers(rank: int, world_size: int) -> dict[str, list[str]]:
+    torch.manual_seed(0)
+    return {
+        "sequential": notes_of(nn.Sequential(nn.Linear(16, 16), nn.ReLU()), wrapped=True),
+        "linear": notes_of(nn.Linear(16, 16), wrapped=True),
+        "partly": notes_of(nn.Sequential(nn.Linear(16, 16), Own()), wrapped=True),
+        "own class": notes_of(Two(unbroken), wrapped=True),
+        "compiled inside": notes_of(nn.Sequential(nn.Linear(16, 16), Own()), wrapped=False),
+    }
+
+
+@pytest.mark.distributed
+def test_containers_that_torch_skips_are_told() -> None:
+    for notes in run_ranks(containers, 2):
+        # A backend that is never called can only be asked afterwards.
+        assert notes["sequential"] == notes["linear"] == [NOTHING_COMPILED]
+        (partly,) = notes["partly"]
+        assert partly.startswith("parts of DDP's model run outside of compiled graphs: 0.weight, 0.bias. ")
+        assert notes["own class"] == notes["compiled inside"] == []

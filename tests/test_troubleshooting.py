@@ -1,0 +1,39 @@
+"""docs/troubleshooting.md explains every reason and note that there is."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from dct_compile.passes.reasons import Note, Reason
+from dct_compile.report import NOTHING_COMPILED
+
+ROOT = Path(__file__).parent.parent
+FIRST_CELLS = [
+    line.split("|")[1].strip().replace("`", "") for line in (ROOT / "docs" / "troubleshooting.md").read_text().splitlines() if "|" in line
+]
+
+
+def as_written(template: str) -> str:
+    """A template's fields as the page writes them: ``{op!r}`` is ``<op>``."""
+    return re.sub(r"\{(\w+)[^}]*\}", r"<\1>", template)
+
+
+@pytest.mark.parametrize("text", [*Reason, *Note, NOTHING_COMPILED], ids=lambda text: text[:40])
+def test_every_reason_and_note_has_a_row(text: str) -> None:
+    assert FIRST_CELLS.count(as_written(text)) == 1
+
+
+@pytest.mark.parametrize("file", ["passes/plan.py", "dct_compile/integrations/ddp.py"])
+def test_reasons_come_from_the_table(file: str) -> None:
+    """A text of its own, given as a reason or returned as one, would be missing in the page."""
+    texts: list[ast.expr | None] = []
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            position = {"dense": 1, "Decision": 2, "_dense_site": 1}.get(node.func.id)
+            texts += [] if position is None else [node.args[position]]
+        elif isinstance(node, ast.FunctionDef) and node.returns is not None and ast.unparse(node.returns) == "str | None":
+            texts += [found.value for found in ast.walk(node) if isinstance(found, ast.Return)]
+    assert texts
+    assert [ast.unparse(text) for text in texts if isinstance(text, ast.JoinedStr | ast.Constant) and ast.unparse(text) != "None"] == []
