@@ -82,7 +82,7 @@ def _mask_local_gradient(decision: Decision, payload: fx.Node, config: DCTConfig
     assert decision.site.local_gradient is not None
     gradient, users = decision.site.local_gradient
     first = next(node for node in gradient.graph.nodes if node in users)
-    at = gu.Inserter(gradient.graph, first, gradient)
+    at = gu.Inserter(gradient.graph, first, decision.site.node)
     tensor = gradient.meta["val"]
     values = at.call(dct.gather_rows.default, gradient, payload, decision.slots, config.mp_dtype, tensor.dtype)
     row_shape = [int(size) for size in tensor.shape[1:]]

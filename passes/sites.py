@@ -2,13 +2,13 @@
 
 import operator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.source import source_name
 
 aten = gu.aten
 EMBEDDING_OPS = frozenset(
@@ -35,7 +35,6 @@ _GRADIENT_PATH = gu.SCALING_OPS | {
     aten._to_copy.default,
     torch.ops.prims.convert_element_type.default,
 }
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
             collective,
             kind="other",
             origin=_origin(tensor, context) if tensor is not None else "computed",
-            name=source_line(node),
+            name=source_name(node),
             input=tensor,
             group_name=group.group_name,
             group_size=group.size(),
@@ -214,30 +213,3 @@ def _gradient_segments(node: fx.Node, returned: dict[Any, Parameter]) -> tuple[S
                 break
             current = followers[0]
     return ()
-
-
-def source_line(node: fx.Node) -> str:
-    """The user's line that issued ``node``, behind the path of its module: ``top.0: file.py:12 in forward: code``.
-
-    The node's own name stands for a line that the trace does not hold.
-    """
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0].partition("].")[2] if stack else ""
-    return f"{path}: {_line(node)}" if path else _line(node)
-
-
-def _line(node: fx.Node) -> str:
-    lines = (node.stack_trace or "").splitlines()
-    for position in range(len(lines) - 1, -1, -1):
-        line = lines[position].strip()
-        if line.startswith('File "') and _TORCH_FOLDER not in line:
-            path, number, function = _parse_frame(line)
-            code = lines[position + 1].strip() if position + 1 < len(lines) else ""
-            return f"{Path(path).name}:{number} in {function}: {code}"
-    return node.name
-
-
-def _parse_frame(line: str) -> tuple[str, str, str]:
-    _, path, rest = line.split('"', 2)
-    _, number, function = (part.strip() for part in rest.split(",", 2))
-    return path, number.removeprefix("line "), function.removeprefix("in ")

@@ -2,6 +2,7 @@
 
 import click
 
+from dct_compile.cli.inspect import inspect
 from dct_compile.cli.train import train
 
 
@@ -10,4 +11,5 @@ def main() -> None:
     """Dynamic Communication Thresholding for torch.compile."""
 
 
+main.add_command(inspect)
 main.add_command(train)

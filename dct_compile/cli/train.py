@@ -9,7 +9,7 @@ import click
 from dct_compile.cli.settings import BACKENDS, MODELS, Settings, parse_options, parse_value
 from dct_compile.models.datasets import DATASETS
 
-_DEMO_PACKAGES = ("tqdm", "matplotlib", "jinja2")
+_DEMO_PACKAGES = ("tqdm", "matplotlib")
 _POSITIVE = click.IntRange(min=1)
 _DEFAULT = "Default: the backend's."
 
