@@ -1,10 +1,13 @@
 """Communication-compressing compilation: ``torch.compile(model, backend="dct")`` (Dynamic Communication Thresholding [Gupta21])."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from torch import nn
 
 from dct_compile.config import DCTConfig
 from dct_compile.monitor import Monitor, SiteStats, monitor
-from dct_compile.report import GraphReport, Report, SiteReport
+from dct_compile.report import GraphReport, NodeReport, Report, ReportDiff, SiteReport
 from dct_compile.runtime import RUNTIME
 from dct_compile.state import StateDict
 
@@ -12,15 +15,33 @@ __all__ = [
     "DCTConfig",
     "GraphReport",
     "Monitor",
+    "NodeReport",
     "Report",
+    "ReportDiff",
     "SiteReport",
     "SiteStats",
+    "explain",
     "load_state_dict",
     "monitor",
     "report",
     "reset_report",
     "state_dict",
 ]
+
+
+def explain(
+    model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, ranks: int | None = None, **named_inputs: Any
+) -> Report:
+    """What ``torch.compile(model, backend="dct", options=options)`` would do when it is called with these inputs.
+
+    Compiles forward and backward for ``ranks`` ranks (default 4; where a process group is initialised: its own) and runs neither: needs no
+    other process, and leaves parameters, buffers, gradients and torch's random generators as they are. See
+    :func:`dct_compile.inspection.explain` for details and errors.
+    """
+    # Late: the backend takes seconds to import, which programs that only call torch.compile pay when they compile.
+    from dct_compile import inspection
+
+    return inspection.explain(model, *inputs, options=options, ranks=ranks, **named_inputs)
 
 
 def report() -> Report:

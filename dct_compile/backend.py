@@ -1,6 +1,8 @@
 """``torch.compile(model, backend="dct")``: Inductor with DCT's passes in front of it."""
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,16 +13,17 @@ from torch import Tensor, fx
 from torch._dynamo.output_graph import GraphCompileReason
 from torch._guards import CompileContext, detect_fake_mode
 from torch._inductor import list_mode_options, list_options
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.config import DCTConfig, split_options
 from dct_compile.integrations import ddp
-from dct_compile.passes.graph_utils import resolve_group
+from dct_compile.passes.graph_utils import hint, output_node, resolve_group
 from dct_compile.passes.manager import GraphInput, JointGraphPass, StateNeededError, StateRequest
 from dct_compile.passes.plan import Decision
 from dct_compile.passes.reasons import Note
-from dct_compile.passes.sites import innermost_line
+from dct_compile.passes.source import innermost_line
 from dct_compile.runtime import RUNTIME, Runtime
 from dct_compile.state import STATE_INPUTS, BucketState, local_tensor
 
@@ -35,8 +38,7 @@ def dct(
 
     Raises ``ValueError`` for an unknown option or a bad value. Without an initialised process group the graph is compiled as by Inductor.
     """
-    config, patches = split_options(options, list_options())
-    _check_inductor_types(patches)
+    config, patches = _split_options(options)
     if mode not in (None, "default"):
         patches = {**list_mode_options(mode), **patches}
     if not dist.is_available() or not dist.is_initialized():
@@ -52,6 +54,61 @@ def dct(
     return ddp.watched(compiler.run(), modules, compiler.parameter_positions)
 
 
+def dry_run(options: Mapping[str, Any] | None, runtime: Runtime) -> Compiled:
+    """A backend that compiles as :func:`dct` does, up to the graphs that Inductor would generate code from.
+
+    What it finds is reported to ``runtime``. What it compiles computes nothing: outputs are zeros of the right shape. Nothing is attached
+    to a DDP module and nothing is exchanged with other ranks. Raises ``ValueError`` as :func:`dct`. Needs a process group.
+    """
+    config, patches = _split_options(options)
+    foreseen: list[DistributedDataParallel] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        modules = ddp.enclosing_modules()
+        group = _gradient_group(config, bool(modules))
+        for module in modules:
+            if module not in foreseen:
+                ddp.foresee(module, config, runtime)
+                foreseen.append(module)
+        compiled, requests, _ = _GraphCompiler(gm, example_inputs, config, patches, group, runtime, _nothing_computed).compile()
+        return lambda *args: compiled(*args, *(tensor for request in requests for tensor in _blank_state(request, args)))
+
+    return backend
+
+
+def _nothing_computed(gm: fx.GraphModule, _: Sequence[Any], **__: Any) -> Compiled:
+    """In place of Inductor's code generation: returns zeros. What is only saved for a backward, which never runs, is left uninitialised."""
+    output = output_node(gm.graph)
+    results: tuple[Any, ...] = output.args[0]  # type: ignore[assignment]
+    # By name: torch 2.13 has two such classes, torch 2.11 one.
+    saved = [type(item).__name__.startswith("SavedForBackwards") for item in output.meta.get("desc", ())] or [False] * len(results)
+
+    def run(_: list[Any]) -> list[Any]:
+        return [_stand_in(node, is_saved) for node, is_saved in zip(results, saved, strict=True)]
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _stand_in(node: Any, is_saved: bool) -> Any:
+    value = node.meta["val"] if isinstance(node, fx.Node) and "val" in node.meta else node
+    if isinstance(value, fx.Node):  # a constant of Inductor's own passes: they leave it without a value, and it has no inputs
+        value = value.target(*value.args, **value.kwargs)  # type: ignore[operator]
+    if isinstance(value, torch.SymInt):
+        return hint(value)
+    if not isinstance(value, Tensor):
+        return value
+    shape, strides = ([hint(size) for size in sizes] for sizes in (value.shape, value.stride()))
+    tensor = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+    return tensor if is_saved else tensor.zero_()
+
+
+def _split_options(options: Mapping[str, Any] | None) -> tuple[DCTConfig, dict[str, Any]]:
+    config, patches = split_options(options, list_options())
+    _check_inductor_types(patches)
+    return config, patches
+
+
 def _check_inductor_types(patches: Mapping[str, Any]) -> None:
     current = inductor_config.get_config_copy()
     for key, value in patches.items():
@@ -65,7 +122,7 @@ def _tell_graph_break(gm: fx.GraphModule, runtime: Runtime) -> None:
     ended: GraphCompileReason | None = getattr(gm, "compile_subgraph_reason", None)
     if ended is None or not ended.graph_break:
         return
-    line = innermost_line([(frame.filename, str(frame.lineno), frame.name, frame.line or "") for frame in ended.user_stack])
+    line = innermost_line("".join(traceback.format_list(ended.user_stack)))
     if line is None:  # torch cut it itself, as at DDP's buckets; all of it is compiled
         return
     cause = ended.reason.splitlines()[0].rstrip(".")
@@ -85,8 +142,10 @@ def _gradient_group(config: DCTConfig, inside_ddp: bool) -> ProcessGroup | None:
     return group
 
 
-def _compile(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Compiled:
-    compiled = compile_fx(gm, list(inputs), config_patches=patches)
+def _compile(
+    gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], inner_compile: Callable[..., Any] = compile_fx_inner
+) -> Compiled:
+    compiled = compile_fx(gm, list(inputs), inner_compile, patches)
     assert callable(compiled)
     return compiled
 
@@ -102,9 +161,10 @@ class _GraphCompiler:
         patches: dict[str, Any],
         group: ProcessGroup | None,
         runtime: Runtime,
+        inner_compile: Callable[..., Any] = compile_fx_inner,
     ) -> None:
         self.gm, self.example_inputs, self.config, self.group, self.runtime = gm, example_inputs, config, group, runtime
-        self.patches = patches
+        self.patches, self.inner_compile = patches, inner_compile
         self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
         self.inputs = [_describe(node, example) for node, example in zip(_placeholders(gm), example_inputs, strict=True)]
         self.parameter_positions = [position for position, info in enumerate(self.inputs) if info.is_parameter]
@@ -112,6 +172,15 @@ class _GraphCompiler:
         self.name = f"graph {compile_id}" if compile_id is not None else "graph"
 
     def run(self) -> Compiled:
+        """The compiled graph, to be called with the graph's own inputs."""
+        compiled, requests, decisions = self.compile()
+        self._agree(decisions)
+        if requests:
+            compiled = _with_state(compiled, requests, self.runtime)
+        return compiled if self.group is None else _with_equal_start(compiled, self.parameter_positions, self.group, self.runtime)
+
+    def compile(self) -> tuple[Compiled, list[StateRequest], list[Decision]]:
+        """The compiled graph, the state that it wants behind its own inputs, and what was decided."""
         requests: list[StateRequest] = []
         while True:
             try:
@@ -121,11 +190,7 @@ class _GraphCompiler:
                     raise
                 requests = needed.requests
             else:
-                break
-        self._agree(decisions)
-        if requests:
-            compiled = _with_state(compiled, requests, self.runtime)
-        return compiled if self.group is None else _with_equal_start(compiled, self.parameter_positions, self.group, self.runtime)
+                return compiled, requests, decisions
 
     def _attempt(self, requests: list[StateRequest]) -> tuple[Compiled, list[Decision]]:
         earlier = _custom_passes(self.patches.get(_SLOT, getattr(inductor_config, _SLOT)))
@@ -133,7 +198,7 @@ class _GraphCompiler:
         gm, inputs = add_state_inputs(self.gm, self.example_inputs, requests)
         # The autograd cache would skip the passes on a warm start, and with them the report; Inductor's own cache stays on.
         with functorch_config.patch(enable_autograd_cache=False):
-            compiled = _compile(gm, inputs, {**self.patches, _SLOT: joint_pass})
+            compiled = _compile(gm, inputs, {**self.patches, _SLOT: joint_pass}, self.inner_compile)
         return compiled, joint_pass.decisions
 
     def _agree(self, decisions: Sequence[Decision]) -> None:
@@ -192,13 +257,13 @@ def add_state_inputs(gm: fx.GraphModule, inputs: Sequence[Any], requests: Sequen
     copy = fx.GraphModule(gm, graph)
     copy.meta.update(gm.meta)
     copy._param_name_to_source = gm._param_name_to_source
-    fake_mode = detect_fake_mode(list(inputs))
-    examples: list[Any] = list(inputs)
-    for request in requests:
-        device = inputs[request.positions[0]].device
-        for tensor in BucketState([], request.layout, request.owner_layout, device).tensors():
-            examples.append(fake_mode.from_tensor(tensor, static_shapes=True) if fake_mode is not None else tensor)
-    return copy, examples
+    with detect_fake_mode(list(inputs)) or nullcontext():
+        return copy, [*inputs, *(tensor for request in requests for tensor in _blank_state(request, inputs))]
+
+
+def _blank_state(request: StateRequest, inputs: Sequence[Any]) -> list[Tensor]:
+    """Tensors of the shapes that ``request`` wants, for a graph that is called with ``inputs``."""
+    return BucketState([], request.layout, request.owner_layout, inputs[request.positions[0]].device).tensors()
 
 
 def _with_state(compiled: Compiled, requests: Sequence[StateRequest], runtime: Runtime) -> Compiled:

@@ -102,7 +102,7 @@ def _mask_local_gradient(decision: Decision, payload: fx.Node, config: DCTConfig
     gradient, users = decision.site.local_gradient
     first = next(node for node in gradient.graph.nodes if node in users)
     label = f"{decision.site.label} backward"
-    at = gu.Inserter(gradient.graph, first, gradient, label=label)
+    at = gu.Inserter(gradient.graph, first, decision.site.node, label=label)
     tensor = gradient.meta["val"]
     values = at.call(dct.gather_rows.default, gradient, payload, decision.slots, config.mp_dtype, tensor.dtype, site=label)
     row_shape = [int(size) for size in tensor.shape[1:]]

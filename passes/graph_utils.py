@@ -13,6 +13,8 @@ c10d = torch.ops._c10d_functional
 aten = torch.ops.aten
 
 WAIT = c10d.wait_tensor.default
+SITE = "dct_site"
+"""The key of a node's ``meta`` that holds the number of the site it belongs to, in the dense graph as in the rewritten one."""
 _NOT_COLLECTIVES = ("wait_tensor", "_wrap_tensor_autograd")
 
 SHAPE_OPS = frozenset(
@@ -153,13 +155,13 @@ def output_node(graph: fx.Graph) -> fx.Node:
 class Inserter:
     """Adds call nodes before a node, with ``meta["val"]`` computed by running the operator on the arguments' fake tensors.
 
-    New nodes take over the source line of ``like``. ``label`` is what the comments of Inductor's code call their origin. ``in_backward``
-    nodes are tagged for the partitioner, which would otherwise move an operator that mutates state to the forward graph.
+    New nodes take over the source line and the site of ``like``. ``label`` is what the comments of Inductor's code call their origin.
+    ``in_backward`` nodes are tagged for the partitioner, which would otherwise move an operator that mutates state to the forward graph.
     """
 
     def __init__(self, graph: fx.Graph, before: fx.Node, like: fx.Node, in_backward: bool = False, label: str = "") -> None:
         self.graph, self.before = graph, before
-        self.meta: dict[str, Any] = {"stack_trace": like.stack_trace} if like.stack_trace else {}
+        self.meta: dict[str, Any] = {key: like.meta[key] for key in ("stack_trace", SITE) if like.meta.get(key) is not None}
         if label:
             self.meta["from_node"] = [_origin(like, label)]
         if in_backward:

@@ -20,6 +20,7 @@ from dct_compile.passes.compress_activations import compress_activations
 from dct_compile.passes.compress_gradients import compress_gradients
 from dct_compile.passes.insert_gradient_sync import gradient_buckets, insert_gradient_sync
 from dct_compile.passes.plan import Decision, plan
+from dct_compile.passes.record import Described, describe, describe_nodes, readable
 from dct_compile.passes.sites import GraphContext, Parameter, find_sites
 from dct_compile.report import GraphReport, Measure, ReportEntry, SiteReport
 from dct_compile.runtime import Runtime
@@ -101,16 +102,15 @@ class JointGraphPass(CustomGraphPass):
         for user_pass in self.earlier:
             user_pass(graph)
         context, state = self._read_inputs(graph)
-        # Printing a large graph takes a while: one without collectives is neither rewritten nor reported.
-        may_change = self.group is not None or any(gu.collective_name(node) is not None for node in graph.nodes)
-        before = readable(graph) if may_change else ""
         if self.group is not None and context.training:
             insert_gradient_sync(graph, context, trainable_buckets(self.inputs, context.parameters.values()), self.group.group_name)
         self.decisions = plan(find_sites(graph, context), self.config, context.training)
         self._check_state(state)
+        # Describing a large graph takes a while: one without collectives is neither rewritten nor reported.
         if self.decisions:
+            before = describe(graph, self.decisions)
             rewrite(graph, self.decisions, lambda decision: state[self._request_of(decision)], self.config)
-            record(self.name, before, graph, self.decisions, self.runtime, self._measures())
+            record(self.name, before, graph, self.runtime, self._measures())
 
     def _read_inputs(self, graph: fx.Graph) -> tuple[GraphContext, dict[int, list[fx.Node]]]:
         """What AOTAutograd's descriptors say: which placeholder is which Dynamo input, which output is whose gradient.
@@ -180,14 +180,6 @@ def trainable_buckets(inputs: Sequence[GraphInput], parameters: Iterable[Paramet
     return gradient_buckets([(parameter, dtype) for parameter, dtype in dtypes if dtype is not None])
 
 
-def readable(graph: fx.Graph) -> str:
-    """The graph as annotated Python code."""
-    module = graph.owning_module
-    assert module is not None
-    module.recompile()
-    return module.print_readable(print_output=False)
-
-
 def rewrite(graph: fx.Graph, decisions: Sequence[Decision], state: Callable[[Decision], Sequence[fx.Node]], config: DCTConfig) -> int:
     """Executes the decisions. Activations first: their rewriting looks at forward and backward collectives that gradients do not touch."""
     rewritten = compress_activations(graph, decisions, config)
@@ -196,12 +188,10 @@ def rewrite(graph: fx.Graph, decisions: Sequence[Decision], state: Callable[[Dec
     return rewritten
 
 
-def record(
-    name: str, before: str, graph: fx.Graph, decisions: Sequence[Decision], runtime: Runtime, measures: Sequence[Measure | None]
-) -> ReportEntry:
+def record(name: str, before: Described, graph: fx.Graph, runtime: Runtime, measures: Sequence[Measure | None]) -> ReportEntry:
     """Logs the decisions, adds them to the report and to TORCH_TRACE; returns the report's entry."""
-    sites = [(_site_report(decision), measure) for decision, measure in zip(decisions, measures, strict=True)]
-    return publish(GraphReport(name, before, readable(graph)), sites, runtime)
+    graph_report = GraphReport(name, before.text, readable(graph), before.nodes, describe_nodes(graph))
+    return publish(graph_report, list(zip(before.sites, measures, strict=True)), runtime)
 
 
 def publish(graph: GraphReport, sites: Sequence[tuple[SiteReport, Measure | None]], runtime: Runtime) -> ReportEntry:
@@ -223,22 +213,3 @@ def _log_line(graph: str, site: SiteReport) -> str:
 def _trace_artifact(name: str, encoding: str, payload: object) -> None:
     """An artifact for tlparse. A bucket of DDP belongs to no compilation, so a compilation's id is not expected."""
     trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=lambda: payload, expect_trace_id=False)
-
-
-def _site_report(decision: Decision) -> SiteReport:
-    site, tensor = decision.site, decision.site.tensor
-    shape = tuple(gu.hint(size) for size in tensor.shape) if tensor is not None else ()
-    return SiteReport(
-        collective=site.collective,
-        kind=site.kind,
-        name=site.name,
-        shape=shape,
-        dtype=str(tensor.dtype).removeprefix("torch.") if tensor is not None else "",
-        decision="compressed" if decision.compressed else "dense",
-        reason=decision.reason,
-        dense_bytes=decision.dense_bytes,
-        wire_bytes=decision.wire_bytes,
-        group=site.group_name,
-        group_size=site.group_size,
-        density=decision.slots / shape[-1] if decision.codec == "mask" else None,
-    )

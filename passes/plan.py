@@ -6,7 +6,7 @@ all ranks decide alike.
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -47,7 +47,8 @@ class Decision:
     """The verdict on one site.
 
     ``codec`` is "dense", "gradient" (threshold with error feedback), "mask" (row threshold; the backward reuses the forward's mask) or
-    "quantize". ``slots`` are the entries kept of each row, ``bits`` those of a quantised element. Bytes are per rank and call.
+    "quantize". ``slots`` are the entries kept of each row, ``bits`` those of a quantised element. Bytes are per rank and call;
+    ``gather_bytes`` and ``owner_bytes`` are what either scheme sends for a gradient with a payload.
     """
 
     site: Site
@@ -58,6 +59,8 @@ class Decision:
     slots: int = 0
     bits: int = 0
     gradient: GradientPlan | None = None
+    gather_bytes: int | None = None
+    owner_bytes: int | None = None
 
     @property
     def compressed(self) -> bool:
@@ -155,11 +158,13 @@ def _plan_gradient(site: Site, config: DCTConfig) -> Decision:
     gather_bytes, owner_bytes = cost.gather_bytes(gather, size), cost.owner_bytes(owner, size)
     by_owner = config.all_reduce == "owner" or (config.all_reduce == "auto" and owner_bytes < gather_bytes)
     remainder = cost.sent_bytes("all_reduce", sum(segment.parameter.numel for segment in rest) * site.tensor.itemsize, size)
-    wire_bytes = (owner_bytes if by_owner else gather_bytes) + remainder
+    gather_bytes, owner_bytes = gather_bytes + remainder, owner_bytes + remainder
+    wire_bytes = owner_bytes if by_owner else gather_bytes
     full_bytes = dense_bytes(site)
     scheme = "owner" if by_owner else "gather"
     if wire_bytes >= full_bytes:
-        return dense(site, Reason.GRADIENT_TOO_LARGE.format(scheme=scheme, ranks=size, wire=wire_bytes, dense=full_bytes))
+        reason = Reason.GRADIENT_TOO_LARGE.format(scheme=scheme, ranks=size, wire=wire_bytes, dense=full_bytes)
+        return replace(dense(site, reason), gather_bytes=gather_bytes, owner_bytes=owner_bytes)
     layout = owner if by_owner else gather
     owner_layout = (
         GradientLayout(layout.segments, layout.block, layout.chunks, rank, layout.capacity_fraction, layout.value_dtype)
@@ -168,7 +173,16 @@ def _plan_gradient(site: Site, config: DCTConfig) -> Decision:
     )
     names = ", ".join(segment.parameter.name for segment in rest)
     what = (Reason.GRADIENT_BUT if rest else Reason.GRADIENT).format(scheme=scheme, density=config.dp_density, names=names)
-    return Decision(site, "gradient", what, full_bytes, wire_bytes, gradient=GradientPlan(numel, compressed, rest, layout, owner_layout))
+    return Decision(
+        site,
+        "gradient",
+        what,
+        full_bytes,
+        wire_bytes,
+        gradient=GradientPlan(numel, compressed, rest, layout, owner_layout),
+        gather_bytes=gather_bytes,
+        owner_bytes=owner_bytes,
+    )
 
 
 def gradient_layout_of(compressed: Sequence[Segment], chunks: int, config: DCTConfig) -> GradientLayout:

@@ -1,9 +1,7 @@
 """Finds every collective of a graph and says what it carries. Nothing is changed here."""
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, fx
 
 from dct_compile.labels import site_label
 from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.source import source_name
 
 aten = gu.aten
 EMBEDDING_OPS = frozenset(
@@ -37,7 +36,6 @@ _GRADIENT_PATH = gu.SCALING_OPS | {
     aten._to_copy.default,
     torch.ops.prims.convert_element_type.default,
 }
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
             collective,
             kind="other",
             origin=_origin(tensor, context) if tensor is not None else "computed",
-            name=source_line(node),
+            name=source_name(node),
             input=tensor,
             group_name=group.group_name,
             group_size=group.size(),
@@ -221,33 +219,3 @@ def _gradient_segments(node: fx.Node, returned: dict[Any, Parameter]) -> tuple[S
                 break
             current = followers[0]
     return ()
-
-
-def source_line(node: fx.Node) -> str:
-    """The user's line that issued ``node``, behind the path of its module: ``top.0: file.py:12 in forward: code``.
-
-    The node's own name stands for a line that the trace does not hold.
-    """
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0].partition("].")[2] if stack else ""
-    return f"{path}: {_line(node)}" if path else _line(node)
-
-
-def _line(node: fx.Node) -> str:
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
-    frames = [(*_parse_frame(line), code) for line, code in zip(lines, [*lines[1:], ""], strict=False) if line.startswith('File "')]
-    return innermost_line(frames) or node.name
-
-
-def _parse_frame(line: str) -> tuple[str, str, str]:
-    _, path, rest = line.split('"', 2)
-    _, number, function = (part.strip() for part in rest.split(",", 2))
-    return path, number.removeprefix("line "), function.removeprefix("in ")
-
-
-def innermost_line(stack: Sequence[tuple[str, str, str, str]]) -> str | None:
-    """The last frame outside of torch as ``file.py:12 in forward: code``; frames are (path, line, function, code)."""
-    for path, number, function, code in reversed(stack):
-        if _TORCH_FOLDER not in path:
-            return f"{Path(path).name}:{number} in {function}: {code}"
-    return None

@@ -1,9 +1,13 @@
 """The report: what a table shows, sums and ratios, and what is forgotten."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
+
+import pytest
 
 import dct_compile
-from dct_compile.report import NOTHING_COMPILED, GraphReport, Report, ReportRegistry, SiteReport
+from dct_compile.report import NOTHING_COMPILED, GraphReport, NodeReport, Report, ReportRegistry, SiteReport
 from dct_compile.runtime import RUNTIME
 
 MASKED = SiteReport(
@@ -43,7 +47,7 @@ def test_table_has_a_line_per_site() -> None:
     report = Report((MASKED, DENSE), (GRAPH,), ())
     header = str(report).splitlines()[0].split()
     places = ["collective", "kind", "name", "shape", "dtype"]
-    assert header == [*places, "decision", "dense_B", "wire_B", "ratio", "density", "overflow", "reason"]
+    assert header == [*places, "decision", "dense_B", "wire_B", "ratio", "density", "reason"]
     assert cells(report, 0) == [
         "all_to_all_single",
         "activation",
@@ -58,6 +62,33 @@ def test_table_has_a_line_per_site() -> None:
         "row threshold, 4 of 64 kept",
     ]
     assert cells(report, 1)[5:] == ["dense", "1000", "1000", "1.0", "broadcast is not compressed"]
+
+
+def test_columns_without_a_value_are_left_out() -> None:
+    plain = replace(MASKED, density=None)
+    gradient = replace(plain, gather_bytes=200, owner_bytes=144, overflow=3)
+    assert not {"density", "overflow", "gather_B", "owner_B"} & set(str(Report((plain,), (), ())).split())
+    assert {"overflow", "gather_B", "owner_B"} <= set(str(Report((plain, gradient), (), ())).split())
+
+
+def test_table_fits_a_narrow_terminal() -> None:
+    report = Report((replace(MASKED, reason="r" * 200), replace(DENSE, name="n" * 200)), (GRAPH,), ("look here",))
+    assert report.table(width=1000) == str(report)
+    text = report.table(width=100)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    for word in (
+        "activation: all_to_all_single 16x64 float32",
+        MASKED.name[:20],
+        "compressed: rrr",
+        "broadcast",
+        "dense: broadcast is not",
+        "3072",
+        "21.3",
+        "look here",
+    ):
+        assert word in text
+    assert len([line for line in lines if "…" in line]) == 2 + (len(MASKED.name) > 40)
 
 
 def test_totals() -> None:
@@ -95,7 +126,7 @@ def test_registry_collects_in_order() -> None:
     registry.add(GRAPH, [(MASKED, None), (DENSE, None)])
     registry.add(replace(GRAPH, name="graph 1/0"), [(DENSE, None)])
     report = registry.snapshot()
-    assert report.sites == (MASKED, DENSE, DENSE)
+    assert report.sites == (MASKED, replace(DENSE, number=1), replace(DENSE, graph=1))
     assert [graph.name for graph in report.graphs] == ["graph 0/0", "graph 1/0"]
 
 
@@ -116,7 +147,7 @@ def test_removed_entries_are_gone() -> None:
     first = registry.add(GRAPH, [(MASKED, None)])
     twin = registry.add(GRAPH, [(DENSE, None)])
     registry.remove(first)
-    assert registry.snapshot().sites == (DENSE,)
+    assert registry.snapshot().sites == (DENSE,), "graphs are counted anew"
     registry.remove(twin)
     assert registry.snapshot() == EMPTY
 
@@ -142,3 +173,58 @@ def test_public_functions_read_and_reset_the_process_wide_report() -> None:
     assert dct_compile.report().sites == (MASKED,)
     dct_compile.reset_report()
     assert dct_compile.report() == EMPTY
+
+
+def test_json_holds_everything(tmp_path: Path) -> None:
+    node = NodeReport("y", "aten.relu.default", ("x",), (16, 64), "float32", 4096, "model.py:12", "y = relu(x)", 0, False)
+    report = Report((MASKED, DENSE), (replace(GRAPH, nodes_after=(node,)),), ("look here",))
+    text = report.to_json(tmp_path / "report.json")
+    assert (tmp_path / "report.json").read_text() == text == report.to_json()
+    read = json.loads(text)
+    assert (read["dense_bytes"], read["wire_bytes"], read["notes"]) == (4072, 1144, ["look here"])
+    assert [SiteReport(**{**site, "shape": tuple(site["shape"])}) for site in read["sites"]] == [MASKED, DENSE]
+    assert read["graphs"][0]["nodes_after"][0]["inputs"] == ["x"]
+    assert read["graphs"][0]["before"] == "before"
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Report((), (), ()).to_json(tmp_path / "nowhere" / "report.json")
+
+
+def test_diff_of_equal_reports() -> None:
+    report = Report((MASKED, DENSE), (), ())
+    measured = Report((replace(MASKED, density=0.03, overflow=7), DENSE), (), ())
+    assert report.diff(measured).different == ()
+    assert str(report.diff(measured)) == "no site differs (2 compared)"
+
+
+def test_diff_tells_what_an_option_changes() -> None:
+    before = Report((MASKED, DENSE), (), ())
+    left = replace(MASKED, decision="dense", reason="mp_density=1 keeps everything", wire_bytes=3072)
+    added = replace(DENSE, name="z", dense_bytes=10, wire_bytes=10)
+    diff = before.diff(Report((left, added), (), ()))
+    assert [(change.before, change.after) for change in diff.changes] == [(MASKED, left), (DENSE, None), (None, added)]
+    assert [change.wire_bytes for change in diff.different] == [2928, -1000, 10]
+    text = str(diff)
+    for words in ("compressed, 144 B", "row threshold, 4 of 64 kept", "dense, 3072 B", "mp_density=1 keeps everything"):
+        assert words in text
+    assert text.count("not there") == 2
+    assert text.endswith("0 more sites are the same\non the wire per rank and step: 1144 bytes before, 3082 after (+1938)")
+
+
+def test_diff_pairs_sites_that_look_alike_in_order() -> None:
+    """A block that is called three times: the same line, the same kind."""
+    sites = tuple(replace(MASKED, number=number, wire_bytes=100 + number) for number in range(3))
+    shrunk = tuple(replace(site, wire_bytes=site.wire_bytes - 50) for site in sites)
+    assert [change.wire_bytes for change in Report(sites, (), ()).diff(Report(shrunk, (), ())).changes] == [-50, -50, -50]
+
+
+def test_notebook_shows_a_table() -> None:
+    text = Report((replace(MASKED, name="<b>"),), (), ("a < b",))._repr_html_()
+    assert text.startswith("<table>")
+    assert "&lt;b&gt;" in text
+    assert "<b>" not in text
+    assert "note: a &lt; b" in text
+    assert "per rank and step: 3072 bytes dense, 144 on the wire (21.3x)" in text
+    assert "no collectives found" in Report((), (), ())._repr_html_()

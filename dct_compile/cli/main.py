@@ -3,6 +3,7 @@
 import click
 
 from dct_compile.cli.bench import bench
+from dct_compile.cli.inspect import inspect
 from dct_compile.cli.train import train
 
 
@@ -12,4 +13,5 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(inspect)
 main.add_command(train)

@@ -50,7 +50,7 @@ def train(
     Both start from the same parameters and see the same batches. Prints quality, bytes and speed, and writes metrics.json, plots and
     report.html to --out. Under torchrun, the ranks are those that torchrun started.
     """
-    require("tqdm", "matplotlib", "jinja2")
+    require("tqdm", "matplotlib")
     flags = {
         "dp_density": dp_density,
         "mp_density": mp_density,

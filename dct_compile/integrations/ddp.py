@@ -7,8 +7,9 @@ the same order on every rank; on CUDA it runs on a side stream.
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -16,18 +17,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
-from torch._C._distributed_c10d import GradBucket
+from torch._C._distributed_c10d import _DEFAULT_FIRST_BUCKET_BYTES, GradBucket, _compute_bucket_assignment_by_size
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.config import DCTConfig
 from dct_compile.measure import BucketMeasure
 from dct_compile.passes import graph_utils as gu
-from dct_compile.passes.manager import publish, readable, record, rewrite
+from dct_compile.passes.manager import publish, record, rewrite
 from dct_compile.passes.plan import Decision, plan
 from dct_compile.passes.reasons import Note, Reason
+from dct_compile.passes.record import describe
 from dct_compile.passes.sites import GraphContext, Parameter, Segment, find_sites
-from dct_compile.report import GraphReport, SiteReport
+from dct_compile.report import GraphReport, Measure, ReportEntry, SiteReport
 from dct_compile.runtime import Runtime
 from dct_compile.state import STATE_INPUTS, BucketState, named_parameters
 
@@ -82,12 +84,58 @@ def watched(
     return run
 
 
+def foresee(module: DistributedDataParallel, config: DCTConfig, runtime: Runtime) -> None:
+    """Reports what :func:`attach` will come to, and attaches nothing.
+
+    The buckets are those that DDP will have from its second step on if gradients come in the reverse order of the parameters; what it
+    sends does not depend on how parameters are bucketed.
+    """
+    reason = _reason_to_leave(module, config)
+    if reason is not None:
+        publish(GraphReport("DistributedDataParallel", "", ""), [(_dense_site(module, reason), None)], runtime)
+        return
+    names = {id(parameter): name for name, parameter in named_parameters(module)}
+    for index, parameters in enumerate(_future_buckets(module)):
+        first = parameters[0]
+        with FakeTensorMode():
+            buffer = torch.empty(sum(parameter.numel() for parameter in parameters), dtype=first.dtype, device=first.device)
+        graph, context = _trace(parameters, names, buffer, module.process_group)
+        own = _own_config(module, config)
+        decisions = plan(find_sites(graph, context), own, training=True)
+        _rewrite(index, graph, decisions, first.device, module.process_group, own, runtime, None)
+
+
+@contextmanager
+def at_rest(modules: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """While it lasts, the modules' ``forward`` neither sends buffers nor prepares the reducer for a backward."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(module.no_sync())
+            stack.callback(setattr, module, "require_forward_param_sync", module.require_forward_param_sync)
+            module.require_forward_param_sync = False
+        yield
+
+
+def _future_buckets(module: DistributedDataParallel) -> list[list[Tensor]]:
+    parameters, sparse = module._build_params_for_reducer()
+    parameters.reverse()
+    first = [_DEFAULT_FIRST_BUCKET_BYTES] if module.bucket_bytes_cap_default else []
+    limits = getattr(module, "bucket_bytes_cap_list", []) or [*first, module.bucket_bytes_cap]
+    buckets, _ = _compute_bucket_assignment_by_size(parameters, limits, sparse[::-1])
+    return [[parameters[position] for position in bucket] for bucket in buckets]
+
+
+def _own_config(module: DistributedDataParallel, config: DCTConfig) -> DCTConfig:
+    """A parameter that no rank used keeps its gradient as it is, so nothing may be sent for it: only a rank can know, not an owner."""
+    return replace(config, all_reduce="gather") if module.find_unused_parameters else config
+
+
 def _reason_to_leave(module: DistributedDataParallel, config: DCTConfig) -> str | None:
     if module.process_group.size() == 1:
         return Reason.ONE_RANK
     if config.dp_density == 1:
         return Reason.DP_DENSITY_ONE
-    if getattr(module, "_comm_hooks", None):
+    if any(hook is not GradientCompressor.reduce for hook, _ in getattr(module, "_comm_hooks", [])):
         return Reason.OWN_HOOK
     if getattr(module, "_use_python_reducer", False):
         return Reason.PYTHON_REDUCER
@@ -108,9 +156,8 @@ class GradientCompressor:
     """The communication hook of one DDP module and what it has compiled for each bucket."""
 
     def __init__(self, module: DistributedDataParallel, config: DCTConfig, runtime: Runtime) -> None:
-        # A parameter that no rank used keeps its gradient as it is, so nothing may be sent for it: only a rank can know, not an owner.
         self.find_unused = module.find_unused_parameters
-        self.config = replace(config, all_reduce="gather") if self.find_unused else config
+        self.config = _own_config(module, config)
         self.runtime = runtime
         self.names = {id(parameter): name for name, parameter in named_parameters(module)}
         # Parameters that no compiled graph was called with; a parameter that was not used at all cannot be told from those.
@@ -182,12 +229,10 @@ class BucketReducer:
     def __init__(self, index: int, parameters: Sequence[Tensor], buffer: Tensor, owner: GradientCompressor) -> None:
         self.parameters = [weakref.ref(parameter) for parameter in parameters]
         graph, context = _trace(parameters, owner.names, buffer, owner.group)
-        before = readable(graph)
         decisions = plan(find_sites(graph, context), owner.config, training=True)
         self.state = self._find_state(decisions, parameters, owner)
-        rewrite(graph, decisions, lambda decision: _add_state_inputs(graph, decision, buffer.device), owner.config)
         measure = None if self.state is None else BucketMeasure([self.state])
-        self.entry = record(f"DDP bucket {index} of group {owner.group.group_name}", before, graph, decisions, owner.runtime, [measure])
+        self.entry = _rewrite(index, graph, decisions, buffer.device, owner.group, owner.config, owner.runtime, measure)
         self.module = fx.GraphModule(nn.Module(), graph)
         self.find_unused = owner.find_unused
 
@@ -230,8 +275,24 @@ def _run(reducer: BucketReducer, buffer: Tensor, future: torch.futures.Future[Te
         future.set_exception(error)  # type: ignore[arg-type]
 
 
+def _rewrite(
+    index: int,
+    graph: fx.Graph,
+    decisions: Sequence[Decision],
+    device: torch.device,
+    group: dist.ProcessGroup,
+    config: DCTConfig,
+    runtime: Runtime,
+    measure: Measure | None,
+) -> ReportEntry:
+    """Rewrites a bucket's graph in place and reports it."""
+    before = describe(graph, decisions)
+    rewrite(graph, decisions, lambda decision: _add_state_inputs(graph, decision, device), config)
+    return record(f"DDP bucket {index} of group {group.group_name}", before, graph, runtime, [measure])
+
+
 def _trace(parameters: Sequence[Tensor], names: dict[int, str], buffer: Tensor, group: dist.ProcessGroup) -> tuple[fx.Graph, GraphContext]:
-    """The graph of what DDP does with a bucket: one averaging all_reduce."""
+    """The graph of what DDP does with a bucket: one averaging all_reduce. Of ``buffer`` only shape, dtype and device count."""
     module = fx.GraphModule(nn.Module(), fx.Graph())
     graph = module.graph
     gradient = graph.placeholder("grad")

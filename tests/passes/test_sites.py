@@ -8,7 +8,8 @@ import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, fx, nn
 
-from dct_compile.passes.sites import GraphContext, find_sites, source_line
+from dct_compile.passes.sites import GraphContext, find_sites
+from dct_compile.passes.source import source_name
 from tests.small_models import (
     Averaged,
     AveragedFlat,
@@ -229,7 +230,7 @@ def test_name_is_the_line_of_user_code() -> None:
 
 
 def test_name_without_a_stack_trace_is_the_nodes() -> None:
-    assert source_line(fx.Graph().placeholder("received")) == "received"
+    assert source_name(fx.Graph().placeholder("received")) == "received"
 
 
 def test_compiled_autograd_graph_has_gradients_of_unknown_parameters() -> None:

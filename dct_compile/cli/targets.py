@@ -1,0 +1,121 @@
+"""What ``dct inspect`` looks at: a model of this project by its name, or what a function of the user's returns."""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dct_compile.models.dlrm import DLRM
+from dct_compile.models.parallel import Mesh, Table, wrap_data_parallel
+
+
+class TargetError(ValueError):
+    """What was named cannot be inspected; the message says what was expected."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model and what it is called with."""
+
+    model: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    named_inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+MOVIELENS_TABLES = (
+    Table("user", 943),
+    Table("item", 1682),
+    Table("age", 15),
+    Table("gender", 2),
+    Table("occupation", 21),
+    Table("zip", 111),
+    Table("year", 37),
+    Table("genre", 20, width=6),
+)
+"""The demo's tables, so that it can be inspected without its data."""
+
+
+def dlrm() -> Target:
+    """The demo's DLRM: two model-parallel ranks (one if the ranks are odd in number), all others data parallel, in DDP."""
+    ranks = dist.get_world_size()
+    mp = 2 - ranks % 2
+    # Groups are made by hand: a device mesh would make the groups of all other ranks, too, which takes a while for a thousand of them.
+    dp_group = dist.new_group(list(range(0, ranks, mp))) if ranks > mp else None
+    mp_group = dist.new_group(list(range(mp))) if mp > 1 else None
+    mesh = Mesh(ranks // mp, mp, dp_rank=0, mp_rank=0, dp_group=dp_group, mp_group=mp_group)
+    model = DLRM(4, MOVIELENS_TABLES, mesh.mp_group)
+    ids = torch.zeros(128, sum(table.width for table in MOVIELENS_TABLES), dtype=torch.int64)
+    return Target(wrap_data_parallel(model, mesh), (torch.zeros(128, 4), ids))
+
+
+MODELS: Mapping[str, Callable[[], Target]] = {"dlrm": dlrm}
+_EXPECTED = f"a model ({', '.join(MODELS)}) or file.py:function, where the function returns (model, inputs)"
+
+
+def find(name: str) -> Callable[[], Target]:
+    """The maker of a target, to be called under the process group that the model is for.
+
+    Raises :class:`TargetError` for an unknown name, a missing or broken file and a missing function.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    path, separator, function = name.rpartition(":")
+    if not separator:
+        raise TargetError(f"unknown target {name!r}: expected {_EXPECTED}")
+    if not path.endswith(".py") or not function.isidentifier():
+        raise TargetError(f"{name!r} is not of the form file.py:function: expected {_EXPECTED}")
+    if not Path(path).is_file():
+        raise TargetError(f"there is no file {path!r}: expected {_EXPECTED}")
+    return lambda: _call(Path(path), function)
+
+
+def _call(path: Path, name: str) -> Target:
+    function = getattr(_load(path), name, None)
+    if not callable(function):
+        raise TargetError(f"{path} has no function {name!r}; it needs one without arguments that returns (model, inputs)")
+    try:
+        result = function()
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{name} in {path} raised {type(error).__name__}: {error}") from error
+    return _as_target(result, f"{name} in {path}")
+
+
+def _load(path: Path) -> ModuleType:
+    """Runs the file as a module that is not ``__main__``; its folder can be imported from, as if it were run by ``python``.
+
+    The module has a name that hides no other, whatever the file is called.
+    """
+    spec = importlib.util.spec_from_file_location(f"_inspected_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _as_target(result: Any, where: str) -> Target:
+    if not isinstance(result, tuple) or len(result) != 2:
+        what = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
+        raise TargetError(f"{where} returned {what}; expected (model, inputs)")
+    model, inputs = result
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"{where} returned a {type(model).__name__} as the model; expected a torch.nn.Module")
+    if isinstance(inputs, Tensor):
+        return Target(model, (inputs,))
+    if isinstance(inputs, tuple | list):
+        return Target(model, tuple(inputs))
+    if isinstance(inputs, dict):
+        return Target(model, (), inputs)
+    raise TargetError(f"{where} returned inputs of type {type(inputs).__name__}; expected a tensor, a tuple or a dict by argument name")

@@ -1,0 +1,124 @@
+"""Looks at what backend "dct" would do to a model: compiles forward and backward, and runs neither."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch._dynamo.config as dynamo_config
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+
+# Registers the process-group backend "fake", whose collectives move nothing.
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from dct_compile.backend import dry_run
+from dct_compile.integrations import ddp
+from dct_compile.report import Report
+from dct_compile.runtime import Runtime
+
+DEFAULT_RANKS = 4
+
+
+@contextmanager
+def fake_ranks(ranks: int) -> Iterator[ProcessGroup]:
+    """While it lasts, this process is rank 0 of ``ranks`` whose collectives move nothing. ``ValueError`` for fewer than one rank."""
+    if ranks < 1:
+        raise ValueError(f"{ranks} ranks were asked for; at least 1 is needed")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def explain(
+    model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, ranks: int | None = None, **named_inputs: Any
+) -> Report:
+    """What ``torch.compile(model, backend="dct", options=options)`` would do when it is called with these inputs.
+
+    Forward and backward are compiled up to the graphs that Inductor would generate code from; nothing is computed or sent. Code of
+    ``model`` between two graphs (after a graph break) does run, on zeros. Parameters, buffers, gradients, torch's random generators and the
+    state of DDP are the same afterwards. Shapes are those of the inputs, none is dynamic.
+
+    Where no process group is initialised, ``ranks`` (default 4) are simulated; otherwise the group is used as it is, and each rank may
+    call this on its own. Raises ``ValueError`` for bad options and when ``ranks`` differs from the group's size, ``TypeError`` when
+    ``model`` cannot be called, and what ``model`` raises.
+    """
+    if not callable(model):
+        raise TypeError(f"model is of type {type(model).__name__}; a torch.nn.Module or a function is expected")
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    runtime = Runtime()
+    with ExitStack() as stack:
+        if not dist.is_initialized():
+            stack.enter_context(fake_ranks(DEFAULT_RANKS if ranks is None else ranks))
+        elif ranks not in (None, dist.get_world_size()):
+            raise ValueError(f"ranks is {ranks}, but a process group of {dist.get_world_size()} ranks is initialised: leave ranks out")
+        stack.enter_context(_unchanged(model, (inputs, named_inputs)))
+        stack.enter_context(_uncompiled(model))
+        stack.enter_context(dynamo_config.patch(fail_on_recompile_limit_hit=True))
+        with torch.enable_grad():
+            _compile(model, dry_run(options, runtime))(*inputs, **named_inputs)
+    return _with_hint(runtime, model)
+
+
+def _compile(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    # Where torch allows it (from 2.12 on), what is compiled here does not count for the recompilation limit of the user's own compilations.
+    isolated = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    compiled: Callable[..., Any] = torch.compile(model, backend=backend, dynamic=False, **isolated)  # type: ignore[call-overload]
+    return compiled
+
+
+@contextmanager
+def _uncompiled(model: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, parts of ``model`` that are compiled on their own are plain modules: their own backend would run them."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
+            module._compiled_call_impl = None
+            for name, child in module._modules.items():
+                if isinstance(child, OptimizedModule):
+                    stack.callback(module._modules.__setitem__, name, child)
+                    module._modules[name] = child._orig_mod
+        yield
+
+
+@contextmanager
+def _unchanged(model: Callable[..., Any], inputs: Any) -> Iterator[None]:
+    """Restores what running ``model`` once may change: tensors of the model and of ``inputs``, gradients, random generators, DDP."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    tensors = [tensor for tensor in pytree.tree_leaves(inputs) if isinstance(tensor, Tensor)]
+    if isinstance(model, nn.Module):
+        tensors += [*model.parameters(), *model.buffers()]
+    before = [(tensor, tensor._version, tensor.detach().clone(), tensor.grad) for tensor in tensors]
+    devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+    try:
+        with torch.random.fork_rng(devices), ddp.at_rest([module for module in modules if isinstance(module, DistributedDataParallel)]):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, version, values, gradient in before:
+                if tensor._version != version:
+                    tensor.copy_(values)
+                tensor.grad = gradient
+
+
+def _with_hint(runtime: Runtime, model: Callable[..., Any]) -> Report:
+    """The report; says where gradients are, when no site carries one."""
+    report = runtime.reports.snapshot()
+    trains = isinstance(model, nn.Module) and any(parameter.requires_grad for parameter in model.parameters())
+    if runtime.reports.called and trains and not any(site.kind == "gradient" for site in report.sites):
+        runtime.reports.note(
+            "no gradient is in this table: the model is not wrapped in DDP and its graphs do not average gradients; "
+            "see what DDP or option data_parallel=True would send by adding either"
+        )
+        return runtime.reports.snapshot()
+    return report

@@ -1,0 +1,18 @@
+"""What has been compiled: every collective found, what was decided about it and why, what it sends, and the graphs around it."""
+
+from dct_compile.report.data import GraphReport, NodeReport, SiteReport
+from dct_compile.report.diff import ReportDiff
+from dct_compile.report.registry import NOTHING_COMPILED, Measure, ReportEntry, ReportRegistry
+from dct_compile.report.report import Report
+
+__all__ = [
+    "NOTHING_COMPILED",
+    "GraphReport",
+    "Measure",
+    "NodeReport",
+    "Report",
+    "ReportDiff",
+    "ReportEntry",
+    "ReportRegistry",
+    "SiteReport",
+]

@@ -1,0 +1,84 @@
+"""What a report is made of: plain values, no graph and no process group."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One collective.
+
+    ``kind``: "gradient", "activation", "activation_gradient", "embedding", "embedding_gradient" or "other". ``name``: the parameters
+    whose gradient it carries, else the source line. ``decision``: "compressed" or "dense", for ``reason``. ``dense_bytes``,
+    ``wire_bytes``: sent per rank and call before and after, metadata and padding included. ``density``: fraction of the elements sent so
+    far (for row thresholds: of a row's elements that its payload holds). ``overflow``: entries above the threshold that found no room in
+    a payload so far; error feedback keeps them in the residual.
+
+    ``gather_bytes``, ``owner_bytes``: what either scheme would send for a gradient; ``None`` where there is no choice. ``source``: the
+    user's line as ``path:line``, empty where the trace holds none. ``graph``: the position in the report's ``graphs``; ``number``: the
+    place among the sites of that graph; ``pair``: the number of the site's twin, the backward of a forward collective or the other way
+    round.
+    """
+
+    collective: str
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    decision: str
+    reason: str
+    dense_bytes: int
+    wire_bytes: int
+    group: str
+    group_size: int
+    density: float | None = None
+    overflow: int | None = None
+    gather_bytes: int | None = None
+    owner_bytes: int | None = None
+    source: str = ""
+    graph: int = 0
+    number: int = 0
+    pair: int | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times fewer bytes are sent; ``None`` where nothing is."""
+        return self.dense_bytes / self.wire_bytes if self.wire_bytes else None
+
+    @property
+    def place(self) -> str:
+        """``source`` without its folders."""
+        return Path(self.source).name
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """One node of a graph, in graph order.
+
+    ``operator``: the operator's overload, or "placeholder" or "output". ``inputs``: the names of the nodes it reads. ``shape``, ``dtype``
+    and ``size`` (bytes) are those of its result, by the traced example where sizes are symbolic; ``None``, empty and 0 where it is not one
+    tensor. ``source``, ``code``: the user's line as ``path:line`` and its text. ``site``: the number of the site that it belongs to.
+    ``backward``: whether it depends on a gradient that the graph is given.
+    """
+
+    name: str
+    operator: str
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...] | None
+    dtype: str
+    size: int
+    source: str
+    code: str
+    site: int | None
+    backward: bool
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """A rewritten graph before and after: as readable code, and node by node (empty where DDP reduces outside of every graph)."""
+
+    name: str
+    before: str
+    after: str
+    nodes_before: tuple[NodeReport, ...] = ()
+    nodes_after: tuple[NodeReport, ...] = ()

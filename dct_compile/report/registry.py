@@ -1,0 +1,64 @@
+"""Collects what compilations report, for as long as the process lives."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from dct_compile.report.data import GraphReport, SiteReport
+from dct_compile.report.report import Report
+
+Measure = Callable[[], tuple[float, int] | None]
+"""Reads a site's achieved density and overflow from its counters; ``None`` before its first step."""
+
+
+NOTHING_COMPILED = (
+    "backend 'dct' has not been called: no compiled function has run yet, or torch.compile skipped the model "
+    "(it does so for torch's own modules inside DDP, such as DDP(nn.Sequential(...)): make them part of a module class of your own)"
+)
+
+
+@dataclass
+class ReportEntry:
+    """What one compilation added to the report."""
+
+    graph: GraphReport
+    sites: Sequence[tuple[SiteReport, Measure | None]]
+
+
+@dataclass
+class ReportRegistry:
+    """Collects what compilations report. ``called``: whether the backend has been asked to compile anything."""
+
+    entries: list[ReportEntry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    called: bool = False
+
+    def add(self, graph: GraphReport, sites: Sequence[tuple[SiteReport, Measure | None]]) -> ReportEntry:
+        entry = ReportEntry(graph, sites)
+        self.entries.append(entry)
+        return entry
+
+    def remove(self, entry: ReportEntry) -> None:
+        self.entries.remove(entry)
+
+    def note(self, text: str) -> None:
+        """Adds a note once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def clear(self) -> None:
+        self.entries.clear()
+        self.notes.clear()
+
+    def snapshot(self) -> Report:
+        sites = [
+            replace(_measured(site, measure), graph=position, number=number)
+            for position, entry in enumerate(self.entries)
+            for number, (site, measure) in enumerate(entry.sites)
+        ]
+        notes = self.notes if self.called else [*self.notes, NOTHING_COMPILED]
+        return Report(tuple(sites), tuple(entry.graph for entry in self.entries), tuple(notes))
+
+
+def _measured(site: SiteReport, measure: Measure | None) -> SiteReport:
+    measured = measure() if measure is not None else None
+    return replace(site, density=measured[0], overflow=measured[1]) if measured is not None else site

@@ -1,0 +1,70 @@
+"""Tables of sites as text."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from dct_compile.report.data import SiteReport
+
+_COLUMNS: dict[str, tuple[Callable[[SiteReport], Any], str]] = {
+    "collective": (lambda site: site.collective, "g"),
+    "kind": (lambda site: site.kind, "g"),
+    "name": (lambda site: site.name, "g"),
+    "shape": (lambda site: "x".join(map(str, site.shape)), "g"),
+    "dtype": (lambda site: site.dtype, "g"),
+    "decision": (lambda site: site.decision, "g"),
+    "dense_B": (lambda site: site.dense_bytes, "g"),
+    "wire_B": (lambda site: site.wire_bytes, "g"),
+    "ratio": (lambda site: site.ratio, ".1f"),
+    "gather_B": (lambda site: site.gather_bytes, "g"),
+    "owner_B": (lambda site: site.owner_bytes, "g"),
+    "density": (lambda site: site.density, ".4f"),
+    "overflow": (lambda site: site.overflow, "g"),
+    "reason": (lambda site: site.reason, "g"),
+}
+"""The value of each column and the format of its numbers."""
+_WIDTHS = {"name": 44, "reason": 60}
+"""Longer texts are shortened."""
+_STACKED = ("collective", "kind", "name", "shape", "dtype", "decision", "reason")
+"""The columns that become one, where lines would be too long."""
+
+
+def sites_table(sites: Sequence[SiteReport], width: int | None = None, html: bool = False) -> str:
+    """One line per site; columns in which no site has a value are left out.
+
+    Where lines would be longer than ``width`` characters, the texts of a site stand below each other in one column. As text, or as an
+    HTML table.
+    """
+    if not sites:
+        return "no collectives found"
+    columns = {header: [read(site) for site in sites] for header, (read, _) in _COLUMNS.items()}
+    columns = {header: values for header, values in columns.items() if any(value is not None for value in values)}
+    short = {header: [shorten(text, limit) for text in columns[header]] for header, limit in _WIDTHS.items()}
+    table = _tabulate({**columns, **short}, "html" if html else "simple")
+    if width is None or len(table.partition("\n")[0]) <= width:
+        return table
+    numbers = {header: values for header, values in columns.items() if header not in _STACKED}
+    left = max(30, width - len(_tabulate(numbers).partition("\n")[0]) - 2)
+    return _tabulate({"site": [_stacked(site, left) for site in sites], **numbers})
+
+
+def _stacked(site: SiteReport, width: int) -> str:
+    tensor = f"{'x'.join(map(str, site.shape))} {site.dtype}"
+    lines = (f"{site.kind}: {site.collective} {tensor}", site.name, f"{site.decision}: {site.reason}")
+    return "\n".join(shorten(line, width) for line in lines)
+
+
+def _tabulate(columns: Mapping[str, Sequence[Any]], style: str = "simple") -> str:
+    formats = [_COLUMNS[header][1] if header in _COLUMNS else "g" for header in columns]
+    return tabulate(list(zip(*columns.values(), strict=True)), list(columns), tablefmt=style, floatfmt=formats)
+
+
+def totals(dense_bytes: int, wire_bytes: int) -> str:
+    """The sum over all sites as one sentence."""
+    return f"per rank and step: {dense_bytes} bytes dense, {wire_bytes} on the wire ({dense_bytes / wire_bytes:.1f}x)"
+
+
+def shorten(text: str, width: int) -> str:
+    """``text`` cut to ``width`` characters, the last one an ellipsis."""
+    return text if len(text) <= width else text[: width - 1] + "…"

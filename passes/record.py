@@ -1,0 +1,103 @@
+"""What a report shows of a graph and of the decisions about it, as plain values."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.plan import Decision
+from dct_compile.passes.source import source_line
+from dct_compile.report import NodeReport, SiteReport
+
+
+@dataclass(frozen=True)
+class Described:
+    """A graph and its sites before the rewriting: readable code, nodes, sites."""
+
+    text: str
+    nodes: tuple[NodeReport, ...]
+    sites: list[SiteReport]
+
+
+def describe(graph: fx.Graph, decisions: Sequence[Decision]) -> Described:
+    """Describes ``graph`` before its rewriting, and numbers the nodes of its sites: what takes their place inherits the number."""
+    for number, decision in enumerate(decisions):
+        for node in (decision.site.node, *gu.waits(decision.site.node)):
+            node.meta[gu.SITE] = number
+    return Described(readable(graph), describe_nodes(graph), _describe_sites(decisions))
+
+
+def readable(graph: fx.Graph) -> str:
+    """The graph as annotated Python code."""
+    module = graph.owning_module
+    assert module is not None
+    module.recompile()
+    return module.print_readable(print_output=False)
+
+
+def describe_nodes(graph: fx.Graph) -> tuple[NodeReport, ...]:
+    """All nodes, in graph order."""
+    tangents = [node for node in graph.nodes if node.op == "placeholder" and node.name.startswith("tangents")]
+    backward = gu.reachable_from(tangents)
+    return tuple(_describe_node(node, node in backward) for node in graph.nodes)
+
+
+def _describe_node(node: fx.Node, backward: bool) -> NodeReport:
+    tensor, line = gu.value(node), source_line(node)
+    return NodeReport(
+        name=node.name,
+        operator=_operator(node),
+        inputs=tuple(source.name for source in node.all_input_nodes),
+        shape=tuple(gu.hint(size) for size in tensor.shape) if tensor is not None else None,
+        dtype=str(tensor.dtype).removeprefix("torch.") if tensor is not None else "",
+        size=gu.numel_hint(tensor) * tensor.itemsize if tensor is not None else 0,
+        source=f"{line.path}:{line.line}" if line is not None else "",
+        code=line.code if line is not None else "",
+        site=node.meta.get(gu.SITE),
+        backward=backward or node.meta.get("partitioner_tag") == "is_backward",
+    )
+
+
+def _operator(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return node.op
+    target: Any = node.target
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+
+
+def _describe_sites(decisions: Sequence[Decision]) -> list[SiteReport]:
+    numbers = {id(decision.site): number for number, decision in enumerate(decisions)}
+    pairs: dict[int, int] = {}
+    for number, decision in enumerate(decisions):
+        if decision.site.twin is not None:
+            forward = numbers[id(decision.site.twin)]
+            pairs[number], pairs[forward] = forward, number
+    return [_describe_site(decision, number, pairs.get(number)) for number, decision in enumerate(decisions)]
+
+
+def _describe_site(decision: Decision, number: int, pair: int | None) -> SiteReport:
+    site, tensor = decision.site, decision.site.tensor
+    shape = tuple(gu.hint(size) for size in tensor.shape) if tensor is not None else ()
+    line = source_line(site.node)
+    return SiteReport(
+        collective=site.collective,
+        kind=site.kind,
+        name=site.name,
+        shape=shape,
+        dtype=str(tensor.dtype).removeprefix("torch.") if tensor is not None else "",
+        decision="compressed" if decision.compressed else "dense",
+        reason=decision.reason,
+        dense_bytes=decision.dense_bytes,
+        wire_bytes=decision.wire_bytes,
+        group=site.group_name,
+        group_size=site.group_size,
+        density=decision.slots / shape[-1] if decision.codec == "mask" else None,
+        gather_bytes=decision.gather_bytes,
+        owner_bytes=decision.owner_bytes,
+        source=f"{line.path}:{line.line}" if line is not None else "",
+        number=number,
+        pair=pair,
+    )
