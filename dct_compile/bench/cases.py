@@ -1,6 +1,7 @@
 """What is measured: for every op of ``torch.ops.dct`` its inputs, its floor of memory traffic, and its baselines. A new op is a new entry.
 
-The floor counts what an op cannot do without: each input element read once, each output element written once. In the formulas:
+The floor counts what an op cannot do without: each input element read once, each output element written once; where only some elements
+are read, the cache lines that hold them. In the formulas:
 
     n  elements               g  bytes of an element (of the gradient or of the rows)
     P  bytes of a payload     v  bytes of a value on the wire (bfloat16: 2)
@@ -21,6 +22,7 @@ from torch._ops import OpOverload
 from dct_compile import ops
 from dct_compile.bench import baselines, inputs
 from dct_compile.bench.inputs import VALUE_DTYPE, Inputs, Problem, Source, slots
+from dct_compile.bench.machine import line_bytes
 from dct_compile.triton_kernels.layout import COUNTERS, quantized_row_bytes, row_bytes
 from dct_compile.triton_kernels.quantize import dequantize_rows_reference, quantize_rows_reference
 from dct_compile.triton_kernels.repack import repack_reference
@@ -78,9 +80,17 @@ def _state_read_bytes(problem: Problem) -> int:
     return _dense_bytes(problem) + problem.numel * STATE_BYTES
 
 
+def _touched_bytes(problem: Problem, itemsize: int, fraction: float) -> int:
+    """Bytes of the lines that hold at least one of ``fraction`` of the elements, wherever these are."""
+    per_line = line_bytes(problem.device) // itemsize
+    return round(problem.numel * itemsize * (1 - (1 - fraction) ** per_line))
+
+
 def _sampled_bytes(problem: Problem) -> int:
-    """By elements: memory fetches a cache line for each of them."""
-    return ceil(problem.numel / sample_stride(problem.numel)) * (problem.dtype.itemsize + STATE_BYTES)
+    """The lines with a sample; samples are equally far from each other."""
+    line = line_bytes(problem.device)
+    stride = sample_stride(problem.numel)
+    return sum(min(problem.numel * size, ceil(problem.numel / stride) * line) for size in (problem.dtype.itemsize, STATE_BYTES))
 
 
 def _pack_bytes(problem: Problem) -> int:
@@ -100,8 +110,8 @@ def _rows_bytes(problem: Problem, method: str = "exact") -> int:
 
 
 def _gather_bytes(problem: Problem) -> int:
-    """By elements: memory fetches a cache line for each of them, unless they are close."""
-    return problem.rows * problem.kept * (problem.dtype.itemsize + row_bytes(problem.width, 1, VALUE_DTYPE))
+    lines = _touched_bytes(problem, problem.dtype.itemsize, problem.kept / problem.width)
+    return lines + problem.rows * problem.kept * row_bytes(problem.width, 1, VALUE_DTYPE)
 
 
 def _quantized_bytes(problem: Problem, bits: int) -> int:
@@ -126,7 +136,7 @@ _SELECT = (
         reference=select_threshold_reference,
         make=partial(inputs.select_inputs, method="sampled"),
         floor_bytes=_sampled_bytes,
-        formula="samples (g + 4)",
+        formula="lines of the samples",
         baselines=_RANKED,
     ),
     Case(
@@ -213,7 +223,7 @@ _MASKED_ROWS = (
         reference=gather_rows_reference,
         make=inputs.gather_rows_inputs,
         floor_bytes=_gather_bytes,
-        formula="R k (g + i + v)",
+        formula="lines of the entries + R k (i + v)",
         baselines={"eager": baselines.gather_values},
         widths=ACTIVATION_WIDTHS,
     ),

@@ -1,5 +1,6 @@
 """The machine that is measured: names, caches, free memory."""
 
+import ctypes
 import datetime
 import os
 import platform
@@ -12,6 +13,8 @@ ASSUMED_CACHE_BYTES = 64 * 2**20
 _SUFFIXES = {"K": 2**10, "M": 2**20, "G": 2**30}
 _CPUS = Path("/sys/devices/system/cpu")
 _MEMINFO = Path("/proc/meminfo")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Of malloc.h."""
 
 
 def processor_name() -> str:
@@ -44,24 +47,41 @@ def last_level_cache_bytes(device: torch.device) -> int:
     return sum(size for (level, _), size in caches.items() if level == last) or ASSUMED_CACHE_BYTES
 
 
+def line_bytes(device: torch.device) -> int:
+    """The least that memory moves for one element: a cache line of a CPU, a sector of a GPU's."""
+    return 32 if device.type == "cuda" else 64
+
+
 def available_bytes(device: torch.device) -> int:
     """Bytes of memory that can still be had on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    _give_back_freed_memory()
     if _MEMINFO.exists():
         kib = next(line.split()[1] for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
         return int(kib) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def asks_for_huge_pages() -> bool:
-    """Whether PyTorch allocates CPU memory in huge pages: without them, the page faults of a large result are timed with the op."""
-    return os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+def keep_freed_memory() -> None:
+    """Lets this process keep the CPU memory that it frees, as PyTorch's allocator for CUDA does.
+
+    glibc hands every block of more than 32 MiB back to the system; the page faults of the next one can take several times as long as
+    the op that fills it, and would be timed with it. Does nothing where there is no glibc.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _give_back_freed_memory() -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def circumstances() -> str:
     """Processor, cores, threads, versions and date, in one line."""
-    machine = f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads" + (
-        ", huge pages" if asks_for_huge_pages() else ""
-    )
+    machine = f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return f"{machine}, torch {torch.__version__}, Python {platform.python_version()}, {datetime.date.today().isoformat()}"

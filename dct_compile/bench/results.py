@@ -15,7 +15,7 @@ from tabulate import tabulate
 from dct_compile.bench.cases import BASELINES
 from dct_compile.bench.inputs import CONFIG, Problem
 from dct_compile.bench.kernels import OP, Measurement
-from dct_compile.bench.machine import asks_for_huge_pages, device_name
+from dct_compile.bench.machine import device_name
 from dct_compile.triton_kernels.compat import triton
 from dct_compile.triton_kernels.schedule import is_refresh_step
 
@@ -24,7 +24,7 @@ STEP_CASES = ("select_threshold exact", "threshold_pack error feedback", "unpack
 RING_ALL_REDUCE_PASSES = 5
 """Times that a ring all_reduce moves each element through a rank's memory: to reduce, read 2 and write 1; to gather, read 1, write 1."""
 COLUMNS = (
-    *("date", "device", "device_name", "threads", "huge_pages", "torch", "triton", "python"),
+    *("date", "device", "device_name", "threads", "torch", "triton", "python"),
     *("op", "variant", "numel", "width", "density", "dtype", "status", "checked_numel", "samples"),
     *("median_ms", "p20_ms", "p80_ms", "floor_bytes", "floor_formula", "bytes_per_s", "copy_bytes_per_s", "percent_of_copy", "vs_add"),
     *(f"{name}_ms" for name in BASELINES),
@@ -103,7 +103,6 @@ class CsvFile:
             "device": device.type,
             "device_name": device_name(device),
             "threads": torch.get_num_threads(),
-            "huge_pages": asks_for_huge_pages(),
             "torch": torch.__version__,
             "triton": "" if triton is None else triton.__version__,
             "python": platform.python_version(),

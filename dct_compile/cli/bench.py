@@ -8,7 +8,7 @@ import torch
 
 from dct_compile import ops
 from dct_compile.bench.kernels import Bench, Measurement, MismatchError, Settings, plan
-from dct_compile.bench.machine import circumstances, device_name
+from dct_compile.bench.machine import circumstances, device_name, keep_freed_memory
 from dct_compile.bench.results import CsvFile, ops_table, step_overheads, steps_table
 from dct_compile.bench.timing import Stopwatch
 from dct_compile.cli.extras import require
@@ -109,6 +109,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _run(settings: Settings, target: Path) -> None:
+    keep_freed_memory()
     stopwatch = Stopwatch(settings.device)
     with CsvFile(target.with_suffix(".csv"), settings.device) as file:
         measurements = _measure(settings, stopwatch, file)

@@ -3,6 +3,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "group.h"
 #include "rows.h"
 
 namespace dct {
@@ -41,7 +42,31 @@ struct Cut {
   int64_t ties;
 };
 
-constexpr int64_t kLane = 64;  // rows of keys are padded with zeros to a multiple of it: loops have no rest
+// Bit i: keys[i] >= least.
+template <typename Key>
+uint64_t reaching(const Key* keys, Key least) {
+  uint64_t mask = 0;
+#if defined(__AVX512BW__)
+  constexpr int kLanes = 64 / int(sizeof(Key));
+  for (int i = 0; i < kGroup; i += kLanes) {
+    const __m512i x = _mm512_loadu_si512(keys + i);
+    if constexpr (sizeof(Key) == 2) {
+      mask |= uint64_t(_mm512_cmpge_epi16_mask(x, _mm512_set1_epi16(least))) << i;
+    } else {
+      mask |= uint64_t(_mm512_cmpge_epi32_mask(x, _mm512_set1_epi32(least))) << i;
+    }
+  }
+#else
+  uint8_t hits[kGroup];
+  for (int i = 0; i < kGroup; ++i) hits[i] = keys[i] >= least;
+  for (int byte = 0; byte < kGroup; byte += 8) {
+    uint64_t word;
+    std::memcpy(&word, hits + byte, sizeof word);
+    mask |= (word * 0x0102040810204080u >> 56) << byte;  // gathers the lowest bits of eight bytes
+  }
+#endif
+  return mask;
+}
 
 template <typename Key>
 int64_t count_reaching(const Key* keys, int64_t padded, Key least) {
@@ -56,12 +81,11 @@ int64_t count_reaching(const Key* keys, int64_t padded, Key least) {
   return total;
 }
 
-// Where to cut so that the `slots` largest of the keys >= least are kept. Neighbouring rows are cut at about the same place: the first
+// Where to cut so that the `slots` largest of the keys >= least, which are more, are kept. Rows of keys are padded with zeros to whole groups. The first
 // probe is the cut of the row before (`guess`), the next ones go away from it in growing steps, then halve the gap. On most rows a probe
 // meets exactly `slots` entries long before the gap is one.
 template <typename Key>
 Cut<Key> find_cut(const Key* keys, int64_t padded, int64_t slots, Key least, Key largest, int64_t step, Key guess) {
-  if (largest < least) return {least, slots};
   int64_t below = int64_t(least) - 1;    // more than `slots` keys reach it, once it is at `least` or above
   int64_t above = int64_t(largest) + 1;  // fewer reach it:
   int64_t count_above = 0;
@@ -87,6 +111,17 @@ Cut<Key> find_cut(const Key* keys, int64_t padded, int64_t slots, Key least, Key
   return {Key(below), slots - count_above};
 }
 
+// The same for one group of keys, of which more than `slots` are >= least: a search would cost more in mispredicted branches.
+template <typename Key>
+Cut<Key> find_cut_in_group(const Key* keys, int64_t count, int64_t slots, Key least) {
+  Key key = least;
+  for (int64_t i = 0; i < count; ++i) {
+    const Key larger = std::max(key, keys[i]);
+    key = bit_count(reaching(keys, keys[i])) >= slots ? larger : key;
+  }
+  return {key, slots - bit_count(reaching(keys, Key(key + 1)))};
+}
+
 enum Method : int64_t { kExact = 0, kLaplace = 1, kFixed = 2 };
 
 // keys -> the least key that is eligible; `parameter` is the factor of the mean for kLaplace, the threshold for kFixed.
@@ -106,40 +141,81 @@ typename Keys<T>::Key least_key(const typename Keys<T>::Key* keys, int64_t padde
   return std::clamp<Key>(Keys<T>::reaching(tau), 1, Keys<T>::kInfinity);
 }
 
-template <typename T, typename V>
-void pack_row(const T* x, typename Keys<T>::Key* keys, uint8_t* hits, typename Keys<T>::Key& guess, const RowFormat& format, int64_t method,
-              float parameter, uint8_t* out) {
+// Lists the places of the keys >= least, in order; `places` has room for all and one group more. Returns how many they are.
+template <typename Key>
+int64_t list_reaching(const Key* keys, int64_t padded, Key least, uint32_t* places) {
+  int64_t count = 0;
+  for (int64_t base = 0; base < padded; base += kGroup) {
+    count += list_bits(reaching(keys + base, least), uint32_t(base), places + count);
+  }
+  return count;
+}
+
+// What a thread needs for a row, and what it remembers of the one before.
+template <typename T>
+struct RowScratch {
   using Key = typename Keys<T>::Key;
-  const int64_t padded = ceil_div(format.width, kLane) * kLane;
+  std::vector<Key> keys, listed;
+  std::vector<uint32_t> places;
+  Key guess = Keys<T>::kInfinity;  // where the row before was cut
+
+  explicit RowScratch(int64_t padded) : keys(size_t(padded)), listed(size_t(padded)), places(size_t(padded + kGroup)) {}
+
+  // Lists the entries that may be kept: at least `slots`, if so many reach `least`. Neighbouring rows are cut at about the same place, so
+  // most rows are listed once, with a few entries more than are kept. Returns their number; `low` becomes the key that all of them reach.
+  int64_t list(int64_t padded, int64_t slots, Key least, Key& low) {
+    int64_t step = Keys<T>::kBinade / 8;
+    low = Key(std::max<int64_t>(least, int64_t(guess) - step));
+    while (true) {
+      const int64_t count = list_reaching(keys.data(), padded, low, places.data());
+      if (count >= slots || low == least) return count;
+      low = Key(std::max<int64_t>(least, int64_t(low) - step));
+      step *= 4;
+    }
+  }
+};
+
+template <typename T, typename V>
+void pack_row(const T* x, RowScratch<T>& scratch, const RowFormat& format, int64_t method, float parameter, uint8_t* out) {
+  using Key = typename Keys<T>::Key;
+  const int64_t padded = ceil_div(format.width, kGroup) * kGroup;
+  Key* keys = scratch.keys.data();
   Key largest = 0;
   for (int64_t i = 0; i < format.width; ++i) {
     keys[i] = Keys<T>::of(x[i]);
     largest = std::max(largest, keys[i]);
   }
-  const Key least = least_key<T>(keys, padded, format.width, method, parameter);
-  const Cut<Key> cut = find_cut<Key>(keys, padded, format.slots, least, largest, Keys<T>::kBinade / 8, guess);
-  guess = cut.key;
-  for (int64_t i = 0; i < padded; ++i) hits[i] = keys[i] >= cut.key;
-
-  int64_t slot = 0, ties = cut.ties;
-  for (int64_t base = 0; base < padded; base += kLane) {
-    uint64_t set = 0;  // 64 hits as bits: one loop whose end is hard to predict, instead of 64 branches
-    for (int64_t byte = 0; byte < kLane; byte += 8) {
-      uint64_t word;
-      std::memcpy(&word, hits + base + byte, sizeof word);
-      set |= (word * 0x0102040810204080u >> 56) << byte;  // gathers the lowest bits of eight bytes
-    }
-    for (; set != 0; set &= set - 1) {
-      const int64_t i = base + __builtin_ctzll(set);
-      if (keys[i] == cut.key && ties-- <= 0) continue;
-      const V value = saturate<V>(T::load(x[i]));
-      std::memcpy(out + slot * sizeof value, &value, sizeof value);
-      format.write_index(out, slot++, i);
+  const Key guess = scratch.guess;
+  Key low;
+  const int64_t count = scratch.list(padded, format.slots, least_key<T>(keys, padded, format.width, method, parameter), low);
+  const uint32_t* places = scratch.places.data();
+  scratch.guess = low;
+  int64_t slot = 0;
+  const auto send = [&](uint32_t place) {
+    const V value = saturate<V>(T::load(x[place]));
+    std::memcpy(out + slot * int64_t(sizeof value), &value, sizeof value);
+    format.write_index(out, slot++, place);
+  };
+  if (count <= format.slots) {
+    for (int64_t i = 0; i < count; ++i) send(places[i]);
+  } else {
+    Key* listed = scratch.listed.data();
+    const int64_t listed_padded = ceil_div(count, kGroup) * kGroup;
+    for (int64_t i = 0; i < count; ++i) listed[i] = keys[places[i]];
+    std::fill(listed + count, listed + listed_padded, Key(0));
+    Cut<Key> cut = count <= kGroup ? find_cut_in_group(listed, count, format.slots, low)
+                                   : find_cut<Key>(listed, listed_padded, format.slots, low, largest, Keys<T>::kBinade / 32, guess);
+    scratch.guess = cut.key;
+    for (int64_t base = 0; base < listed_padded; base += kGroup) {
+      const uint64_t above = reaching(listed + base, Key(cut.key + 1));
+      const uint64_t ties = lowest_bits(reaching(listed + base, cut.key) ^ above, cut.ties);
+      cut.ties -= bit_count(ties);
+      each_bit(above | ties, [&](int bit) { send(places[base + bit]); });
     }
   }
-  std::memset(out + slot * sizeof(V), 0, (format.slots - slot) * sizeof(V));
-  uint8_t* indices = out + format.slots * sizeof(V);
-  std::memset(indices + slot * format.index_bytes, 0, (format.slots - slot) * format.index_bytes);
+  std::memset(out + slot * int64_t(sizeof(V)), 0, size_t(format.slots - slot) * sizeof(V));
+  uint8_t* indices = out + format.slots * int64_t(sizeof(V));
+  std::memset(indices + slot * format.index_bytes, 0, size_t((format.slots - slot) * format.index_bytes));
 }
 
 }  // namespace
@@ -147,20 +223,17 @@ void pack_row(const T* x, typename Keys<T>::Key* keys, uint8_t* hits, typename K
 DCT_EXPORT void dct_pack_rows(const void* x, int64_t dtype, int64_t rows, int64_t width, int64_t slots, int64_t method, double parameter,
                               int64_t value_dtype, uint8_t* payload, int64_t threads) {
   const RowFormat format(width, slots, value_dtype);
-  const int64_t padded = ceil_div(width, kLane) * kLane;
+  const int64_t padded = ceil_div(width, kGroup) * kGroup;
   with_dtype(dtype, [&](auto t) {
     with_dtype(value_dtype, [&](auto v) {
       using T = decltype(t);
       using V = decltype(v);
 #pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
       {
-        std::vector<typename Keys<T>::Key> keys(padded);
-        std::vector<uint8_t> hits(padded);
-        typename Keys<T>::Key guess = Keys<T>::kInfinity;
+        RowScratch<T> scratch(padded);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
-          pack_row<T, V>(static_cast<const T*>(x) + row * width, keys.data(), hits.data(), guess, format, method,
-                         float(parameter), payload + row * format.bytes());
+          pack_row<T, V>(static_cast<const T*>(x) + row * width, scratch, format, method, float(parameter), payload + row * format.bytes());
         }
       }
     });
