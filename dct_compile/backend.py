@@ -50,7 +50,7 @@ def dct(
     for module in modules:
         ddp.attach(module, config, RUNTIME)
     _tell_graph_break(gm, RUNTIME)
-    compiler = _GraphCompiler(gm, example_inputs, config, patches, group, RUNTIME)
+    compiler = _GraphCompiler(gm, example_inputs, config, patches, group, RUNTIME, inside_ddp=bool(modules))
     return ddp.watched(compiler.run(), modules, compiler.parameter_positions)
 
 
@@ -70,7 +70,8 @@ def dry_run(options: Mapping[str, Any] | None, runtime: Runtime) -> Compiled:
             if module not in foreseen:
                 ddp.foresee(module, config, runtime)
                 foreseen.append(module)
-        compiled, requests, _ = _GraphCompiler(gm, example_inputs, config, patches, group, runtime, _nothing_computed).compile()
+        arguments = (gm, example_inputs, config, patches, group, runtime)
+        compiled, requests, _ = _GraphCompiler(*arguments, inside_ddp=bool(modules), inner_compile=_nothing_computed).compile()
         return lambda *args: compiled(*args, *(tensor for request in requests for tensor in _blank_state(request, args)))
 
     return backend
@@ -161,10 +162,13 @@ class _GraphCompiler:
         patches: dict[str, Any],
         group: ProcessGroup | None,
         runtime: Runtime,
+        *,
+        inside_ddp: bool = False,
         inner_compile: Callable[..., Any] = compile_fx_inner,
     ) -> None:
         self.gm, self.example_inputs, self.config, self.group, self.runtime = gm, example_inputs, config, group, runtime
         self.patches, self.inner_compile = patches, inner_compile
+        self.is_reduced = inside_ddp or group is not None or dist.get_world_size() == 1
         self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
         self.inputs = [_describe(node, example) for node, example in zip(_placeholders(gm), example_inputs, strict=True)]
         self.parameter_positions = [position for position, info in enumerate(self.inputs) if info.is_parameter]
@@ -199,6 +203,7 @@ class _GraphCompiler:
         # The autograd cache would skip the passes on a warm start, and with them the report; Inductor's own cache stays on.
         with functorch_config.patch(enable_autograd_cache=False):
             compiled = _compile(gm, inputs, {**self.patches, _SLOT: joint_pass}, self.inner_compile)
+        self.runtime.reports.trains_alone |= joint_pass.trains and not self.is_reduced
         return compiled, joint_pass.decisions
 
     def _agree(self, decisions: Sequence[Decision]) -> None:

@@ -66,7 +66,7 @@ def explain(
         stack.enter_context(dynamo_config.patch(fail_on_recompile_limit_hit=True))
         with torch.enable_grad():
             _compile(model, dry_run(options, runtime))(*inputs, **named_inputs)
-    return _with_hint(runtime, model)
+    return runtime.reports.snapshot()
 
 
 def _compile(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,16 +109,3 @@ def _unchanged(model: Callable[..., Any], inputs: Any) -> Iterator[None]:
                 if tensor._version != version:
                     tensor.copy_(values)
                 tensor.grad = gradient
-
-
-def _with_hint(runtime: Runtime, model: Callable[..., Any]) -> Report:
-    """The report; says where gradients are, when no site carries one."""
-    report = runtime.reports.snapshot()
-    trains = isinstance(model, nn.Module) and any(parameter.requires_grad for parameter in model.parameters())
-    if runtime.reports.called and trains and not any(site.kind == "gradient" for site in report.sites):
-        runtime.reports.note(
-            "no gradient is in this table: the model is not wrapped in DDP and its graphs do not average gradients; "
-            "see what DDP or option data_parallel=True would send by adding either"
-        )
-        return runtime.reports.snapshot()
-    return report

@@ -92,6 +92,8 @@ class JointGraphPass(CustomGraphPass):
         self.name, self.config, self.inputs, self.requests, self.group = name, config, inputs, requests, group
         self.runtime, self.earlier, self.backward_only = runtime, earlier, backward_only
         self.decisions: list[Decision] = []
+        self.trains = False
+        """Whether the graph, when it was last seen, returned the gradient of a parameter."""
 
     def uuid(self) -> str:
         """Covers the options; the rewritten graph itself is part of Inductor's cache key anyway."""
@@ -102,6 +104,7 @@ class JointGraphPass(CustomGraphPass):
         for user_pass in self.earlier:
             user_pass(graph)
         context, state = self._read_inputs(graph)
+        self.trains = bool(context.gradients)
         if self.group is not None and context.training:
             insert_gradient_sync(graph, context, trainable_buckets(self.inputs, context.parameters.values()), self.group.group_name)
         self.decisions = plan(find_sites(graph, context), self.config, context.training)

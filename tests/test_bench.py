@@ -72,7 +72,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         assert {name for name in BASELINES if row[f"{name}_ms"]} == set(case.baselines)
         for name in case.baselines:
             assert float(row[f"speedup_{name}"]) == pytest.approx(float(row[f"{name}_ms"]) / float(row["median_ms"]))
-        assert all(row[name] for name in ("date", "device_name", "threads", "torch", "python"))
+        assert all(row[name] for name in ("date", "device_name", "threads", "memory", "torch", "python"))
     assert step["op"] == "data-parallel step"
     assert float(step["share_of_all_reduce"]) == pytest.approx(float(step["median_ms"]) / float(step["all_reduce_ms"]))
     assert (tmp_path / "kernels-cpu.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

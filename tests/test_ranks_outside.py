@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dct_compile
 from dct_compile.backend import dct
 from dct_compile.passes.reasons import Reason
-from dct_compile.report import NOTHING_COMPILED
+from dct_compile.report import GRADIENTS_OUTSIDE, NOTHING_COMPILED
 from tests.ranks import fresh_compiler, run_ranks
 from tests.tracing import fake_group
 
@@ -79,12 +79,25 @@ def test_a_graph_break_is_told_once(between: Callable[[Tensor], Tensor], words: 
             compiled(torch.randn(8, 16))
         report = dct_compile.report()
     warned = [record.getMessage() for record in caplog.records if record.name == "dct_compile" and record.levelno == logging.WARNING]
-    assert warned == list(report.notes)
+    assert list(report.notes) == [*warned, GRADIENTS_OUTSIDE]  # nobody averages them here
     assert len(warned) == bool(words)
     for word in words:
         assert word in warned[0]
     if between is broken:
         assert [site.reason for site in report.sites] == [Reason.FOREIGN, Reason.DENSE_FORWARD.format(reason=Reason.FOREIGN)]
+
+
+@pytest.mark.parametrize(("options", "ranks", "told"), [({}, 2, True), ({}, 1, False), ({"data_parallel": True}, 2, False)])
+def test_gradients_that_no_graph_reduces_are_told(options: dict[str, Any], ranks: int, told: bool) -> None:
+    """A training loop that averages them itself would go on sending everything."""
+    with fake_group(ranks), fresh_compiler():
+        compiled = torch.compile(Own(), backend=dct, options=options)
+        compiled(torch.randn(8, 16)).sum().backward()
+        assert (GRADIENTS_OUTSIDE in dct_compile.report().notes) == told
+        with torch.no_grad():
+            dct_compile.reset_report()
+            compiled(torch.randn(4, 16))
+            assert GRADIENTS_OUTSIDE not in dct_compile.report().notes
 
 
 def notes_of(module: nn.Module, wrapped: bool) -> list[str]:

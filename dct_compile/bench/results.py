@@ -24,14 +24,17 @@ STEP_CASES = ("select_threshold exact", "threshold_pack error feedback", "unpack
 RING_ALL_REDUCE_PASSES = 5
 """Times that a ring all_reduce moves each element through a rank's memory: to reduce, read 2 and write 1; to gather, read 1, write 1."""
 COLUMNS = (
-    *("date", "device", "device_name", "threads", "torch", "triton", "python"),
+    *("date", "device", "device_name", "threads", "memory", "torch", "triton", "python"),
     *("op", "variant", "numel", "width", "density", "dtype", "status", "checked_numel", "samples"),
     *("median_ms", "p20_ms", "p80_ms", "floor_bytes", "floor_formula", "bytes_per_s", "copy_bytes_per_s", "percent_of_copy", "vs_add"),
     *(f"{name}_ms" for name in BASELINES),
     *(f"speedup_{name}" for name in BASELINES),
     *("all_reduce_ms", "share_of_all_reduce", "share_in_warmup"),
 )
-"""Of the CSV file; what does not apply to a row is empty. ``vs_add``: the median over that of ``torch.add(a, b, out=c)``, float32."""
+"""Of the CSV file; what does not apply to a row is empty. ``vs_add``: the median over that of ``torch.add(a, b, out=c)``, float32.
+
+``memory``: what becomes of freed CPU memory, "system" (glibc's default for large blocks) or "kept".
+"""
 
 Row = Mapping[str, object]
 
@@ -94,7 +97,7 @@ def all_reduce_bytes(problem: Problem) -> int:
 class CsvFile:
     """The rows of one run on one device, on disk as soon as they are known."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, memory: str) -> None:
         self._file = path.open("w", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, COLUMNS)
         self._writer.writeheader()
@@ -103,6 +106,7 @@ class CsvFile:
             "device": device.type,
             "device_name": device_name(device),
             "threads": torch.get_num_threads(),
+            "memory": memory,
             "torch": torch.__version__,
             "triton": "" if triton is None else triton.__version__,
             "python": platform.python_version(),

@@ -61,6 +61,9 @@ def bench() -> None:
 @click.option(
     "--quick", is_flag=True, help="Less than half a minute: 2^18 float32 elements, density 0.01, one row width. Other options go first."
 )
+@click.option(
+    "--keep-memory", is_flag=True, help="On a CPU: keep what is freed, so that no page fault of a fresh result is timed with an op."
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("benchmarks/results"), show_default=True)
 def kernels(
     device: str | None,
@@ -71,12 +74,13 @@ def kernels(
     seconds: float | None,
     inductor: bool | None,
     quick: bool,
+    keep_memory: bool,
     out: Path,
 ) -> None:
     """Time every op of torch.ops.dct beside a copy, torch.add and the same work in ordinary PyTorch ops.
 
     Each op is first compared with its reference; a difference ends the run with an error. Writes kernels-DEVICE.csv and
-    kernels-DEVICE.png to --out.
+    kernels-DEVICE.png (with --keep-memory kernels-DEVICE-kept.*) to --out.
     """
     require("tqdm", "matplotlib")
     settings = Settings(
@@ -93,7 +97,9 @@ def kernels(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise click.UsageError(f"cannot write to {out}: {error}") from error
-    _run(settings, out / f"kernels-{settings.device.type}")
+    if keep_memory:
+        keep_freed_memory()
+    _run(settings, out / f"kernels-{settings.device.type}{'-kept' if keep_memory else ''}", "kept" if keep_memory else "system")
 
 
 def _device(name: str | None) -> torch.device:
@@ -108,10 +114,9 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _run(settings: Settings, target: Path) -> None:
-    keep_freed_memory()
+def _run(settings: Settings, target: Path, memory: str) -> None:
     stopwatch = Stopwatch(settings.device)
-    with CsvFile(target.with_suffix(".csv"), settings.device) as file:
+    with CsvFile(target.with_suffix(".csv"), settings.device, memory) as file:
         measurements = _measure(settings, stopwatch, file)
         steps = step_overheads(measurements)
         for step in steps:

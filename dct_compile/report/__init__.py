@@ -2,10 +2,11 @@
 
 from dct_compile.report.data import GraphReport, NodeReport, SiteReport
 from dct_compile.report.diff import ReportDiff
-from dct_compile.report.registry import NOTHING_COMPILED, Measure, ReportEntry, ReportRegistry
+from dct_compile.report.registry import GRADIENTS_OUTSIDE, NOTHING_COMPILED, Measure, ReportEntry, ReportRegistry
 from dct_compile.report.report import Report
 
 __all__ = [
+    "GRADIENTS_OUTSIDE",
     "NOTHING_COMPILED",
     "GraphReport",
     "Measure",

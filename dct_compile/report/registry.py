@@ -14,6 +14,10 @@ NOTHING_COMPILED = (
     "backend 'dct' has not been called: no compiled function has run yet, or torch.compile skipped the model "
     "(it does so for torch's own modules inside DDP, such as DDP(nn.Sequential(...)): make them part of a module class of your own)"
 )
+GRADIENTS_OUTSIDE = (
+    "no gradient is in this table: the model is not wrapped in DDP and its graphs do not average gradients. What the training loop reduces"
+    " itself, as by all_reduce of parameter.grad, stays dense and unseen; DDP or option data_parallel=True lets the backend do it"
+)
 
 
 @dataclass
@@ -26,11 +30,16 @@ class ReportEntry:
 
 @dataclass
 class ReportRegistry:
-    """Collects what compilations report. ``called``: whether the backend has been asked to compile anything."""
+    """Collects what compilations report.
+
+    ``called``: whether the backend has been asked to compile anything. ``trains_alone``: whether a graph returned gradients of parameters
+    on one of several ranks, with neither DDP nor ``data_parallel`` to average them.
+    """
 
     entries: list[ReportEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     called: bool = False
+    trains_alone: bool = False
 
     def add(self, graph: GraphReport, sites: Sequence[tuple[SiteReport, Measure | None]]) -> ReportEntry:
         entry = ReportEntry(graph, sites)
@@ -48,6 +57,7 @@ class ReportRegistry:
     def clear(self) -> None:
         self.entries.clear()
         self.notes.clear()
+        self.trains_alone = False
 
     def snapshot(self) -> Report:
         sites = [
@@ -55,8 +65,13 @@ class ReportRegistry:
             for position, entry in enumerate(self.entries)
             for number, (site, measure) in enumerate(entry.sites)
         ]
-        notes = self.notes if self.called else [*self.notes, NOTHING_COMPILED]
-        return Report(tuple(sites), tuple(entry.graph for entry in self.entries), tuple(notes))
+        return Report(tuple(sites), tuple(entry.graph for entry in self.entries), (*self.notes, *self._hints(sites)))
+
+    def _hints(self, sites: Sequence[SiteReport]) -> list[str]:
+        """What is missing, as far as is known by now."""
+        if not self.called:
+            return [NOTHING_COMPILED]
+        return [GRADIENTS_OUTSIDE] if self.trains_alone and not any(site.kind == "gradient" for site in sites) else []
 
 
 def _measured(site: SiteReport, measure: Measure | None) -> SiteReport:

@@ -54,26 +54,49 @@ class PayloadReader {
     }
   }
 
+  // For blocks that are shorter than a tile. A block has so few entries that a loop over them would end unforeseen each time: where each
+  // entry's block starts is written down first, 32 at a time, then all entries of the tile are added in one loop.
+  template <typename V, typename I>
+  bool add_blocks(const Piece& piece, int64_t tile, float* total) {
+    constexpr int64_t kStep = 32;
+    const Layout& layout = *chunk_.layout;
+    const float scale = chunk_.scale(piece.first_tile + tile);
+    const int64_t numel = piece.tile_numel(tile);
+    const int64_t block = piece.first_block + layout.block_of(tile * kTile);
+    const int64_t first = end_;
+    uint16_t starts[kTile + kStep];
+    for (int64_t start = 0, b = block; start < numel; start += layout.block, ++b) {
+      const int64_t count = std::min(int64_t(read_at<I>(chunk_.counts(), b)), layout.block);
+      for (int64_t i = 0; i < count; i += kStep) std::fill_n(starts + (end_ - first) + i, kStep, uint16_t(start));
+      end_ += count;
+    }
+    const int64_t entries = std::min(end_, layout.capacity) - first;
+    const uint8_t* const values = chunk_.values();
+    const uint8_t* const indices = chunk_.indices();
+    for (int64_t i = 0; i < entries; ++i) {
+      const int64_t place = starts[i] + int64_t(read_at<I>(indices, first + i));
+      if (place < numel) total[place] += decode(read_at<V>(values, first + i), scale);
+    }
+    return entries > 0;
+  }
+
   template <typename V, typename I>
   bool add_as(const Piece& piece, int64_t tile, float* total) {
     const Layout& layout = *chunk_.layout;
+    if (layout.block < kTile) return add_blocks<V, I>(piece, tile, total);
     const uint8_t* const values = chunk_.values();
     const uint8_t* const indices = chunk_.indices();
     const float scale = chunk_.scale(piece.first_tile + tile);
     const int64_t numel = piece.tile_numel(tile);
-    const int64_t part = std::min(layout.block, kTile);
-    bool any = false;
-    for (int64_t start = 0; start < numel; start += part) {
-      const int64_t place = tile * kTile + start;
-      const int64_t first = layout.index_of(place);
-      const int64_t last = first + std::min(part, numel - start);
-      if (first == 0) enter_block<I>(piece.first_block + layout.block_of(place));
-      any |= next_ < end_;
-      for (; next_ < end_; ++next_) {
-        const int64_t index = read_at<I>(indices, next_);
-        if (index >= last) break;
-        if (index >= first) total[start + index - first] += decode(read_at<V>(values, next_), scale);
-      }
+    const int64_t place = tile * kTile;
+    const int64_t first = layout.index_of(place);
+    const int64_t last = first + numel;
+    if (first == 0) enter_block<I>(piece.first_block + layout.block_of(place));
+    const bool any = next_ < end_;
+    for (; next_ < end_; ++next_) {
+      const int64_t index = read_at<I>(indices, next_);
+      if (index >= last) break;
+      if (index >= first) total[index - first] += decode(read_at<V>(values, next_), scale);
     }
     return any;
   }
