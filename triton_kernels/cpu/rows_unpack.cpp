@@ -61,13 +61,17 @@ DCT_EXPORT void dct_gather_rows(const void* grad, int64_t dtype, int64_t grad_ro
     with_dtype(value_dtype, [&](auto v) {
       using T = decltype(t);
       using V = decltype(v);
-#pragma omp parallel for schedule(static) num_threads(worthwhile_threads(rows * slots, threads))
-      for (int64_t row = 0; row < rows; ++row) {
-        const T* from = static_cast<const T*>(grad) + row % grad_rows * width;
-        V* values = static_cast<V*>(out) + row * slots;
-        format.each_slot(payload + row * format.bytes(), [&](int64_t slot, int64_t index) {
-          values[slot] = index >= 0 ? saturate<V>(T::load(from[index])) : V{};
-        });
+#pragma omp parallel num_threads(worthwhile_threads(rows * slots, threads))
+      {
+        std::vector<T> found(static_cast<size_t>(slots));
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) {
+          const T* from = static_cast<const T*>(grad) + row % grad_rows * width;
+          V* values = static_cast<V*>(out) + row * slots;
+          // Apart from the rounding: so short a loop has many of its scattered loads under way at once.
+          format.each_slot(payload + row * format.bytes(), [&](int64_t slot, int64_t index) { found[size_t(slot)] = index >= 0 ? from[index] : T{}; });
+          for (int64_t slot = 0; slot < slots; ++slot) values[slot] = saturate<V>(T::load(found[size_t(slot)]));
+        }
       }
     });
   });
