@@ -181,9 +181,10 @@ def poisoned(rank: int, world_size: int) -> dict[str, Any]:
                             optimizer.step()
                         else:
                             after = dct_compile.state_dict(model)
-                            same = [torch.equal(before[name]["residual"], after[name]["residual"]) for name in before]
+                            # But for one rounding of gradient + residual: the gradient was added, and taken out again.
+                            same = [torch.allclose(before[name]["residual"], after[name]["residual"], atol=1e-6) for name in before]
                             owners = [
-                                torch.equal(before[name]["owner"]["residual"], after[name]["owner"]["residual"])
+                                torch.allclose(before[name]["owner"]["residual"], after[name]["owner"]["residual"], atol=1e-6)
                                 for name in before
                                 if "owner" in before[name]
                             ]

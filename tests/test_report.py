@@ -167,7 +167,8 @@ def test_cleared() -> None:
     assert registry.snapshot() == EMPTY
 
 
-def test_public_functions_read_and_reset_the_process_wide_report() -> None:
+def test_public_functions_read_and_reset_the_process_wide_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RUNTIME.reports, "called", False)  # other tests of this process may have called the backend
     dct_compile.reset_report()
     RUNTIME.reports.add(GRAPH, [(MASKED, None)])
     assert dct_compile.report().sites == (MASKED,)

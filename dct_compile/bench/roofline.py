@@ -69,4 +69,5 @@ def _panel(axes: Axes, items: list[Measurement], dtype: torch.dtype) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.2, which="both")
