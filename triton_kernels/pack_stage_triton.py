@@ -53,31 +53,33 @@ def stage_part(w, candidate, offsets, entries, staged_ptr, places_ptr, counts_pt
 
 
 @jit
-def stage_tile(  # type: ignore[no-untyped-def]
-    tile,
-    grad_ptr,
-    residual_ptr,
-    threshold_ptr,
-    tiles_ptr,
+def stage_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr,  # [numel], bfloat16 as int16
+    residual_ptr,  # float32 [state_numel]
+    threshold_ptr,  # float32 [S]
+    tiles_ptr,  # int64 [tiles, 4]
     tiles,
-    pieces_ptr,
-    payload_ptr,
-    staged_ptr,
-    places_ptr,
-    counts_ptr,
-    found_ptr,
-    held_ptr,
+    pieces_ptr,  # int64 [pieces, 7]
+    payload_ptr,  # uint8 [payload_bytes]: the scales are written
+    staged_ptr,  # float32 [tiles, TILE]: out, W of the candidates of each tile
+    places_ptr,  # int16 [tiles, TILE]: out, their places in the tile
+    counts_ptr,  # int32 [tiles, TILE / BLOCK]: out, how many of each block are staged
+    found_ptr,  # int32 [2, tiles]: out, candidates staged and not staged
+    held_ptr,  # int32 [1]: set if a W is not finite
     CHUNK_BYTES: tl.constexpr,
     MAX_COUNT: tl.constexpr,
     GRAD: tl.constexpr,
     VALUE: tl.constexpr,
-    LARGEST_CODE: tl.constexpr,
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
     TILE: tl.constexpr,
     FEEDBACK: tl.constexpr,
 ):
-    """W of a tile, part by part: candidates are staged, what sending leaves of them and all others are the new residual."""
+    """The pass over memory: W of a tile, part by part. Candidates are staged, and the new residual is what sending leaves of W.
+
+    Also the second half of `repack_kernel`, whose ``grad`` is the sum that it has just formed.
+    """
+    tile = tl.program_id(0).to(tl.int64)
     grad = grad_ptr + tl.load(tiles_ptr + tile * 4)
     state = residual_ptr + tl.load(tiles_ptr + tile * 4 + 1)
     size = tl.load(tiles_ptr + tile * 4 + 2).to(tl.int32)
@@ -94,7 +96,7 @@ def stage_tile(  # type: ignore[no-untyped-def]
             if FEEDBACK:
                 w += tl.load(state + part + lanes, mask=inside, other=0.0)
             largest = tl.where(tl.abs(w) >= tau, tl.maximum(largest, tl.abs(w)), largest)
-        scale = tl.max(tl.max(largest, axis=1), axis=0) * (1.0 / LARGEST_CODE)
+        scale = tl.max(tl.max(largest, axis=1), axis=0) * (1.0 / 127)  # threshold_pack.LARGEST_CODE
         tl.store(scale_place(payload_ptr, pieces_ptr, piece, tile, CHUNK_BYTES), scale)
     entries = 0
     found = 0
@@ -120,57 +122,6 @@ def stage_tile(  # type: ignore[no-untyped-def]
     tl.store(found_ptr + tiles + tile, found - entries)
     if tl.max(tl.max(nonfinite, axis=1), axis=0) != 0:
         tl.atomic_max(held_ptr, 1)
-
-
-@jit
-def stage_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr,  # [numel], bfloat16 as int16
-    residual_ptr,  # float32 [state_numel]
-    threshold_ptr,  # float32 [S]
-    tiles_ptr,  # int64 [tiles, 4]
-    tiles,
-    pieces_ptr,  # int64 [pieces, 7]
-    payload_ptr,  # uint8 [payload_bytes]: the scales are written
-    staged_ptr,  # float32 [tiles, TILE]: out, W of the candidates of each tile
-    places_ptr,  # int16 [tiles, TILE]: out, their places in the tile
-    counts_ptr,  # int32 [tiles, TILE / BLOCK]: out, how many of each block are staged
-    found_ptr,  # int32 [2, tiles]: out, candidates staged and not staged
-    held_ptr,  # int32 [1]: set if a W is not finite
-    CHUNK_BYTES: tl.constexpr,
-    MAX_COUNT: tl.constexpr,
-    GRAD: tl.constexpr,
-    VALUE: tl.constexpr,
-    LARGEST_CODE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-    TILE: tl.constexpr,
-    FEEDBACK: tl.constexpr,
-):
-    """The pass over memory: `stage_tile` of every tile."""
-    stage_tile(
-        tl.program_id(0).to(tl.int64),
-        grad_ptr,
-        residual_ptr,
-        threshold_ptr,
-        tiles_ptr,
-        tiles,
-        pieces_ptr,
-        payload_ptr,
-        staged_ptr,
-        places_ptr,
-        counts_ptr,
-        found_ptr,
-        held_ptr,
-        CHUNK_BYTES,
-        MAX_COUNT,
-        GRAD,
-        VALUE,
-        LARGEST_CODE,
-        BLOCK,
-        PART,
-        TILE,
-        FEEDBACK,
-    )
 
 
 @jit

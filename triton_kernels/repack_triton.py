@@ -13,10 +13,9 @@ from dct_compile.triton_kernels.compat import jit, tl
 from dct_compile.triton_kernels.gradient_checks import check_gathered, check_state
 from dct_compile.triton_kernels.gradient_tables import is_due
 from dct_compile.triton_kernels.layout import gradient_layout
-from dct_compile.triton_kernels.pack_stage_triton import stage_tile
+from dct_compile.triton_kernels.pack_stage_triton import stage_kernel
 from dct_compile.triton_kernels.select_threshold import constant_threshold
 from dct_compile.triton_kernels.select_threshold_triton import select_threshold_triton
-from dct_compile.triton_kernels.threshold_pack import LARGEST_CODE
 from dct_compile.triton_kernels.threshold_pack_triton import Packer
 from dct_compile.triton_kernels.unpack_accumulate_triton import accumulate_tile, entries_reached, payload_options
 
@@ -56,17 +55,14 @@ def repack_kernel(  # type: ignore[no-untyped-def]
     MAX_COUNT: tl.constexpr,
     GRAD: tl.constexpr,
     VALUE: tl.constexpr,
-    LARGEST_CODE: tl.constexpr,
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
     TILE: tl.constexpr,
     FEEDBACK: tl.constexpr,
 ):
-    """A tile of the owner's sum, and what `stage_tile` makes of it."""
-    tile = tl.program_id(0).to(tl.int64)
+    """A tile of the owner's sum, and what `stage_kernel` makes of it."""
     if not SELECTED:
         accumulate_tile(
-            tile,
             gathered_ptr,
             reached_ptr,
             tiles_ptr,
@@ -90,11 +86,11 @@ def repack_kernel(  # type: ignore[no-untyped-def]
         )
     due = False
     if not CONSTANT:
+        tile = tl.program_id(0).to(tl.int64)
         segment = tl.load(pieces_ptr + tl.load(tiles_ptr + tile * 4 + 3) * 7)
         due = is_due(counters_ptr + segment * 4, interval, GEOMETRIC)
     if due == SELECTED:
-        stage_tile(
-            tile,
+        stage_kernel(
             total_ptr,
             residual_ptr,
             threshold_ptr,
@@ -111,7 +107,6 @@ def repack_kernel(  # type: ignore[no-untyped-def]
             MAX_COUNT,
             GRAD,
             VALUE,
-            LARGEST_CODE,
             BLOCK,
             PART,
             TILE,
@@ -154,8 +149,7 @@ def repack_triton(
     if packer.tiles.shape[0]:
         gathered = gathered.contiguous()
         source = (gathered, entries_reached(gathered, layout), rounds, total, *state, refresh_interval)
-        options = {**payload_options(layout), **packer.stage_options(total), "LARGEST_CODE": LARGEST_CODE}
-        options |= {"CONSTANT": constant, "GEOMETRIC": refresh_warmup != "off"}
+        options = {**payload_options(layout), **packer.stage_options(total), "CONSTANT": constant, "GEOMETRIC": refresh_warmup != "off"}
         grid = (packer.tiles.shape[0],)
         repack_kernel[grid](*source, *packer.stage_arguments, SELECTED=False, **options)
         if not constant:

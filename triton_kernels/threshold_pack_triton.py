@@ -21,7 +21,6 @@ from dct_compile.triton_kernels.layout import TILE, WHOLE_PIECE, GradientLayout,
 from dct_compile.triton_kernels.number_formats_triton import CODES, as_stored
 from dct_compile.triton_kernels.pack_place_triton import place_kernel, settle_kernel
 from dct_compile.triton_kernels.pack_stage_triton import stage_kernel, undo_kernel
-from dct_compile.triton_kernels.threshold_pack import LARGEST_CODE
 
 PART = 1024
 """Elements of a tile that a program holds in registers at a time: 4 in each thread."""
@@ -99,8 +98,8 @@ class Packer:
 
     def stage(self, grad: Tensor) -> None:
         """The pass over ``grad`` and the residual."""
-        options = {**self.stage_options(grad), "LARGEST_CODE": LARGEST_CODE}
-        stage_kernel[(self.tiles.shape[0],)](as_stored(grad), self.residual, self.threshold, *self.stage_arguments, **options)
+        state = (self.residual, self.threshold)
+        stage_kernel[(self.tiles.shape[0],)](as_stored(grad), *state, *self.stage_arguments, **self.stage_options(grad))
 
     def finish(self, grad: Tensor) -> Tensor:
         """Everything behind the pass; ``grad`` is read in held steps alone. Returns the payload."""

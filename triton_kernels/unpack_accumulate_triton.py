@@ -12,6 +12,7 @@ from dct_compile.triton_kernels.gradient_checks import check_gathered
 from dct_compile.triton_kernels.gradient_tables import INDEX_TYPES, piece_table, tile_table
 from dct_compile.triton_kernels.layout import TILE, WHOLE_PIECE, GradientLayout, gradient_layout
 from dct_compile.triton_kernels.number_formats_triton import CODES, as_bits, as_stored, load_float, rounded_bits
+from dct_compile.triton_kernels.threshold_pack import INDEX_DTYPES
 from dct_compile.triton_kernels.unpack_accumulate import uncovered_ranges
 
 PART = 1024
@@ -33,7 +34,6 @@ def lower_bound(sorted_ptr, low, high, wanted):  # type: ignore[no-untyped-def]
 
 @jit
 def accumulate_tile(  # type: ignore[no-untyped-def]
-    tile,
     gathered_ptr,
     reached_ptr,
     tiles_ptr,
@@ -55,10 +55,11 @@ def accumulate_tile(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The sum of all payloads' entries of a tile, in `total`. Within a payload an index occurs once; between payloads all lanes meet.
+    """The sum of all payloads' entries of this program's tile, in `total`.
 
-    What a damaged payload says beyond its own bytes or the tile is left out.
+    Within a payload an index occurs once; between payloads all lanes meet. What a damaged payload says beyond its bytes or the tile is left out.
     """
+    tile = tl.program_id(0).to(tl.int64)
     size = tl.load(tiles_ptr + tile * 4 + 2).to(tl.int32)
     total = total_ptr + tl.load(tiles_ptr + tile * 4)
     row = pieces_ptr + tl.load(tiles_ptr + tile * 4 + 3) * 7
@@ -135,7 +136,6 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
     """A tile of the output: the payloads' sum over the divisor. The sum is formed where the tile lies, in the first levels of cache."""
     tile = tl.program_id(0).to(tl.int64)
     accumulate_tile(
-        tile,
         gathered_ptr,
         reached_ptr,
         tiles_ptr,
@@ -199,8 +199,7 @@ def _gap_table(layout: GradientLayout, numel: int, device: torch.device) -> Tens
 
 def entries_reached(gathered: Tensor, layout: GradientLayout) -> Tensor:
     """int64 [payloads, layout.blocks_per_chunk]: the entries of each payload up to the end of each of its blocks."""
-    dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[layout.index_bytes]
-    rows = gathered.view(dtype).view(-1, layout.chunk_bytes // layout.index_bytes)
+    rows = gathered.view(INDEX_DTYPES[layout.index_bytes]).view(-1, layout.chunk_bytes // layout.index_bytes)
     counts = rows.narrow(1, layout.counts_offset // layout.index_bytes, layout.blocks_per_chunk)
     if layout.index_bytes == 2:
         counts = counts.int() & 0xFFFF  # read as signed
