@@ -189,7 +189,7 @@ def gradient_layout_of(compressed: Sequence[Segment], chunks: int, config: DCTCo
     """The payload geometry of a bucket's compressed segments."""
     return GradientLayout(
         tuple((segment.offset, segment.parameter.numel) for segment in compressed),
-        choose_block(config.dp_density),
+        choose_block(config.dp_density, max(segment.parameter.numel for segment in compressed)),
         chunks,
         -1,
         min(1.0, config.dp_density * config.capacity_factor),

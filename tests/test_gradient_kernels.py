@@ -15,7 +15,7 @@ from torch import Tensor
 from dct_compile.triton_kernels.compat import HAS_TRITON
 from dct_compile.triton_kernels.cpu.build import load_library
 from dct_compile.triton_kernels.cpu.gradient import repack_cpu, select_threshold_cpu, threshold_pack_cpu, unpack_accumulate_cpu
-from dct_compile.triton_kernels.layout import TILE, WHOLE_PIECE, GradientLayout, gradient_layout
+from dct_compile.triton_kernels.layout import TILE, WHOLE_PIECE, GradientLayout, choose_block, gradient_layout
 from dct_compile.triton_kernels.repack import repack_reference
 from dct_compile.triton_kernels.repack_triton import repack_triton
 from dct_compile.triton_kernels.select_threshold import select_threshold_reference
@@ -692,3 +692,22 @@ def test_a_payload_of_one_device_is_read_by_the_other(block: int, value_dtype: t
     results = [bucket.unpack(reader, gathered, divisor=3) for reader in (CPU, TRITON)]
     assert int((results[0] != 0).sum()) > 100
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("density", "numel", "block"),
+    [
+        (0.01, 10**6, 256),
+        (0.001, 10**6, 4096),
+        (0.0002, 10**6, WHOLE_PIECE),
+        (0.0002, WHOLE_PIECE, WHOLE_PIECE),
+        (0.0002, WHOLE_PIECE + 1, 4096),
+    ],
+)
+def test_block_with_the_fewest_bytes(density: float, numel: int, block: int) -> None:
+    assert choose_block(density, numel) == block
+
+
+def test_a_segment_too_large_for_one_block_is_an_error() -> None:
+    with pytest.raises(ValueError, match="a segment of 2147483649 elements cannot be one block"):
+        gradient_layout((0, WHOLE_PIECE + 1), WHOLE_PIECE, 1, -1, 0.001, torch.float32)

@@ -31,9 +31,14 @@ COUNTERS = 4
 """Columns of a parameter's counters: step, entries kept so far, entries overflowed so far, entries overflowed in the last step."""
 
 
-def choose_block(density: float) -> int:
-    """The block with the fewest metadata bytes per element: counts are paid per block, indices per kept entry."""
-    metadata_bytes = {SMALL_BLOCK: 1 / SMALL_BLOCK + density, LARGE_BLOCK: 2 / LARGE_BLOCK + 2 * density, WHOLE_PIECE: 4 * density}
+def choose_block(density: float, largest_numel: int) -> int:
+    """The block with the fewest metadata bytes per element: counts are paid per block, indices per kept entry.
+
+    ``largest_numel``: elements of the largest segment. One of more than `WHOLE_PIECE` elements is no single block.
+    """
+    metadata_bytes = {SMALL_BLOCK: 1 / SMALL_BLOCK + density, LARGE_BLOCK: 2 / LARGE_BLOCK + 2 * density}
+    if largest_numel <= WHOLE_PIECE:
+        metadata_bytes[WHOLE_PIECE] = 4 * density
     return min(metadata_bytes, key=lambda block: metadata_bytes[block])
 
 
@@ -74,6 +79,11 @@ class GradientLayout:
     chunk: int
     capacity_fraction: float
     value_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        largest = max((numel for _, numel in self.segments), default=0)
+        if self.block == WHOLE_PIECE and largest > WHOLE_PIECE:
+            raise ValueError(f"a segment of {largest} elements cannot be one block: at most {WHOLE_PIECE}, or blocks of {LARGE_BLOCK}")
 
     @property
     def index_bytes(self) -> int:

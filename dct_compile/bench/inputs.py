@@ -46,7 +46,7 @@ class Problem:
     def layout(self) -> GradientLayout:
         """A bucket of one parameter, sent whole."""
         fraction = min(1.0, self.density * CONFIG.capacity_factor)
-        return gradient_layout((0, self.numel), choose_block(self.density), 1, -1, fraction, VALUE_DTYPE)
+        return gradient_layout((0, self.numel), choose_block(self.density, self.numel), 1, -1, fraction, VALUE_DTYPE)
 
     @property
     def geometry(self) -> tuple[list[int], int, int, int]:
