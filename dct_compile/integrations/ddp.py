@@ -59,7 +59,7 @@ def attach(module: DistributedDataParallel, config: DCTConfig, runtime: Runtime)
     reason = _reason_to_leave(module, config)
     if reason is not None:
         setattr(module, _ATTRIBUTE, None)
-        publish(GraphReport("DistributedDataParallel", "", ""), [(_dense_site(module, reason), None)], runtime)
+        _publish_dense(module, reason, runtime)
         return
     runtime.agreement.check(module.process_group, config, [])
     compressor = GradientCompressor(module, config, runtime)
@@ -92,7 +92,7 @@ def foresee(module: DistributedDataParallel, config: DCTConfig, runtime: Runtime
     """
     reason = _reason_to_leave(module, config)
     if reason is not None:
-        publish(GraphReport("DistributedDataParallel", "", ""), [(_dense_site(module, reason), None)], runtime)
+        _publish_dense(module, reason, runtime)
         return
     names = {id(parameter): name for name, parameter in named_parameters(module)}
     for index, parameters in enumerate(_future_buckets(module)):
@@ -140,6 +140,11 @@ def _reason_to_leave(module: DistributedDataParallel, config: DCTConfig) -> str 
     if getattr(module, "_use_python_reducer", False):
         return Reason.PYTHON_REDUCER
     return None
+
+
+def _publish_dense(module: DistributedDataParallel, reason: str, runtime: Runtime) -> None:
+    """Reports that ``module`` keeps DDP's own reducer."""
+    publish(GraphReport("DistributedDataParallel", "", ""), [(_dense_site(module, reason), None)], runtime)
 
 
 def _dense_site(module: DistributedDataParallel, reason: str) -> SiteReport:
