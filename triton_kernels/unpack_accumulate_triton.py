@@ -57,7 +57,7 @@ def accumulate_tile(  # type: ignore[no-untyped-def]
 ):
     """The sum of all payloads' entries of this program's tile, in `total`.
 
-    Within a payload an index occurs once; between payloads all lanes meet. What a damaged payload says beyond its bytes or the tile is left out.
+    Within a payload an index occurs once; between payloads all lanes meet. What a damaged payload says beyond them is left out.
     """
     tile = tl.program_id(0).to(tl.int64)
     size = tl.load(tiles_ptr + tile * 4 + 2).to(tl.int32)
