@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import dct_compile.triton_kernels.threshold_pack_triton as threshold_pack_triton_module
 from dct_compile.triton_kernels.compat import HAS_TRITON
 from dct_compile.triton_kernels.cpu.build import load_library
 from dct_compile.triton_kernels.cpu.gradient import repack_cpu, select_threshold_cpu, threshold_pack_cpu, unpack_accumulate_cpu
@@ -381,6 +382,28 @@ def test_nothing_is_lost(
             assert (sent.abs()[sent != 0] >= tau).all()
             if bucket.state[2][0, 2] == overflow_before:
                 assert (residual.abs() < max(tau, 1e-45)).all()
+
+
+@pytest.mark.parametrize("implementation", COMPILED)
+@pytest.mark.parametrize("value_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("segments", "chunks"), [((0, 140_000, 140_000, 20_000), 1), ((0, 40_000, 40_000, 3000), 40)])
+def test_steps_of_many_tiles_and_many_pieces_agree(
+    implementation: Implementation, segments: tuple[int, ...], chunks: int, value_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More groups of tiles and more pieces than are counted at a time; the second of three steps is held."""
+    monkeypatch.setattr(threshold_pack_triton_module, "LANES", 2)
+    numel = segments[-2] + segments[-1]
+    bucket = Bucket(segments, numel, chunks=chunks, capacity=0.02, value_dtype=value_dtype)
+    bucket.state[1].copy_(torch.tensor([2.0, 2.6]))
+    for step in range(3):
+        grad = torch.randn(numel, generator=torch.Generator().manual_seed(step))
+        if step == 1:
+            grad[[7, numel - 1]] = NAN
+        assert_agree(implementation, bucket, grad)
+    counters = bucket.state[2]
+    assert (counters[:, 0] == 2).all()
+    assert (counters[:, 1] > 0).all()
+    assert counters[0, 2] > 0
 
 
 INJECTED = [NAN, INF, -INF, 3.3e38, 1e-45, -1e-40, 0.0, -0.0]

@@ -1,5 +1,6 @@
 """Triton is optional: without it the kernels are never called, and their modules still import."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,16 @@ HAS_TRITON = triton is not None
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """``triton.jit`` where there is Triton; the plain function, which nothing calls, where there is none."""
-    return function if triton is None else triton.jit(function)
+    """``triton.jit`` where there is Triton; the plain function, which nothing calls, where there is none.
+
+    A kernel is not compiled anew for other values of its integers: they are sizes, which differ from bucket to bucket.
+    """
+    if triton is None:
+        return function
+    sizes = [
+        parameter.name for parameter in inspect.signature(function).parameters.values() if parameter.annotation == inspect.Parameter.empty
+    ]
+    return triton.jit(function, do_not_specialize=[name for name in sizes if not name.endswith("_ptr")])
 
 
 __all__ = ["HAS_TRITON", "jit", "tl", "triton"]

@@ -1,7 +1,7 @@
 """The pass over memory of `threshold_pack`: each tile of 4096 elements compacts its candidates into a scratch region of its own.
 
-All of them are staged, as if all could be sent, and their residual is what sending leaves. `undo_kernel` does nothing unless a sum
-was not finite.
+All of them are staged, as if all could be sent, and their residual is what sending leaves. `undo_tile` takes that back where a sum
+of the bucket was not finite.
 """
 
 from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
@@ -28,11 +28,11 @@ def encode(w, scale, VALUE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
-def scale_place(payload_ptr, pieces_ptr, piece, tile, CHUNK_BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+def scale_place(payload_ptr, pieces_ptr, piece, tile, chunk_bytes):  # type: ignore[no-untyped-def]
     """Where in the payload the scale of a tile (a row of the tile table) lies."""
     row = pieces_ptr + piece * 7
     number = tl.load(row + 4) + tile - tl.load(row + 5)
-    return payload_ptr.to(tl.pointer_type(tl.float32)) + tl.load(row + 1) * (CHUNK_BYTES // 4) + number
+    return payload_ptr.to(tl.pointer_type(tl.float32)) + tl.load(row + 1) * (chunk_bytes // 4) + number
 
 
 @jit
@@ -53,7 +53,8 @@ def stage_part(w, candidate, offsets, entries, staged_ptr, places_ptr, counts_pt
 
 
 @jit
-def stage_kernel(  # type: ignore[no-untyped-def]
+def stage_tile(  # type: ignore[no-untyped-def]
+    tile,  # int64
     grad_ptr,  # [numel], bfloat16 as int16
     residual_ptr,  # float32 [state_numel]
     threshold_ptr,  # float32 [S]
@@ -66,7 +67,7 @@ def stage_kernel(  # type: ignore[no-untyped-def]
     counts_ptr,  # int32 [tiles, TILE / BLOCK]: out, how many of each block are staged
     found_ptr,  # int32 [2, tiles]: out, candidates staged and not staged
     held_ptr,  # int32 [1]: set if a W is not finite
-    CHUNK_BYTES: tl.constexpr,
+    chunk_bytes,
     MAX_COUNT: tl.constexpr,
     GRAD: tl.constexpr,
     VALUE: tl.constexpr,
@@ -75,11 +76,7 @@ def stage_kernel(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     FEEDBACK: tl.constexpr,
 ):
-    """The pass over memory: W of a tile, part by part. Candidates are staged, and the new residual is what sending leaves of W.
-
-    Also the second half of `repack_kernel`, whose ``grad`` is the sum that it has just formed.
-    """
-    tile = tl.program_id(0).to(tl.int64)
+    """W of a tile, part by part. Candidates are staged, and the new residual is what sending leaves of W."""
     grad = grad_ptr + tl.load(tiles_ptr + tile * 4)
     state = residual_ptr + tl.load(tiles_ptr + tile * 4 + 1)
     size = tl.load(tiles_ptr + tile * 4 + 2).to(tl.int32)
@@ -97,7 +94,7 @@ def stage_kernel(  # type: ignore[no-untyped-def]
                 w += tl.load(state + part + lanes, mask=inside, other=0.0)
             largest = tl.where(tl.abs(w) >= tau, tl.maximum(largest, tl.abs(w)), largest)
         scale = tl.max(tl.max(largest, axis=1), axis=0) * (1.0 / 127)  # threshold_pack.LARGEST_CODE
-        tl.store(scale_place(payload_ptr, pieces_ptr, piece, tile, CHUNK_BYTES), scale)
+        tl.store(scale_place(payload_ptr, pieces_ptr, piece, tile, chunk_bytes), scale)
     entries = 0
     found = 0
     nonfinite = tl.zeros([PART // ROW, ROW], dtype=tl.int32)
@@ -125,7 +122,8 @@ def stage_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def undo_kernel(  # type: ignore[no-untyped-def]
+def undo_tile(  # type: ignore[no-untyped-def]
+    tile,  # int64
     grad_ptr,  # [numel], bfloat16 as int16
     residual_ptr,  # float32 [state_numel]
     tiles_ptr,  # int64 [tiles, 4]
@@ -136,8 +134,7 @@ def undo_kernel(  # type: ignore[no-untyped-def]
     places_ptr,  # int16 [tiles, TILE]
     counts_ptr,  # int32 [tiles, TILE / BLOCK]
     found_ptr,  # int32 [2, tiles]
-    held_ptr,  # int32 [1]
-    CHUNK_BYTES: tl.constexpr,
+    chunk_bytes,
     MAX_COUNT: tl.constexpr,
     GRAD: tl.constexpr,
     VALUE: tl.constexpr,
@@ -147,41 +144,39 @@ def undo_kernel(  # type: ignore[no-untyped-def]
     FEEDBACK: tl.constexpr,
 ):
     """In a held step: takes the gradient out of the residual again and stages what is not finite instead."""
-    if tl.load(held_ptr) != 0:
-        tile = tl.program_id(0).to(tl.int64)
-        grad = grad_ptr + tl.load(tiles_ptr + tile * 4)
-        state = residual_ptr + tl.load(tiles_ptr + tile * 4 + 1)
-        size = tl.load(tiles_ptr + tile * 4 + 2).to(tl.int32)
-        slots = tile * TILE
+    grad = grad_ptr + tl.load(tiles_ptr + tile * 4)
+    state = residual_ptr + tl.load(tiles_ptr + tile * 4 + 1)
+    size = tl.load(tiles_ptr + tile * 4 + 2).to(tl.int32)
+    slots = tile * TILE
+    if FEEDBACK:
+        count = tl.load(found_ptr + tile)
+        for first in range(0, count, PART):
+            entry = first + tl.arange(0, PART)
+            w = tl.load(staged_ptr + slots + entry, mask=entry < count, other=0.0)
+            place = tl.load(places_ptr + slots + entry, mask=entry < count, other=0).to(tl.int32)
+            tl.store(state + place, w, mask=(entry < count) & (is_nonfinite(w) == 0))
+        tl.debug_barrier()
+    ROW: tl.constexpr = min(BLOCK, PART)
+    lanes = tl.arange(0, PART // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
+    entries = 0
+    found = 0
+    for part in range(0, size, PART):
+        inside = part + lanes < size
+        g = load_float(grad + part + lanes, inside, GRAD)
+        again = g
         if FEEDBACK:
-            count = tl.load(found_ptr + tile)
-            for first in range(0, count, PART):
-                entry = first + tl.arange(0, PART)
-                w = tl.load(staged_ptr + slots + entry, mask=entry < count, other=0.0)
-                place = tl.load(places_ptr + slots + entry, mask=entry < count, other=0).to(tl.int32)
-                tl.store(state + place, w, mask=(entry < count) & (is_nonfinite(w) == 0))
-            tl.debug_barrier()
-        ROW: tl.constexpr = min(BLOCK, PART)
-        lanes = tl.arange(0, PART // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
-        entries = 0
-        found = 0
-        for part in range(0, size, PART):
-            inside = part + lanes < size
-            g = load_float(grad + part + lanes, inside, GRAD)
-            again = g
-            if FEEDBACK:
-                w = tl.load(state + part + lanes, mask=inside, other=0.0)
-                again = g + w
-                tl.store(state + part + lanes, w - g, mask=inside & (is_nonfinite(again) == 0))
-            candidate = (inside & is_nonfinite(again)).to(tl.int32)
-            counts = counts_ptr + tile * (TILE // BLOCK) + part // BLOCK
-            _, more = stage_part(again, candidate, part + lanes, entries, staged_ptr + slots, places_ptr + slots, counts, MAX_COUNT, BLOCK)
-            entries += more
-            found += tl.sum(tl.sum(candidate, axis=1), axis=0)
-        if BLOCK > PART:
-            tl.store(counts_ptr + tile, entries)
-        tl.store(found_ptr + tile, entries)
-        tl.store(found_ptr + tiles + tile, found - entries)
-        if VALUE == 3:  # int8
-            scale = tl.where(found > 0, 0x7F800000, 0).to(tl.float32, bitcast=True)
-            tl.store(scale_place(payload_ptr, pieces_ptr, tl.load(tiles_ptr + tile * 4 + 3), tile, CHUNK_BYTES), scale)
+            w = tl.load(state + part + lanes, mask=inside, other=0.0)
+            again = g + w
+            tl.store(state + part + lanes, w - g, mask=inside & (is_nonfinite(again) == 0))
+        candidate = (inside & is_nonfinite(again)).to(tl.int32)
+        counts = counts_ptr + tile * (TILE // BLOCK) + part // BLOCK
+        _, more = stage_part(again, candidate, part + lanes, entries, staged_ptr + slots, places_ptr + slots, counts, MAX_COUNT, BLOCK)
+        entries += more
+        found += tl.sum(tl.sum(candidate, axis=1), axis=0)
+    if BLOCK > PART:
+        tl.store(counts_ptr + tile, entries)
+    tl.store(found_ptr + tile, entries)
+    tl.store(found_ptr + tiles + tile, found - entries)
+    if VALUE == 3:  # int8
+        scale = tl.where(found > 0, 0x7F800000, 0).to(tl.float32, bitcast=True)
+        tl.store(scale_place(payload_ptr, pieces_ptr, tl.load(tiles_ptr + tile * 4 + 3), tile, chunk_bytes), scale)

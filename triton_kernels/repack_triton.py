@@ -1,7 +1,7 @@
 """`repack` on the device: the sum of a tile's payload entries goes on to be packed by the program that formed it.
 
-Where a threshold is due the sum of the whole parameter is needed first: such tiles are only summed, then the threshold is selected, then a
-second launch packs them. It returns at once for all others, as does the first one's second half for these.
+Where a threshold is due the sum of the whole parameter is needed first: such tiles are only summed, and the launch that follows the
+selection stages them, too. Three launches, or one and the other's second half where thresholds are constant.
 """
 
 from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
@@ -13,17 +13,17 @@ from dct_compile.triton_kernels.compat import jit, tl
 from dct_compile.triton_kernels.gradient_checks import check_gathered, check_state
 from dct_compile.triton_kernels.gradient_tables import is_due
 from dct_compile.triton_kernels.layout import gradient_layout
-from dct_compile.triton_kernels.pack_stage_triton import stage_kernel
+from dct_compile.triton_kernels.pack_stage_triton import stage_tile
 from dct_compile.triton_kernels.select_threshold import constant_threshold
 from dct_compile.triton_kernels.select_threshold_triton import select_threshold_triton
-from dct_compile.triton_kernels.threshold_pack_triton import Packer
+from dct_compile.triton_kernels.threshold_pack_triton import STAGE_DUE, STAGE_NONE, Packer
 from dct_compile.triton_kernels.unpack_accumulate_triton import accumulate_tile, entries_reached, payload_options
 
 
 @jit
 def repack_kernel(  # type: ignore[no-untyped-def]
-    gathered_ptr,  # uint8 [rounds, CHUNK_BYTES]
-    reached_ptr,  # int64 [rounds, BLOCKS_PER_CHUNK]: entries up to the end of each block
+    gathered_ptr,  # uint8 [rounds, chunk_bytes]
+    reached_ptr,  # int64 [rounds, blocks_per_chunk]: entries up to the end of each block
     rounds,
     total_ptr,  # float32 [state_numel]: out, the sum
     residual_ptr,  # float32 [state_numel]
@@ -33,21 +33,20 @@ def repack_kernel(  # type: ignore[no-untyped-def]
     tiles_ptr,  # int64 [tiles, 4]
     tiles,
     pieces_ptr,  # int64 [pieces, 7]
-    payload_ptr,  # uint8 [CHUNK_BYTES]: the scales are written
-    staged_ptr,  # as in stage_kernel, from here to held_ptr
+    payload_ptr,  # uint8 [chunk_bytes]: the scales are written
+    staged_ptr,  # as in pack_kernel, from here to control_ptr
     places_ptr,
     counts_ptr,
     found_ptr,
-    held_ptr,
-    SELECTED: tl.constexpr,  # False: sums, and packs where no threshold is due. True: packs where one was due
+    control_ptr,
     CONSTANT: tl.constexpr,  # no threshold is ever due
     GEOMETRIC: tl.constexpr,
-    CHUNK_BYTES: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    VALUES_OFFSET: tl.constexpr,
-    INDICES_OFFSET: tl.constexpr,
-    BLOCKS_PER_CHUNK: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    chunk_bytes,
+    chunks,
+    values_offset,
+    indices_offset,
+    blocks_per_chunk,
+    capacity,
     VALUE_TYPE: tl.constexpr,
     INDEX_TYPE: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -60,37 +59,37 @@ def repack_kernel(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     FEEDBACK: tl.constexpr,
 ):
-    """A tile of the owner's sum, and what `stage_kernel` makes of it."""
-    if not SELECTED:
-        accumulate_tile(
-            gathered_ptr,
-            reached_ptr,
-            tiles_ptr,
-            pieces_ptr,
-            total_ptr,
-            rounds,
-            CHUNK_BYTES,
-            CHUNKS,
-            VALUES_OFFSET,
-            INDICES_OFFSET,
-            BLOCKS_PER_CHUNK,
-            CAPACITY,
-            VALUE_TYPE,
-            VALUE,
-            INDEX_TYPE,
-            WHOLE,
-            BLOCK,
-            PART,
-            TILE,
-            STEP,
-        )
+    """A tile of the owner's sum, and what `stage_tile` makes of it where the threshold is known."""
+    accumulate_tile(
+        gathered_ptr,
+        reached_ptr,
+        tiles_ptr,
+        pieces_ptr,
+        total_ptr,
+        rounds,
+        chunk_bytes,
+        chunks,
+        values_offset,
+        indices_offset,
+        blocks_per_chunk,
+        capacity,
+        VALUE_TYPE,
+        VALUE,
+        INDEX_TYPE,
+        WHOLE,
+        BLOCK,
+        PART,
+        TILE,
+        STEP,
+    )
+    tile = tl.program_id(0).to(tl.int64)
     due = False
     if not CONSTANT:
-        tile = tl.program_id(0).to(tl.int64)
         segment = tl.load(pieces_ptr + tl.load(tiles_ptr + tile * 4 + 3) * 7)
         due = is_due(counters_ptr + segment * 4, interval, GEOMETRIC)
-    if due == SELECTED:
-        stage_kernel(
+    if not due:
+        stage_tile(
+            tile,
             total_ptr,
             residual_ptr,
             threshold_ptr,
@@ -102,8 +101,8 @@ def repack_kernel(  # type: ignore[no-untyped-def]
             places_ptr,
             counts_ptr,
             found_ptr,
-            held_ptr,
-            CHUNK_BYTES,
+            control_ptr + 4,
+            chunk_bytes,
             MAX_COUNT,
             GRAD,
             VALUE,
@@ -146,13 +145,12 @@ def repack_triton(
     constant = constant_threshold(density, method, fixed) is not None
     if constant:
         select_threshold_triton(*selection)
+    geometric = refresh_warmup != "off"
     if packer.tiles.shape[0]:
         gathered = gathered.contiguous()
         source = (gathered, entries_reached(gathered, layout), rounds, total, *state, refresh_interval)
-        options = {**payload_options(layout), **packer.stage_options(total), "CONSTANT": constant, "GEOMETRIC": refresh_warmup != "off"}
-        grid = (packer.tiles.shape[0],)
-        repack_kernel[grid](*source, *packer.stage_arguments, SELECTED=False, **options)
+        options = {**payload_options(layout), **packer.stage_options(total), "CONSTANT": constant, "GEOMETRIC": geometric}
+        repack_kernel[(packer.tiles.shape[0],)](*source, *packer.stage_arguments, **options)
         if not constant:
             select_threshold_triton(*selection)
-            repack_kernel[grid](*source, *packer.stage_arguments, SELECTED=True, **options)
-    return packer.finish(total)
+    return packer.pack(total, STAGE_NONE if constant else STAGE_DUE, refresh_interval, geometric)

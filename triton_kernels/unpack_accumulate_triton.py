@@ -40,12 +40,12 @@ def accumulate_tile(  # type: ignore[no-untyped-def]
     pieces_ptr,
     total_ptr,
     rounds,
-    CHUNK_BYTES: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    VALUES_OFFSET: tl.constexpr,
-    INDICES_OFFSET: tl.constexpr,
-    BLOCKS_PER_CHUNK: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    chunk_bytes,
+    chunks,
+    values_offset,
+    indices_offset,
+    blocks_per_chunk,
+    capacity,
     VALUE_TYPE: tl.constexpr,
     VALUE: tl.constexpr,
     INDEX_TYPE: tl.constexpr,
@@ -71,22 +71,22 @@ def accumulate_tile(  # type: ignore[no-untyped-def]
         tl.store(total + part + lanes, tl.zeros([PART], dtype=tl.float32), mask=part + lanes < size)
     blocks = tl.arange(0, TILE // BLOCK)
     for round in range(0, rounds):
-        payload = round * CHUNKS + chunk
-        start = gathered_ptr + payload * CHUNK_BYTES
-        indices = (start + INDICES_OFFSET).to(tl.pointer_type(INDEX_TYPE))
-        reached = reached_ptr + payload * BLOCKS_PER_CHUNK
+        payload = round * chunks + chunk
+        start = gathered_ptr + payload * chunk_bytes
+        indices = (start + indices_offset).to(tl.pointer_type(INDEX_TYPE))
+        reached = reached_ptr + payload * blocks_per_chunk
         first = tl.load(reached + chunk_block - 1, mask=chunk_block > 0, other=0)
         if WHOLE:
-            begin = tl.minimum(first, CAPACITY)
-            end = tl.minimum(tl.load(reached + chunk_block), CAPACITY)
+            begin = tl.minimum(first, capacity)
+            end = tl.minimum(tl.load(reached + chunk_block), capacity)
             first = lower_bound(indices, begin, end, number * TILE)
             last = lower_bound(indices, first, end, (number + 1) * TILE)
         else:
             ends = tl.load(reached + chunk_block + blocks, mask=blocks * BLOCK < size, other=0)
-            last = tl.minimum(tl.max(ends, axis=0), CAPACITY)
+            last = tl.minimum(tl.max(ends, axis=0), capacity)
         first = tl.minimum(first, last)
         indices += first
-        values = (start + VALUES_OFFSET).to(tl.pointer_type(VALUE_TYPE)) + first
+        values = (start + values_offset).to(tl.pointer_type(VALUE_TYPE)) + first
         count = (last - first).to(tl.int32)
         tl.debug_barrier()
         for step in range(0, count, STEP):
@@ -109,20 +109,20 @@ def accumulate_tile(  # type: ignore[no-untyped-def]
 
 @jit
 def unpack_kernel(  # type: ignore[no-untyped-def]
-    gathered_ptr,  # uint8 [payloads, CHUNK_BYTES]
-    reached_ptr,  # int64 [payloads, BLOCKS_PER_CHUNK]: entries up to the end of each block
+    gathered_ptr,  # uint8 [payloads, chunk_bytes]
+    reached_ptr,  # int64 [payloads, blocks_per_chunk]: entries up to the end of each block
     tiles_ptr,  # int64 [tiles, 4]
     pieces_ptr,  # int64 [pieces, 7]
     total_ptr,  # float32 [numel]: the memory of `out` where that is float32
     out_ptr,  # int32 or int16 [numel]: the bits
     rounds,  # payloads per chunk
     divisor,  # float32
-    CHUNK_BYTES: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    VALUES_OFFSET: tl.constexpr,
-    INDICES_OFFSET: tl.constexpr,
-    BLOCKS_PER_CHUNK: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    chunk_bytes,
+    chunks,
+    values_offset,
+    indices_offset,
+    blocks_per_chunk,
+    capacity,
     VALUE_TYPE: tl.constexpr,
     VALUE: tl.constexpr,
     INDEX_TYPE: tl.constexpr,
@@ -142,12 +142,12 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
         pieces_ptr,
         total_ptr,
         rounds,
-        CHUNK_BYTES,
-        CHUNKS,
-        VALUES_OFFSET,
-        INDICES_OFFSET,
-        BLOCKS_PER_CHUNK,
-        CAPACITY,
+        chunk_bytes,
+        chunks,
+        values_offset,
+        indices_offset,
+        blocks_per_chunk,
+        capacity,
         VALUE_TYPE,
         VALUE,
         INDEX_TYPE,
@@ -211,12 +211,12 @@ def entries_reached(gathered: Tensor, layout: GradientLayout) -> Tensor:
 def payload_options(layout: GradientLayout) -> dict[str, object]:
     """The compile-time arguments of `accumulate_tile`."""
     return {
-        "CHUNK_BYTES": layout.chunk_bytes,
-        "CHUNKS": layout.payload_chunks,
-        "VALUES_OFFSET": layout.values_offset,
-        "INDICES_OFFSET": layout.indices_offset,
-        "BLOCKS_PER_CHUNK": layout.blocks_per_chunk,
-        "CAPACITY": layout.capacity,
+        "chunk_bytes": layout.chunk_bytes,
+        "chunks": layout.payload_chunks,
+        "values_offset": layout.values_offset,
+        "indices_offset": layout.indices_offset,
+        "blocks_per_chunk": layout.blocks_per_chunk,
+        "capacity": layout.capacity,
         "VALUE_TYPE": {0: tl.float32, 1: tl.int16, 2: tl.float16, 3: tl.int8}[CODES[layout.value_dtype]],
         "VALUE": CODES[layout.value_dtype],
         "INDEX_TYPE": INDEX_TYPES[layout.index_bytes],
