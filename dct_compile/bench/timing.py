@@ -14,6 +14,8 @@ from dct_compile.bench.machine import last_level_cache_bytes
 FEWEST_SAMPLES, MOST_SAMPLES = 3, 100
 CACHE_MULTIPLE = 4
 """The copies of an input together are at least this many last-level caches long."""
+HEAD_START_BYTES = 2**30
+"""What is overwritten before a timed call on CUDA, if the cache is not larger: the host queues the call's launches in that time."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,14 @@ class Stopwatch:
     """Times single calls on one device, with cold caches.
 
     On a CPU the caller rotates through ``copies`` of its inputs. On CUDA the L2 cache is overwritten before each call, and the time is
-    that between two events on the stream.
+    that between two events on the stream: the device's, and the host's only where the call waits for a result.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cache_bytes = last_level_cache_bytes(device)
-        self._flush = torch.empty(2 * self.cache_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+        flushed = max(2 * self.cache_bytes, HEAD_START_BYTES) if device.type == "cuda" else 0
+        self._flush = torch.empty(flushed, dtype=torch.uint8, device=device)
 
     def copies(self, input_bytes: int) -> int:
         """How many inputs of ``input_bytes`` it takes so that each is out of the cache when its turn comes again."""
