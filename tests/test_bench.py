@@ -326,14 +326,17 @@ def test_copies_exceed_the_cache() -> None:
 
 
 def test_the_last_level_cache_is_read_from_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two CPUs on one 32 MiB cache, a third on another one."""
+    """Two CPUs on one 16 MiB cache, a third on another one."""
     for cpu, shared in enumerate(("0-1", "0-1", "2")):
-        for index, (level, size, cpus) in enumerate([("1", "48K", str(cpu)), ("2", "1M", str(cpu)), ("3", "32768K", shared)]):
+        for index, (level, size, cpus) in enumerate([("1", "48K", str(cpu)), ("2", "1M", str(cpu)), ("3", "16384K", shared)]):
             folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
             folder.mkdir(parents=True)
             for name, text in (("level", level), ("size", size), ("shared_cpu_list", cpus)):
                 (folder / name).write_text(f"{text}\n")
     monkeypatch.setattr(machine, "_CPUS", tmp_path)
-    assert machine.last_level_cache_bytes(CPU) == 64 * 2**20
+    assert machine.last_level_cache_bytes(CPU) == 32 * 2**20
+    for size in tmp_path.glob("cpu*/cache/index2/size"):
+        size.write_text("480M\n")
+    assert machine.last_level_cache_bytes(CPU) == machine.LARGEST_CACHE_BYTES
     monkeypatch.setattr(machine, "_CPUS", tmp_path / "nothing")
-    assert machine.last_level_cache_bytes(CPU) == machine.ASSUMED_CACHE_BYTES
+    assert machine.last_level_cache_bytes(CPU) == machine.LARGEST_CACHE_BYTES

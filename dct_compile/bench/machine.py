@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-ASSUMED_CACHE_BYTES = 64 * 2**20
-"""Last-level cache of a machine that does not say how much it has."""
+LARGEST_CACHE_BYTES = 64 * 2**20
+"""Last-level cache of a CPU that does not say how much it has, and the most that is believed: a virtual machine names its host's."""
 _SUFFIXES = {"K": 2**10, "M": 2**20, "G": 2**30}
 _CPUS = Path("/sys/devices/system/cpu")
 _MEMINFO = Path("/proc/meminfo")
@@ -44,7 +44,7 @@ def last_level_cache_bytes(device: torch.device) -> int:
             continue
         caches[int(level), shared] = int(size[:-1]) * _SUFFIXES[size[-1]]
     last = max((level for level, _ in caches), default=0)
-    return sum(size for (level, _), size in caches.items() if level == last) or ASSUMED_CACHE_BYTES
+    return min(sum(size for (level, _), size in caches.items() if level == last) or LARGEST_CACHE_BYTES, LARGEST_CACHE_BYTES)
 
 
 def line_bytes(device: torch.device) -> int:
