@@ -20,15 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 from dct_compile.config import DCTConfig, split_options
 from dct_compile.integrations import ddp
 from dct_compile.passes.graph_utils import hint, output_node, resolve_group
+from dct_compile.passes.inline_kernels import InlineKernels
 from dct_compile.passes.manager import GraphInput, JointGraphPass, StateNeededError, StateRequest
 from dct_compile.passes.plan import Decision
 from dct_compile.passes.reasons import Note
 from dct_compile.passes.source import innermost_line
 from dct_compile.runtime import RUNTIME, Runtime
 from dct_compile.state import STATE_INPUTS, BucketState, local_tensor
+from dct_compile.triton_kernels.compat import HAS_TRITON
 
 Compiled = Callable[..., Any]
-_SLOT = "joint_custom_pre_pass"
+_JOINT_SLOT, _LAST_SLOT = "joint_custom_pre_pass", "post_grad_custom_post_pass"
 
 
 def dct(
@@ -106,6 +108,8 @@ def _stand_in(node: Any, is_saved: bool) -> Any:
 
 def _split_options(options: Mapping[str, Any] | None) -> tuple[DCTConfig, dict[str, Any]]:
     config, patches = split_options(options, list_options())
+    if config.inline_kernels and not HAS_TRITON:
+        raise ValueError("option 'inline_kernels' is True, but Triton is not installed: there are no kernels to inline")
     _check_inductor_types(patches)
     return config, patches
 
@@ -197,26 +201,29 @@ class _GraphCompiler:
                 return compiled, requests, decisions
 
     def _attempt(self, requests: list[StateRequest]) -> tuple[Compiled, list[Decision]]:
-        earlier = _custom_passes(self.patches.get(_SLOT, getattr(inductor_config, _SLOT)))
+        earlier = self._custom_passes(_JOINT_SLOT)
         joint_pass = JointGraphPass(self.name, self.config, self.inputs, requests, self.group, self.runtime, earlier, self.backward_only)
+        passes: dict[str, Any] = {_JOINT_SLOT: joint_pass}
+        if self.config.inline_kernels:
+            passes[_LAST_SLOT] = InlineKernels(self._custom_passes(_LAST_SLOT))
         gm, inputs = add_state_inputs(self.gm, self.example_inputs, requests)
         # The autograd cache would skip the passes on a warm start, and with them the report; Inductor's own cache stays on.
         with functorch_config.patch(enable_autograd_cache=False):
-            compiled = _compile(gm, inputs, {**self.patches, _SLOT: joint_pass}, self.inner_compile)
+            compiled = _compile(gm, inputs, {**self.patches, **passes}, self.inner_compile)
         self.runtime.reports.trains_alone |= joint_pass.trains and not self.is_reduced
         return compiled, joint_pass.decisions
+
+    def _custom_passes(self, slot: str) -> list[Callable[[fx.Graph], None]]:
+        """A user's own passes: newer torch allows a list."""
+        passes = self.patches.get(slot, getattr(inductor_config, slot))
+        if passes is None:
+            return []
+        return list(passes) if isinstance(passes, list | tuple) else [passes]
 
     def _agree(self, decisions: Sequence[Decision]) -> None:
         for name in dict.fromkeys(decision.site.group_name for decision in decisions):
             signatures = [item.signature() for item in decisions if item.site.group_name == name]
             self.runtime.agreement.check(resolve_group(name), self.config, signatures)
-
-
-def _custom_passes(slot: Any) -> list[Callable[[fx.Graph], None]]:
-    """A user's own passes: newer torch allows a list."""
-    if slot is None:
-        return []
-    return list(slot) if isinstance(slot, list | tuple) else [slot]
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:

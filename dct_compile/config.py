@@ -53,6 +53,8 @@ class DCTConfig:
     """How an embedding exchange travels: "int8" or "int4" rows, rounded stochastically; "threshold" like activations; "dense"."""
     data_parallel: bool | ProcessGroup = field(default=False, metadata={"allowed": "True, False or a ProcessGroup"})
     """Without DDP: average gradients over all ranks (True) or over a process group, and make parameters equal at the start."""
+    inline_kernels: bool = False
+    """On CUDA: let Inductor see the kernel launches instead of the operators ``torch.ops.dct``."""
 
     def __post_init__(self) -> None:
         _check_fraction("dp_density", self.dp_density)
@@ -76,6 +78,7 @@ class DCTConfig:
         _check_choice("embedding_codec", self.embedding_codec, EMBEDDING_CODECS)
         if not isinstance(self.data_parallel, bool | ProcessGroup):
             raise _error("data_parallel", self.data_parallel, "True, False or a torch.distributed.ProcessGroup")
+        _check_bool("inline_kernels", self.inline_kernels)
 
     @property
     def threshold_method(self) -> str:

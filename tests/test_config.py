@@ -33,6 +33,7 @@ BAD: list[tuple[str, Any, str]] = [
     *[("mp_eval", value, "True or False") for value in (1, None, "no")],
     *[("all_reduce", value, "one of 'auto', 'gather', 'owner'") for value in ("ring", None, 1)],
     *[("embedding_codec", value, "one of 'int8', 'int4', 'threshold', 'dense'") for value in ("int2", "int 8", None, 8)],
+    *[("inline_kernels", value, "True or False") for value in (1, 0, "yes", None)],
     *[("data_parallel", value, "True, False or a torch.distributed.ProcessGroup") for value in ("yes", 1, None, 0)],
 ]
 

@@ -31,7 +31,7 @@ for code in FLOATS:
     sizes = dict(WIDTH=1000, SLOTS=50, ROW_BYTES=50 * (BYTES[code] + 2))
     pack = dict(sizes, SOURCE=code, VALUE=code, VALUE_BYTES=BYTES[code], INDEX_BYTES=2, INFINITY=0x7F800000, BLOCK=1024, SLOT_BLOCK=64)
     for laplace in (False, True):
-        ptx(pack_rows_kernel, WIRE | {"x_ptr": FLOATS[code], "least": "i32", "factor": "fp32"}, LAPLACE=laplace, **pack)
+        ptx(pack_rows_kernel, WIRE | {"x_ptr": FLOATS[code], "bound": "fp32"}, LAPLACE=laplace, **pack)
     dense = dict(sizes, STEPS=6, ADDENDS=2, PAYLOAD_BYTES=BYTES[code], VALUE=code, OUT=code, BLOCK=1024)
     for apart in (False, True):
         ptx(dense_rows_kernel, WIRE | {"values_ptr": FLOATS[code], "out_ptr": bits, "rows": "i32"}, VALUES_APART=apart, **dense)

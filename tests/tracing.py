@@ -148,7 +148,7 @@ class _TracingCompiler(backend._GraphCompiler):
 
         gm, inputs = backend.add_state_inputs(self.gm, self.example_inputs, requests)
         with functorch_config.patch(enable_autograd_cache=False):
-            compiled = compile_fx(gm, inputs, inner_compile=interpret, config_patches={backend._SLOT: joint_pass})  # type: ignore[arg-type]
+            compiled = compile_fx(gm, inputs, inner_compile=interpret, config_patches={backend._JOINT_SLOT: joint_pass})  # type: ignore[arg-type]
         self.traces.append(captured)
         assert callable(compiled)
         return compiled, joint_pass.decisions

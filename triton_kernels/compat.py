@@ -1,8 +1,12 @@
 """Triton is optional: without it the kernels are never called, and their modules still import."""
 
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 try:
     import triton
@@ -27,4 +31,28 @@ def jit(function: Callable[..., Any]) -> Any:
     return triton.jit(function, do_not_specialize=[name for name in sizes if not name.endswith("_ptr")])
 
 
-__all__ = ["HAS_TRITON", "jit", "tl", "triton"]
+class _Recording(threading.local):
+    """Whether this thread traces a graph that is to show the launches."""
+
+    active = False
+
+
+_RECORDING = _Recording()
+
+
+@contextmanager
+def recorded_launches() -> Iterator[None]:
+    """Within it `launch` starts nothing, but puts nodes into the graph that is being traced."""
+    _RECORDING.active = True
+    try:
+        yield
+    finally:
+        _RECORDING.active = False
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """What starts ``kernel`` on ``grid``."""
+    return (torch.library.wrap_triton(kernel) if _RECORDING.active else kernel)[grid]  # type: ignore[no-any-return]
+
+
+__all__ = ["HAS_TRITON", "jit", "launch", "recorded_launches", "tl", "triton"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
 
-from functools import lru_cache
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,11 +15,33 @@ from dct_compile.triton_kernels.layout import TILE, GradientLayout
 
 INDEX_TYPES = {1: tl.uint8, 2: tl.uint16, 4: tl.int32} if HAS_TRITON else {}
 """Triton's types of counts and indices, by their bytes."""
+VALUE_TYPES = {1: tl.int8, 2: tl.int16, 4: tl.int32} if HAS_TRITON else {}
+"""Triton's types of the bits of values, by their bytes."""
 TILE_COLUMNS = 4
 PIECE_COLUMNS = 7
+_T = TypeVar("_T")
 
 
-@lru_cache(maxsize=4096)
+def device_table(make: Callable[..., _T]) -> Callable[..., _T]:
+    """Caches what ``make`` returns: real tensors in memory of their own, also while a graph is traced or warmed up for capture.
+
+    Fake tensors and the memory pool of a CUDA graph are matters of the calling thread, so the tables are made on another one.
+    """
+
+    @lru_cache(maxsize=4096)
+    @wraps(make)
+    def table(*args: Any) -> _T:
+        return _on_another_thread(make, *args)
+
+    return table
+
+
+def _on_another_thread(make: Callable[..., _T], *args: Any) -> _T:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make, *args).result()
+
+
+@device_table
 def tile_table(layout: GradientLayout, device: torch.device) -> Tensor:
     """int64 [tiles of all pieces, TILE_COLUMNS]: grad offset, state offset, elements, piece. On the device once, not in every step."""
     rows = []
@@ -27,7 +52,7 @@ def tile_table(layout: GradientLayout, device: torch.device) -> Tensor:
     return torch.cat(rows or [torch.empty(0, TILE_COLUMNS, dtype=torch.int64)]).to(device)
 
 
-@lru_cache(maxsize=4096)
+@device_table
 def piece_table(layout: GradientLayout, device: torch.device) -> Tensor:
     """int64 [pieces, PIECE_COLUMNS]: segment, chunk, capacity, first block and first tile in the chunk, first tile of all, tiles."""
     rows = []

@@ -25,12 +25,17 @@ def as_bits(x: Tensor) -> Tensor:
 
 
 @jit
-def load_float(pointer, mask, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 of what `as_stored` gave; 0 outside the mask."""
+def as_float(x, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 of elements of what `as_stored` gave."""
     if CODE == 1:
-        bits = tl.load(pointer, mask=mask, other=0).to(tl.int32) << 16
-        return bits.to(tl.float32, bitcast=True)
-    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+        return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@jit
+def rounded_product(x, y):  # type: ignore[no-untyped-def]
+    """x * y that stays rounded where it is added to something: a product that is a fused multiply-add already joins no other."""
+    return tl.fma(x, y, 0.0)
 
 
 @jit
@@ -63,5 +68,7 @@ def float_of_bits(bits, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
         return bits.to(tl.float32, bitcast=True)
     elif CODE == 1:
         return (bits << 16).to(tl.float32, bitcast=True)
+    elif CODE == 3:
+        return bits.to(tl.float32)
     else:
         return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

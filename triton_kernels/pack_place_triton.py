@@ -131,19 +131,19 @@ def place_group(  # type: ignore[no-untyped-def]
     size = tl.load(tiles_ptr + tile * 4 + 2, mask=real, other=0)
     piece = tl.load(tiles_ptr + tile * 4 + 3, mask=real, other=0)
     row = pieces_ptr + piece * 7
-    number = tl.load(row + 1, mask=real, other=0)
+    chunk = tl.load(row + 1, mask=real, other=0)
     first_block = tl.load(row + 3, mask=real, other=0)
     first_row = tl.load(row + 5, mask=real, other=0)
     window = windows_ptr + piece * 4
     entries = tl.load(window, mask=real, other=0)
     start = tl.load(window + 1, mask=real, other=0)
     kept = tl.load(window + 2, mask=real, other=0)
-    first_slot = tl.load(window + 3, mask=real, other=0) - tl.load(windows_ptr + number * segments * 4 + 3, mask=real, other=0)
+    first_slot = tl.load(window + 3, mask=real, other=0) - tl.load(windows_ptr + chunk * segments * 4 + 3, mask=real, other=0)
     count = tl.load(found_ptr + tile, mask=real, other=0)
     base = found_before(tile, real, 0, tiles, reached_ptr, sums_ptr, groups, GROUP)
     base -= found_before(first_row, real, 0, tiles, reached_ptr, sums_ptr, groups, GROUP)
-    chunk = payload_ptr + number * chunk_bytes
-    counts = (chunk + counts_offset).to(tl.pointer_type(INDEX_TYPE)) + first_block
+    start_of_chunk = payload_ptr + chunk * chunk_bytes
+    counts = (start_of_chunk + counts_offset).to(tl.pointer_type(INDEX_TYPE)) + first_block
     if WHOLE:
         tl.store(counts, kept.to(INDEX_TYPE), mask=real & (tile == first_row))
     else:
@@ -156,9 +156,10 @@ def place_group(  # type: ignore[no-untyped-def]
         tl.store(counts[:, None] + (tile - first_row)[:, None] * (TILE // BLOCK) + blocks, kept_now.to(INDEX_TYPE), mask=covered)
     scale = tl.zeros([GROUP], dtype=tl.float32)
     if VALUE == 3:
-        scale = tl.load(scale_place(payload_ptr, pieces_ptr, piece, tile, chunk_bytes), mask=real, other=0.0)
-    values = (chunk + values_offset).to(tl.pointer_type(VALUE_TYPE)) + first_slot
-    indices = (chunk + indices_offset).to(tl.pointer_type(INDEX_TYPE)) + first_slot
+        number = tl.load(row + 4, mask=real, other=0) + tile - first_row
+        scale = tl.load(scale_place(payload_ptr, chunk, number, chunk_bytes), mask=real, other=0.0)
+    values = (start_of_chunk + values_offset).to(tl.pointer_type(VALUE_TYPE)) + first_slot
+    indices = (start_of_chunk + indices_offset).to(tl.pointer_type(INDEX_TYPE)) + first_slot
     for first in range(0, tl.max(count, axis=0), STEP):
         entry = first + tl.arange(0, STEP)[None, :]
         staged = entry < count[:, None]

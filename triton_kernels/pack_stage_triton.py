@@ -8,7 +8,7 @@ from __future__ import annotations  # `tl.constexpr` is not evaluated: there may
 
 from dct_compile.triton_kernels.compat import jit, tl
 from dct_compile.triton_kernels.gradient_tables import is_nonfinite
-from dct_compile.triton_kernels.number_formats_triton import float_of_bits, load_float, rounded_bits
+from dct_compile.triton_kernels.number_formats_triton import as_float, float_of_bits, rounded_bits, rounded_product
 
 
 @jit
@@ -22,17 +22,15 @@ def encode(w, scale, VALUE: tl.constexpr):  # type: ignore[no-untyped-def]
         nan = (w.to(tl.int32, bitcast=True) & 0x7FFFFFFF) > 0x7F800000
         sign = tl.where(nan, 0, tl.where(w > 0.0, 1, -1))
         code = tl.where(is_nonfinite(scale), sign, tl.where(scale > 0.0, rounded, 0.0).to(tl.int32))
-        return code, code.to(tl.float32) * scale
+        return code, rounded_product(code.to(tl.float32), scale)
     bits = rounded_bits(w, VALUE, True)
     return bits, float_of_bits(bits, VALUE)
 
 
 @jit
-def scale_place(payload_ptr, pieces_ptr, piece, tile, chunk_bytes):  # type: ignore[no-untyped-def]
-    """Where in the payload the scale of a tile (a row of the tile table) lies."""
-    row = pieces_ptr + piece * 7
-    number = tl.load(row + 4) + tile - tl.load(row + 5)
-    return payload_ptr.to(tl.pointer_type(tl.float32)) + tl.load(row + 1) * (chunk_bytes // 4) + number
+def scale_place(payload_ptr, chunk, number, chunk_bytes):  # type: ignore[no-untyped-def]
+    """Where in the payload the scale of a chunk's tile lies."""
+    return payload_ptr.to(tl.pointer_type(tl.float32)) + chunk * (chunk_bytes // 4) + number
 
 
 @jit
@@ -89,18 +87,20 @@ def stage_tile(  # type: ignore[no-untyped-def]
         largest = tl.zeros([PART // ROW, ROW], dtype=tl.float32)
         for part in range(0, size, PART):
             inside = part + lanes < size
-            w = load_float(grad + part + lanes, inside, GRAD)
+            w = as_float(tl.load(grad + part + lanes, mask=inside, other=0), GRAD)
             if FEEDBACK:
                 w += tl.load(state + part + lanes, mask=inside, other=0.0)
             largest = tl.where(tl.abs(w) >= tau, tl.maximum(largest, tl.abs(w)), largest)
         scale = tl.max(tl.max(largest, axis=1), axis=0) * (1.0 / 127)  # threshold_pack.LARGEST_CODE
-        tl.store(scale_place(payload_ptr, pieces_ptr, piece, tile, chunk_bytes), scale)
+        row = pieces_ptr + piece * 7
+        number = tl.load(row + 4) + tile - tl.load(row + 5)
+        tl.store(scale_place(payload_ptr, tl.load(row + 1), number, chunk_bytes), scale)
     entries = 0
     found = 0
     nonfinite = tl.zeros([PART // ROW, ROW], dtype=tl.int32)
     for part in range(0, size, PART):
         inside = part + lanes < size
-        w = load_float(grad + part + lanes, inside, GRAD)
+        w = as_float(tl.load(grad + part + lanes, mask=inside, other=0), GRAD)
         if FEEDBACK:
             w += tl.load(state + part + lanes, mask=inside, other=0.0)
         nonfinite |= is_nonfinite(w).to(tl.int32)
@@ -162,7 +162,7 @@ def undo_tile(  # type: ignore[no-untyped-def]
     found = 0
     for part in range(0, size, PART):
         inside = part + lanes < size
-        g = load_float(grad + part + lanes, inside, GRAD)
+        g = as_float(tl.load(grad + part + lanes, mask=inside, other=0), GRAD)
         again = g
         if FEEDBACK:
             w = tl.load(state + part + lanes, mask=inside, other=0.0)
@@ -179,4 +179,6 @@ def undo_tile(  # type: ignore[no-untyped-def]
     tl.store(found_ptr + tiles + tile, found - entries)
     if VALUE == 3:  # int8
         scale = tl.where(found > 0, 0x7F800000, 0).to(tl.float32, bitcast=True)
-        tl.store(scale_place(payload_ptr, pieces_ptr, tl.load(tiles_ptr + tile * 4 + 3), tile, chunk_bytes), scale)
+        row = pieces_ptr + tl.load(tiles_ptr + tile * 4 + 3) * 7
+        number = tl.load(row + 4) + tile - tl.load(row + 5)
+        tl.store(scale_place(payload_ptr, tl.load(row + 1), number, chunk_bytes), scale)

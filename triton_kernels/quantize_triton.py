@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.compat import jit, tl
+from dct_compile.triton_kernels.compat import jit, launch, tl
 from dct_compile.triton_kernels.layout import quantized_row_bytes
-from dct_compile.triton_kernels.number_formats_triton import CODES, as_bits, as_stored, load_float, rounded_bits
+from dct_compile.triton_kernels.number_formats_triton import CODES, as_bits, as_float, as_stored, rounded_bits
 from dct_compile.triton_kernels.quantize import check_quantize_arguments, check_quantized, largest_code
 from dct_compile.triton_kernels.row_codec_triton import load_bytes, power_of_two, store_bytes, warps_for
 
@@ -56,10 +56,10 @@ def quantize_rows_kernel(  # type: ignore[no-untyped-def]
     seed = tl.load(seed_ptr)
     column = tl.arange(0, BLOCK) * ENTRIES
     start = row * WIDTH
-    x = load_float(x_ptr + start + column, column < WIDTH, SOURCE)
+    x = as_float(tl.load(x_ptr + start + column, mask=column < WIDTH, other=0), SOURCE)
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
     if ENTRIES == 2:
-        second = load_float(x_ptr + start + column + 1, column + 1 < WIDTH, SOURCE)
+        second = as_float(tl.load(x_ptr + start + column + 1, mask=column + 1 < WIDTH, other=0), SOURCE)
         largest = tl.maximum(largest, tl.max(second.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0))
     amax = tl.zeros([1], tl.float32) + largest.to(tl.float32, bitcast=True)
     exact = tl.maximum(tl.div_rn(amax, tl.full([1], QMAX, tl.float32)), 1.1754943508222875e-38)
@@ -116,7 +116,7 @@ def quantize_rows_triton(x: Tensor, seed: Tensor, bits: int) -> Tensor:
     entries = 8 // bits
     block = power_of_two(-(-width // entries))
     x = x.contiguous()
-    quantize_rows_kernel[(x.shape[0] * inner,)](
+    launch(quantize_rows_kernel, (x.shape[0] * inner,))(
         as_stored(x),
         seed,
         payload,
@@ -140,7 +140,7 @@ def dequantize_rows_triton(payload: Tensor, row_shape: Sequence[int], bits: int,
     if out.numel() == 0:
         return out
     block = min(power_of_two(width), 1024)
-    dequantize_rows_kernel[(out.numel() // width, -(-width // block))](
+    launch(dequantize_rows_kernel, (out.numel() // width, -(-width // block)))(
         payload.contiguous(),
         as_bits(out),
         WIDTH=width,

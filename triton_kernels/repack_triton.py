@@ -9,7 +9,7 @@ from __future__ import annotations  # `tl.constexpr` is not evaluated: there may
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.compat import jit, tl
+from dct_compile.triton_kernels.compat import jit, launch, tl
 from dct_compile.triton_kernels.gradient_checks import check_gathered, check_state
 from dct_compile.triton_kernels.gradient_tables import is_due
 from dct_compile.triton_kernels.layout import gradient_layout
@@ -150,7 +150,7 @@ def repack_triton(
         gathered = gathered.contiguous()
         source = (gathered, entries_reached(gathered, layout), rounds, total, *state, refresh_interval)
         options = {**payload_options(layout), **packer.stage_options(total), "CONSTANT": constant, "GEOMETRIC": geometric}
-        repack_kernel[(packer.tiles.shape[0],)](*source, *packer.stage_arguments, **options)
+        launch(repack_kernel, (packer.tiles.shape[0],))(*source, *packer.stage_arguments, **options)
         if not constant:
             select_threshold_triton(*selection)
     return packer.pack(total, STAGE_NONE if constant else STAGE_DUE, refresh_interval, geometric)

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.compat import jit, tl
+from dct_compile.triton_kernels.compat import jit, launch, tl
 from dct_compile.triton_kernels.layout import row_bytes
-from dct_compile.triton_kernels.number_formats_triton import CODES, as_stored, load_float, rounded_bits
+from dct_compile.triton_kernels.number_formats_triton import CODES, as_float, as_stored, rounded_bits
 from dct_compile.triton_kernels.row_codec_triton import power_of_two, store_bytes, warps_for
 from dct_compile.triton_kernels.rows_pack import INF_KEY, check_pack_arguments, laplace_factor
 
@@ -18,8 +18,7 @@ from dct_compile.triton_kernels.rows_pack import INF_KEY, check_pack_arguments, 
 def pack_rows_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [rows, WIDTH]
     payload_ptr,  # uint8 [rows, ROW_BYTES]
-    least,  # int32: the least eligible key, if not LAPLACE
-    factor,  # float32: of mean|x|, if LAPLACE
+    bound,  # float32: the least eligible magnitude; if LAPLACE, over mean|x|
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
     LAPLACE: tl.constexpr,
@@ -35,14 +34,14 @@ def pack_rows_kernel(  # type: ignore[no-untyped-def]
     """The largest SLOTS eligible entries of a row, by ascending place."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    x = load_float(x_ptr + row * WIDTH + column, column < WIDTH, SOURCE)
+    x = as_float(tl.load(x_ptr + row * WIDTH + column, mask=column < WIDTH, other=0), SOURCE)
     key = tl.minimum(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, INFINITY)
-    low = least
+    bound = tl.full([], bound, tl.float32)
     if LAPLACE:
         # float64, so that the sum's order does not show in the threshold.
         mean = (tl.sum(key.to(tl.float32, bitcast=True).to(tl.float64), axis=0) / WIDTH).to(tl.float32)
-        low = (mean * factor).to(tl.int32, bitcast=True)
-    low = tl.minimum(tl.maximum(low, 1), INFINITY)
+        bound = mean * bound
+    low = tl.minimum(tl.maximum(bound.to(tl.int32, bitcast=True), 1), INFINITY)
     # Halve [low, high) until at least SLOTS keys reach low and fewer reach high, or until exactly SLOTS reach low. Nothing to do where
     # all that is eligible has a slot.
     high = tl.max(key, axis=0) + 1
@@ -78,11 +77,11 @@ def pack_rows_triton(x: Tensor, slots: int, method: str, density: float, fixed: 
     if payload.numel() == 0:
         return payload
     block = power_of_two(width)
-    pack_rows_kernel[(x.shape[0] * inner,)](
+    bound = laplace_factor(density) if method == "laplace" else float(fixed) if method == "fixed" else 0.0
+    launch(pack_rows_kernel, (x.shape[0] * inner,))(
         as_stored(x),
         payload,
-        int(torch.tensor(fixed, dtype=torch.float32).view(torch.int32)) if method == "fixed" else 0,
-        laplace_factor(density) if method == "laplace" else 0.0,
+        bound,
         WIDTH=width,
         SLOTS=slots,
         LAPLACE=method == "laplace",

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.compat import jit, tl
+from dct_compile.triton_kernels.compat import jit, launch, tl
 from dct_compile.triton_kernels.layout import row_bytes
-from dct_compile.triton_kernels.number_formats_triton import CODES, as_bits, as_stored, float_of_bits, load_float, rounded_bits
+from dct_compile.triton_kernels.number_formats_triton import CODES, as_bits, as_float, as_stored, float_of_bits, rounded_bits
 from dct_compile.triton_kernels.row_codec import check_row_payload, check_row_values, check_rows
 from dct_compile.triton_kernels.row_codec_triton import load_bytes, power_of_two, warps_for
 
@@ -61,7 +61,7 @@ def dense_rows_kernel(  # type: ignore[no-untyped-def]
     if VALUES_APART:
         slot, valid = find_slots(payload_ptr + row * ROW_BYTES, column, WIDTH, SLOTS, PAYLOAD_BYTES, STEPS)
         for _ in range(ADDENDS):
-            total += load_float(values_ptr + source * SLOTS + slot, valid, VALUE)
+            total += as_float(tl.load(values_ptr + source * SLOTS + slot, mask=valid, other=0), VALUE)
             source += rows
     else:
         for _ in range(ADDENDS):
@@ -95,7 +95,7 @@ def gather_rows_kernel(  # type: ignore[no-untyped-def]
     place = load_bytes(packed + SLOTS * PAYLOAD_BYTES + slot * INDEX_BYTES, inside, INDEX_BYTES)
     first = load_bytes(packed + slot * PAYLOAD_BYTES, slot == 0, PAYLOAD_BYTES) << (33 - 8 * PAYLOAD_BYTES)  # its sign is shifted out
     valid = inside & tl.where(slot == 0, first != 0, place != 0) & (place < WIDTH)
-    grad = load_float(grad_ptr + row % grad_rows * WIDTH + place, valid, SOURCE)
+    grad = as_float(tl.load(grad_ptr + row % grad_rows * WIDTH + place, mask=valid, other=0), SOURCE)
     tl.store(out_ptr + row * SLOTS + slot, rounded_bits(grad, VALUE, True), mask=inside)
 
 
@@ -107,7 +107,7 @@ def _dense_rows(
     width = out.shape[-1]
     block = min(power_of_two(width), 1024)
     rows = out.numel() // width
-    dense_rows_kernel[(rows, -(-width // block))](
+    launch(dense_rows_kernel, (rows, -(-width // block)))(
         payload.contiguous(),
         payload if values is None else as_stored(values.contiguous()),
         as_bits(out),
@@ -158,7 +158,7 @@ def gather_rows_triton(grad: Tensor, payload: Tensor, slots: int, payload_dtype:
     if out.numel() == 0:
         return out
     block = power_of_two(slots)
-    gather_rows_kernel[(payload.shape[0] * inner,)](
+    launch(gather_rows_kernel, (payload.shape[0] * inner,))(
         as_stored(grad.contiguous()),
         payload.contiguous(),
         as_bits(out),

@@ -6,17 +6,16 @@ pass, and the next pass over that parameter waits for it. No value is read on th
 
 from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
 
-from functools import lru_cache
 from math import ceil, log
 
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.compat import jit, tl
+from dct_compile.triton_kernels.compat import jit, launch, tl
 from dct_compile.triton_kernels.gradient_checks import check_state
-from dct_compile.triton_kernels.gradient_tables import is_due, is_nonfinite
+from dct_compile.triton_kernels.gradient_tables import device_table, is_due, is_nonfinite
 from dct_compile.triton_kernels.layout import TILE, GradientLayout, gradient_layout
-from dct_compile.triton_kernels.number_formats_triton import CODES, as_stored, load_float
+from dct_compile.triton_kernels.number_formats_triton import CODES, as_float, as_stored
 from dct_compile.triton_kernels.select_threshold import constant_threshold, selections
 from dct_compile.triton_kernels.tasks_triton import finish_task, take_task, wait_for
 
@@ -42,7 +41,7 @@ histograms are cleared, and the tasks of each pass that have arrived, plus one w
 def load_sum(grad_ptr, residual_ptr, selection, samples, inside, GRAD: tl.constexpr, FEEDBACK: tl.constexpr):  # type: ignore[no-untyped-def]
     """W at sample numbers ``samples``."""
     offsets = samples * tl.load(selection + 4)
-    w = load_float(grad_ptr + tl.load(selection + 1) + offsets, inside, GRAD)
+    w = as_float(tl.load(grad_ptr + tl.load(selection + 1) + offsets, mask=inside, other=0), GRAD)
     if FEEDBACK:
         w += tl.load(residual_ptr + tl.load(selection + 2) + offsets, mask=inside, other=0.0)
     return w
@@ -189,7 +188,13 @@ def mean_kernel(  # type: ignore[no-untyped-def]
             tl.store(threshold_ptr + tl.load(selection), mean, mask=is_nonfinite(mean) == 0)
 
 
-@lru_cache(maxsize=4096)
+@jit
+def constant_kernel(selections_ptr, threshold_ptr, constant):  # type: ignore[no-untyped-def]
+    """threshold = constant."""
+    tl.store(threshold_ptr + tl.load(selections_ptr + tl.program_id(0).to(tl.int64) * 9), constant)
+
+
+@device_table
 def _tables(layout: GradientLayout, density: float, method: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """On the device: selections (segment, offsets, elements, stride, samples, first run, runs, rank), runs, factors of the means."""
     rows: list[list[int]] = []
@@ -236,17 +241,17 @@ def select_threshold_triton(
         return
     constant = constant_threshold(density, method, fixed)
     if constant is not None:
-        threshold.data.index_fill_(0, table.select(1, 0), constant)
+        launch(constant_kernel, (count,))(table, threshold, constant)
         return
     source = (as_stored(grad.contiguous()), residual, counters, table, runs, threshold, refresh_interval)
     options = {"GEOMETRIC": refresh_warmup != "off", "GRAD": CODES[grad.dtype], "RUN": RUN, "FEEDBACK": error_feedback}
     if method == "laplace":
         sums = torch.empty(runs.shape[0], dtype=torch.float64, device=grad.device)
         arrived = torch.zeros(count, dtype=torch.int64, device=grad.device)
-        mean_kernel[(runs.shape[0],)](*source, factors, sums, arrived, **options, PART=PART, num_warps=WARPS)
+        launch(mean_kernel, (runs.shape[0],))(*source, factors, sums, arrived, **options, PART=PART, num_warps=WARPS)
         return
     histograms = torch.empty(count, PASSES, BINS, dtype=torch.int64, device=grad.device)
     state, ticket = torch.zeros(count * STATE_COLUMNS + 1, dtype=torch.int64, device=grad.device).split([count * STATE_COLUMNS, 1])
     scratch = (count, runs.shape[0], histograms, state, ticket)
     programs = min(count + PASSES * runs.shape[0], PROGRAMS)
-    rank_kernel[(programs,)](*source, *scratch, **options, TILE=TILE, BINS=BINS, LANES=LANES, num_warps=WARPS)
+    launch(rank_kernel, (programs,))(*source, *scratch, **options, TILE=TILE, BINS=BINS, LANES=LANES, num_warps=WARPS)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.compat import jit, tl, triton
+from dct_compile.triton_kernels.compat import jit, launch, tl, triton
 from dct_compile.triton_kernels.gradient_checks import check_state
-from dct_compile.triton_kernels.gradient_tables import INDEX_TYPES, is_due, piece_table, tile_table
+from dct_compile.triton_kernels.gradient_tables import INDEX_TYPES, VALUE_TYPES, is_due, piece_table, tile_table
 from dct_compile.triton_kernels.layout import TILE, WHOLE_PIECE, GradientLayout, gradient_layout
 from dct_compile.triton_kernels.number_formats_triton import CODES, as_stored
 from dct_compile.triton_kernels.pack_place_triton import place_group, settle, tally_group
@@ -249,7 +249,6 @@ class Packer:
             "PART": PART,
             "TILE": TILE,
             "FEEDBACK": self.error_feedback,
-            "enable_fp_fusion": False,  # w - code * scale is rounded twice in every implementation
             "num_warps": WARPS,
         }
 
@@ -260,7 +259,7 @@ class Packer:
         reached = torch.empty_like(self.found)
         sums = torch.empty(2, groups, dtype=torch.int64, device=self.payload.device)
         windows = torch.empty(self.pieces.shape[0], 4, dtype=torch.int64, device=self.payload.device)
-        pack_kernel[((0 if stages == STAGE_NONE else count) + 2 * groups,)](
+        launch(pack_kernel, ((0 if stages == STAGE_NONE else count) + 2 * groups,))(
             *(as_stored(grad), self.residual, self.threshold, self.counters, interval),
             *self.stage_arguments,
             *(self.pieces.shape[0], len(layout.segments), reached, sums, windows),
@@ -269,7 +268,7 @@ class Packer:
             values_offset=layout.values_offset,
             counts_offset=layout.counts_offset,
             indices_offset=layout.indices_offset,
-            VALUE_TYPE={1: tl.int8, 2: tl.int16, 4: tl.int32}[layout.value_dtype.itemsize],
+            VALUE_TYPE=VALUE_TYPES[layout.value_dtype.itemsize],
             INDEX_TYPE=INDEX_TYPES[layout.index_bytes],
             WHOLE=layout.block == WHOLE_PIECE,
             GROUP=GROUP,

@@ -2,16 +2,22 @@
 
 from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.compat import jit, tl
+from dct_compile.triton_kernels.compat import jit, launch, tl
 from dct_compile.triton_kernels.gradient_checks import check_gathered
-from dct_compile.triton_kernels.gradient_tables import INDEX_TYPES, piece_table, tile_table
+from dct_compile.triton_kernels.gradient_tables import INDEX_TYPES, VALUE_TYPES, device_table, piece_table, tile_table
 from dct_compile.triton_kernels.layout import TILE, WHOLE_PIECE, GradientLayout, gradient_layout
-from dct_compile.triton_kernels.number_formats_triton import CODES, as_bits, as_stored, load_float, rounded_bits
+from dct_compile.triton_kernels.number_formats_triton import (
+    CODES,
+    as_bits,
+    as_float,
+    as_stored,
+    float_of_bits,
+    rounded_bits,
+    rounded_product,
+)
 from dct_compile.triton_kernels.threshold_pack import INDEX_DTYPES
 from dct_compile.triton_kernels.unpack_accumulate import uncovered_ranges
 
@@ -100,9 +106,9 @@ def accumulate_tile(  # type: ignore[no-untyped-def]
                     passed.to(tl.int32), axis=1
                 ) * BLOCK
             valid = valid & (place >= 0) & (place < size)
-            value = load_float(values + entry, valid, VALUE)
+            value = float_of_bits(tl.load(values + entry, mask=valid, other=0).to(tl.int32), VALUE)
             if VALUE == 3:  # int8
-                value *= tl.load(start.to(tl.pointer_type(tl.float32)) + tl.load(row + 4) + number)
+                value = rounded_product(value, tl.load(start.to(tl.pointer_type(tl.float32)) + tl.load(row + 4) + number))
             tl.store(total + place, tl.load(total + place, mask=valid, other=0.0) + value, mask=valid)
     tl.debug_barrier()
 
@@ -116,7 +122,7 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
     total_ptr,  # float32 [numel]: the memory of `out` where that is float32
     out_ptr,  # int32 or int16 [numel]: the bits
     rounds,  # payloads per chunk
-    divisor,  # float32
+    divisor,
     chunk_bytes,
     chunks,
     values_offset,
@@ -163,7 +169,7 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
     for part in range(0, size, PART):
         inside = part + lanes < size
         total = tl.load(total_ptr + start + part + lanes, mask=inside, other=0.0)
-        mean = tl.div_rn(total, tl.zeros([PART], dtype=tl.float32) + divisor)
+        mean = tl.div_rn(total, tl.full([PART], divisor, tl.float32))
         tl.store(out_ptr + start + part + lanes, rounded_bits(mean, OUT, False).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -183,11 +189,11 @@ def fill_kernel(  # type: ignore[no-untyped-def]
     inside = offsets < tl.load(row + 2)
     x = tl.zeros([TILE], dtype=tl.float32)
     if HAS_DENSE:
-        x = load_float(dense_ptr + tl.load(row + 1) + offsets, inside, DENSE)
+        x = as_float(tl.load(dense_ptr + tl.load(row + 1) + offsets, mask=inside, other=0), DENSE)
     tl.store(out_ptr + tl.load(row) + offsets, rounded_bits(x, OUT, False).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@lru_cache(maxsize=4096)
+@device_table
 def _gap_table(layout: GradientLayout, numel: int, device: torch.device) -> Tensor:
     rows = []
     start = 0
@@ -217,7 +223,7 @@ def payload_options(layout: GradientLayout) -> dict[str, object]:
         "indices_offset": layout.indices_offset,
         "blocks_per_chunk": layout.blocks_per_chunk,
         "capacity": layout.capacity,
-        "VALUE_TYPE": {0: tl.float32, 1: tl.int16, 2: tl.float16, 3: tl.int8}[CODES[layout.value_dtype]],
+        "VALUE_TYPE": VALUE_TYPES[layout.value_dtype.itemsize],
         "VALUE": CODES[layout.value_dtype],
         "INDEX_TYPE": INDEX_TYPES[layout.index_bytes],
         "WHOLE": layout.block == WHOLE_PIECE,
@@ -226,7 +232,6 @@ def payload_options(layout: GradientLayout) -> dict[str, object]:
         "TILE": TILE,
         "STEP": STEP,
         "num_warps": 4,
-        "enable_fp_fusion": False,  # value * scale is rounded before it is added, as in every implementation
     }
 
 
@@ -256,10 +261,10 @@ def unpack_accumulate_triton(
         tables = (entries_reached(gathered, layout), tiles, piece_table(layout, device))
         rounds = payloads // layout.payload_chunks
         means = (total, as_bits(out), rounds, float(divisor))
-        unpack_kernel[(tiles.shape[0],)](gathered, *tables, *means, OUT=CODES[dtype], **payload_options(layout))
+        launch(unpack_kernel, (tiles.shape[0],))(gathered, *tables, *means, OUT=CODES[dtype], **payload_options(layout))
     gaps = _gap_table(layout, numel, device)
     if gaps.shape[0]:
         source = out if dense is None else dense.contiguous()
         options = {"OUT": CODES[dtype], "DENSE": CODES[source.dtype], "HAS_DENSE": dense is not None}
-        fill_kernel[(gaps.shape[0],)](as_stored(source), as_bits(out), gaps, TILE=TILE, **options)
+        launch(fill_kernel, (gaps.shape[0],))(as_stored(source), as_bits(out), gaps, TILE=TILE, **options)
     return out

@@ -11,6 +11,8 @@ from torch.profiler import record_function
 
 LIBRARY = torch.library.Library("dct", "DEF")
 """Kept for the life of the process: its end would unregister the operators."""
+CUDA_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+"""What each operator does on CUDA, for a graph that is to show its launches instead of the operator."""
 _RANGE_ARGUMENTS = ', *, str site="", str receives="", str sends=""'
 
 
@@ -89,4 +91,5 @@ def define_op(schema: str, *, fake: Callable[..., Any], cpu: Callable[..., Any],
     LIBRARY.impl(name, _in_range(name, _on_device_of_first(cuda)), "CUDA")
     torch.library.register_fake(f"dct::{name}", _without_range(fake), lib=LIBRARY)
     overload: torch._ops.OpOverload = getattr(torch.ops.dct, name).default
+    CUDA_IMPLEMENTATIONS[overload] = cuda
     return overload
