@@ -150,6 +150,16 @@ def test_uniform_numbers_look_independent() -> None:
         assert torch.corrcoef(torch.stack([u, other]))[0, 1].abs() < 5 / math.sqrt(100_000)
 
 
+@pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_results_larger_than_the_caches(bits: int) -> None:
+    """They are written past the caches, in tiles that begin and end anywhere in a cache line."""
+    payload = quantize_rows_cpu(torch.randn(4200, 1001, generator=torch.Generator().manual_seed(bits)), SEED, bits)
+    dense = dequantize_rows_cpu(payload, [1001], bits, torch.float32)
+    assert dense.nbytes > 2**24
+    assert torch.equal(dense, dequantize_rows_reference(payload, [1001], bits, torch.float32))
+
+
 @pytest.mark.parametrize("codec", ALL)
 def test_strides_and_empty_tensors(codec: Codec) -> None:
     seed = SEED.to(codec.device)

@@ -166,6 +166,24 @@ def test_addends_are_summed_in_order_in_float32(kernels: Implementation, addends
     same(summed, expected)
 
 
+@pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("addends", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_results_larger_than_the_caches(dtype: torch.dtype, addends: int) -> None:
+    """They are written past the caches, in tiles that begin and end anywhere in a cache line."""
+    width, slots, rows = 1001, 50, 8500
+    generator = torch.Generator().manual_seed(addends)
+    payload = pack_rows_cpu(torch.randn(addends * rows, width, generator=generator), slots, "exact", 1.0, 0.0, torch.bfloat16)
+    dense = unpack_rows_cpu(payload, [width], slots, addends, torch.bfloat16, dtype)
+    assert dense.nbytes > 2**24
+    same(dense, unpack_rows_reference(payload, [width], slots, addends, torch.bfloat16, dtype))
+    grad = torch.randn(rows, width, generator=generator).to(dtype)
+    values = gather_rows_cpu(grad, payload, slots, torch.bfloat16, torch.bfloat16)
+    same(values, gather_rows_reference(grad, payload, slots, torch.bfloat16, torch.bfloat16))
+    back = scatter_rows_cpu(values, payload[:rows], [width], slots, addends, torch.bfloat16, dtype)
+    same(back, scatter_rows_reference(values, payload[:rows], [width], slots, addends, torch.bfloat16, dtype))
+
+
 @pytest.mark.parametrize("kernels", ALL)
 def test_strides_and_empty_tensors(kernels: Implementation) -> None:
     x = torch.randn(3, 8, 3, 5, device=kernels.device).to(torch.bfloat16)

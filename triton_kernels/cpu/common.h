@@ -43,6 +43,7 @@ struct Float32 {
 struct BFloat16 {
   uint16_t raw;
   static constexpr float kLargest = 3.38953138925153547590e38f;
+  static constexpr uint16_t kInfinity = 0x7f80;
   static float load(BFloat16 x) { return float_of(uint32_t(x.raw) << 16); }
   static BFloat16 round(float x) {
     const uint32_t bits = bits_of(x);
@@ -54,6 +55,7 @@ struct BFloat16 {
 struct Float16 {
   uint16_t raw;
   static constexpr float kLargest = 65504.0f;
+  static constexpr uint16_t kInfinity = 0x7c00;
   static float load(Float16 x) {
     // Shifted into float32's place the exponent is too small by 112; the exact product by 2^112 corrects it, denormals included.
     const uint32_t sign = uint32_t(x.raw & 0x8000u) << 16;
@@ -78,8 +80,9 @@ struct Float16 {
 // Rounding for the wire: a finite value stays finite.
 template <typename T>
 inline T saturate(float x) {
-  const float clamped = x > T::kLargest ? T::kLargest : x < -T::kLargest ? -T::kLargest : x;
-  return T::round(is_finite(x) ? clamped : x);
+  T rounded = T::round(x);
+  if constexpr (sizeof(T) == 2) rounded.raw = uint16_t(rounded.raw - ((rounded.raw & 0x7fff) == T::kInfinity && is_finite(x)));
+  return rounded;
 }
 
 // Calls `body(T{})` with the storage type that a dtype code means.

@@ -1,13 +1,16 @@
 // quantize_rows and dequantize_rows. The references in quantize.py are the specification.
 #include <algorithm>
-#include <vector>
+#include <type_traits>
 
-#include "common.h"
+#include "rows.h"
 
 namespace dct {
 namespace {
 
 constexpr float kSmallestScale = 0x1p-126f;
+
+template <int kBits>
+constexpr int32_t kLargestCode = kBits == 8 ? 127 : 7;
 
 inline uint32_t mix(uint32_t h) {
   h ^= h >> 16;
@@ -30,94 +33,162 @@ BFloat16 row_scale(const T* x, int64_t width, int32_t qmax) {
   return {uint16_t((bits_of(exact) + 0xffffu) >> 16)};
 }
 
-// codes[i] for the entries of a row; `first` is the flat index of its first entry.
-template <typename T>
-void row_codes(const T* x, int64_t width, float scale, int32_t qmax, uint64_t seed, uint64_t first, int8_t* codes) {
-  for (int64_t begin = 0; begin < width;) {
-    // The upper half of the index goes into the key: the loop has 32-bit integers only, and ends where that half changes.
-    const uint64_t index = first + uint64_t(begin);
-    const uint32_t key = mix(uint32_t(seed) ^ mix(uint32_t(seed >> 32) ^ mix(uint32_t(index >> 32))));
-    const int64_t count = std::min<int64_t>(width - begin, (int64_t(1) << 32) - int64_t(uint32_t(index)));
-    const T* from = x + begin;
-    int8_t* to = codes + begin;
-    const uint32_t low = uint32_t(index);
-    for (int32_t i = 0; i < int32_t(count); ++i) {
-      // The product is exact, so that it makes no difference whether the compiler fuses it with the sum.
-      const float u = float(int32_t(mix((low + uint32_t(i)) ^ key) >> 8)) * 0x1p-24f;
-      const float moved = T::load(from[i]) / scale + u;
-      const int32_t truncated = int32_t(moved);  // and not std::floor, which keeps the compiler from using vectors
-      const int32_t code = truncated - (float(truncated) > moved);
-      to[i] = int8_t(std::min(std::max(code, -qmax), qmax));
-    }
-    begin += count;
+// A row is worked on in parts: loops of a fixed length over arrays of our own need no prologue and no look at what may overlap, which a
+// short row would feel.
+constexpr int kPart = 64;
+
+// Calls part(begin, count) for all of them; the count of all but a last shorter one is known to the compiler.
+template <typename Part>
+void each_part(int64_t width, Part&& part) {
+  int64_t begin = 0;
+  for (; begin + kPart <= width; begin += kPart) part(begin, std::integral_constant<int, kPart>());
+  if (begin < width) part(begin, int(width - begin));
+}
+
+// The key of the random numbers of 2^32 neighbouring entries: the upper half of the flat index goes into it, so that the loops have 32-bit
+// integers only.
+struct Key {
+  uint64_t seed;
+  uint32_t upper = 0;
+  uint32_t key = of(0);
+
+  uint32_t of(uint32_t half) const { return mix(uint32_t(seed) ^ mix(uint32_t(seed >> 32) ^ mix(half))); }
+  void move_to(uint64_t index) {
+    if (uint32_t(index >> 32) == upper) return;
+    upper = uint32_t(index >> 32);
+    key = of(upper);
+  }
+};
+
+// The codes of entries that follow each other and whose flat indices, from `index` on, have one upper half.
+template <int kBits, typename T, typename Count>
+void encode(const T* x, Count count, float scale, uint32_t key, uint32_t index, int8_t* codes) {
+  for (int i = 0; i < count; ++i) {
+    const float random = float(int32_t(mix((index + uint32_t(i)) ^ key) >> 8));
+    // The product is exact, so that it makes no difference whether it is fused with the sum.
+#ifdef __FP_FAST_FMAF
+    const float moved = __builtin_fmaf(random, 0x1p-24f, T::load(x[i]) / scale);
+#else
+    const float moved = T::load(x[i]) / scale + random * 0x1p-24f;
+#endif
+    const int32_t truncated = int32_t(moved);  // and not std::floor, which keeps the compiler from using vectors
+    const int32_t code = truncated - (float(truncated) > moved);
+    codes[i] = int8_t(std::min(std::max(code, -kLargestCode<kBits>), kLargestCode<kBits>));
   }
 }
 
-// Two codes of eight bits become two of four; by itself, because bytes written through `out` could alias what a longer function uses.
-void join_pairs(const uint16_t* pairs, int64_t count, uint8_t* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = uint8_t((pairs[i] & 15) | (pairs[i] >> 4 & 0xf0));
+template <int kBits, typename T>
+void encode_row(const T* row, int64_t width, float scale, Key& key, uint64_t first, uint8_t* out) {
+  // The scale of a row takes a pass of its own; its entries are asked for while those of a row before are encoded.
+  const int64_t ahead = std::max<int64_t>(width, 4096 / int64_t(sizeof(T)));
+  each_part(width, [&](int64_t begin, auto count) {
+    T x[kPart];
+    int8_t codes[kPart] = {};
+    std::memcpy(x, row + begin, count * sizeof(T));
+    for (int i = 0; i < kPart; i += 64 / int(sizeof(T))) __builtin_prefetch(row + begin + ahead + i);
+    const uint64_t index = first + uint64_t(begin);
+    key.move_to(index);
+    if (uint32_t(index) <= uint32_t(index + uint64_t(count) - 1)) {
+      encode<kBits>(x, count, scale, key.key, uint32_t(index), codes);
+    } else {
+      for (int i = 0; i < count; ++i) {
+        key.move_to(index + uint64_t(i));
+        encode<kBits>(x + i, 1, scale, key.key, uint32_t(index + uint64_t(i)), codes + i);
+      }
+    }
+    if constexpr (kBits == 8) {
+      std::memcpy(out + begin, codes, count);
+    } else {
+      uint16_t pairs[kPart / 2];
+      uint8_t joined[kPart / 2];
+      std::memcpy(pairs, codes, sizeof pairs);
+      for (int i = 0; i < kPart / 2; ++i) joined[i] = uint8_t((pairs[i] & 15) | (pairs[i] >> 4 & 0xf0));
+      std::memcpy(out + begin / 2, joined, (count + 1) / 2);
+    }
+  });
+}
+
+template <int kBits, typename O>
+void decode_row(const uint8_t* from, int64_t width, float scale, O* row) {
+  const bool clamped = !(std::fabs(scale) * 128.0f <= O::kLargest);  // hardly ever: else no code leaves the range
+  each_part(width, [&](int64_t begin, auto count) {
+    int8_t codes[kPart];
+    O decoded[kPart];
+    if constexpr (kBits == 8) {
+      std::memcpy(codes, from + begin, count);
+    } else {
+      uint8_t joined[kPart / 2];
+      uint16_t pairs[kPart / 2];
+      std::memcpy(joined, from + begin / 2, (count + 1) / 2);
+      for (int i = 0; i < kPart / 2; ++i) {
+        const int32_t low = ((joined[i] & 15) ^ 8) - 8, high = ((joined[i] >> 4) ^ 8) - 8;
+        pairs[i] = uint16_t((low & 0xff) | (high & 0xff) << 8);
+      }
+      std::memcpy(codes, pairs, sizeof codes);
+    }
+    for (int i = 0; i < count; ++i) decoded[i] = O::round(float(codes[i]) * scale);
+    if (clamped) {
+      for (int i = 0; i < count; ++i) {
+        const float value = float(codes[i]) * scale;
+        decoded[i] = O::round(value > O::kLargest ? O::kLargest : value < -O::kLargest ? -O::kLargest : value);
+      }
+    }
+    std::memcpy(static_cast<void*>(row + begin), decoded, count * sizeof(O));
+  });
+}
+
+template <int kBits, typename T>
+void quantize(const T* x, int64_t rows, int64_t width, uint64_t seed, uint8_t* payload, int64_t threads) {
+  const int64_t row_bytes = 2 + code_bytes(width, kBits);
+  prefer_huge_pages(payload, rows * row_bytes);
+#pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
+  {
+    Key key{seed};
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* from = x + row * width;
+      uint8_t* to = payload + row * row_bytes;
+      const BFloat16 scale = row_scale(from, width, kLargestCode<kBits>);
+      std::memcpy(to, &scale, sizeof scale);
+      if (scale.raw == 0 || scale.raw == 0x7fc0) {
+        std::memset(to + 2, 0, size_t(row_bytes - 2));
+      } else {
+        encode_row<kBits>(from, width, BFloat16::load(scale), key, uint64_t(row) * uint64_t(width), to + 2);
+      }
+    }
+  }
+}
+
+template <int kBits, typename O>
+void dequantize(const uint8_t* payload, int64_t rows, int64_t width, O* out, int64_t threads) {
+  const int64_t row_bytes = 2 + code_bytes(width, kBits);
+  write_rows(rows, width, out, threads, [&] {
+    return [&](int64_t first, int64_t count, O* to) {
+      for (int64_t row = first; row < first + count; ++row, to += width) {
+        const uint8_t* from = payload + row * row_bytes;
+        BFloat16 scale;
+        std::memcpy(&scale, from, sizeof scale);
+        decode_row<kBits>(from + 2, width, BFloat16::load(scale), to);
+      }
+    };
+  });
 }
 
 }  // namespace
 
 DCT_EXPORT void dct_quantize_rows(const void* x, int64_t dtype, int64_t rows, int64_t width, const int64_t* seed, int64_t bits,
                                   uint8_t* payload, int64_t threads) {
-  const int64_t row_bytes = 2 + code_bytes(width, bits);
-  const int32_t qmax = bits == 8 ? 127 : 7;
   with_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
-    prefer_huge_pages(payload, rows * row_bytes);
-#pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
-    {
-      std::vector<uint16_t> pairs(ceil_div(width, 2));  // of codes; a last one without an entry stays 0
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < rows; ++row) {
-        const T* from = static_cast<const T*>(x) + row * width;
-        uint8_t* out = payload + row * row_bytes;
-        const BFloat16 scale = row_scale(from, width, qmax);
-        std::memcpy(out, &scale, sizeof scale);
-        if (scale.raw == 0 || scale.raw == 0x7fc0) {
-          std::memset(out + 2, 0, row_bytes - 2);
-          continue;
-        }
-        int8_t* row_out = bits == 8 ? reinterpret_cast<int8_t*>(out + 2) : reinterpret_cast<int8_t*>(pairs.data());
-        row_codes(from, width, BFloat16::load(scale), qmax, uint64_t(*seed), uint64_t(row) * uint64_t(width), row_out);
-        if (bits == 4) join_pairs(pairs.data(), row_bytes - 2, out + 2);
-      }
-    }
+    const auto* from = static_cast<const decltype(t)*>(x);
+    (bits == 8 ? quantize<8, decltype(t)> : quantize<4, decltype(t)>)(from, rows, width, uint64_t(*seed), payload, threads);
   });
 }
 
 DCT_EXPORT void dct_dequantize_rows(const uint8_t* payload, int64_t rows, int64_t width, int64_t bits, int64_t dtype, void* out,
                                     int64_t threads) {
-  const int64_t row_bytes = 2 + code_bytes(width, bits);
   with_dtype(dtype, [&](auto o) {
-    using O = decltype(o);
-    prefer_huge_pages(out, rows * width * int64_t(sizeof(O)));
-#pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
-    {
-      std::vector<uint16_t> pairs(ceil_div(width, 2));
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < rows; ++row) {
-        const uint8_t* from = payload + row * row_bytes;
-        O* to = static_cast<O*>(out) + row * width;
-        BFloat16 stored;
-        std::memcpy(&stored, from, sizeof stored);
-        const float scale = BFloat16::load(stored);
-        const int8_t* read = reinterpret_cast<const int8_t*>(from + 2);
-        if (bits == 4) {
-          for (int64_t i = 0; i < row_bytes - 2; ++i) {
-            const int32_t low = ((from[2 + i] & 15) ^ 8) - 8, high = ((from[2 + i] >> 4) ^ 8) - 8;
-            pairs[i] = uint16_t((low & 0xff) | (high & 0xff) << 8);
-          }
-          read = reinterpret_cast<const int8_t*>(pairs.data());
-        }
-        for (int64_t i = 0; i < width; ++i) {
-          const float value = float(read[i]) * scale;
-          to[i] = O::round(value > O::kLargest ? O::kLargest : value < -O::kLargest ? -O::kLargest : value);
-        }
-      }
-    }
+    auto* to = static_cast<decltype(o)*>(out);
+    (bits == 8 ? dequantize<8, decltype(o)> : dequantize<4, decltype(o)>)(payload, rows, width, to, threads);
   });
 }
 

@@ -1,7 +1,11 @@
-// One row of a payload, as row_codec.py describes it.
+// What the kernels of rows share: the format of a packed row, as row_codec.py describes it, and how dense rows are written.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "common.h"
+#include "stream.h"
 
 namespace dct {
 
@@ -33,12 +37,14 @@ struct RowFormat {
   template <typename Index, typename Visit>
   void each_slot_of(const uint8_t* row, Visit&& visit) const {
     const uint8_t* indices = row + slots * value_bytes;
-    for (int64_t slot = 0; slot < slots; ++slot) {
+    const auto at = [&](int64_t slot) {
       Index index;
       std::memcpy(&index, indices + slot * int64_t(sizeof index), sizeof index);
-      const bool valid = slot == 0 ? holds_value(row) : index != 0;  // places ascend: only the first can be 0
-      visit(slot, valid && index < width ? int64_t(index) : -1);
-    }
+      return int64_t(index);
+    };
+    visit(0, holds_value(row) && at(0) < width ? at(0) : -1);
+    // Places ascend: only the first can be 0.
+    for (int64_t slot = 1; slot < slots; ++slot) visit(slot, uint64_t(at(slot) - 1) < uint64_t(width - 1) ? at(slot) : -1);
   }
 
   // Every value dtype is zero iff its bits but the sign are.
@@ -48,5 +54,31 @@ struct RowFormat {
     return bits != 0;
   }
 };
+
+constexpr int64_t kStreamedBytes = 1 << 24;  // from here on, what is written is streamed past the caches
+constexpr int64_t kTileBytes = 1 << 14;      // of rows that are formed in the first-level cache, then streamed
+
+// Writes rows, some at a time: `make_form()`, called once per thread, returns form(first, count, to), which writes `count` rows from
+// `first` on to `to`.
+template <typename O, typename MakeForm>
+void write_rows(int64_t rows, int64_t width, O* out, int64_t threads, MakeForm&& make_form) {
+  const int64_t row_bytes = width * int64_t(sizeof(O));
+  const int64_t tile_rows = std::max<int64_t>(kTileBytes / std::max<int64_t>(row_bytes, 1), 1);
+  const bool streamed = rows * row_bytes >= kStreamedBytes;
+  prefer_huge_pages(out, rows * row_bytes);
+#pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
+  {
+    auto form = make_form();
+    std::vector<O> tile(streamed ? size_t(tile_rows * width) : 0);
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < rows; first += tile_rows) {
+      const int64_t count = std::min(tile_rows, rows - first);
+      O* to = out + first * width;
+      form(first, count, streamed ? tile.data() : to);
+      if (streamed) stream_out(to, tile.data(), count * row_bytes);
+    }
+    stream_fence();
+  }
+}
 
 }  // namespace dct

@@ -181,9 +181,15 @@ void pack_row(const T* x, RowScratch<T>& scratch, const RowFormat& format, int64
   const int64_t padded = ceil_div(format.width, kGroup) * kGroup;
   Key* keys = scratch.keys.data();
   Key largest = 0;
-  for (int64_t i = 0; i < format.width; ++i) {
-    keys[i] = Keys<T>::of(x[i]);
-    largest = std::max(largest, keys[i]);
+  // The keys are all that comes from memory; those of a row to come are asked for while this one is searched.
+  const int64_t ahead = std::max<int64_t>(format.width, 4096 / int64_t(sizeof(T)));
+  for (int64_t begin = 0; begin < format.width; begin += 1024) {
+    const int64_t end = std::min<int64_t>(format.width, begin + 1024);
+    for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + i + ahead);
+    for (int64_t i = begin; i < end; ++i) {
+      keys[i] = Keys<T>::of(x[i]);
+      largest = std::max(largest, keys[i]);
+    }
   }
   const Key guess = scratch.guess;
   Key low;

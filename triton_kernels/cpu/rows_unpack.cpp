@@ -1,4 +1,6 @@
 // unpack_rows, gather_rows, scatter_rows. The references in rows_unpack.py are the specification.
+#include <omp.h>
+
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -8,22 +10,80 @@
 namespace dct {
 namespace {
 
+constexpr int64_t kBlockEntries = 256;  // that are gathered while the next so many are asked for
+
+// Some rows' entries: where they stand, counted from `from`; -1 for a slot that is not valid.
 template <typename T>
-float load_bytes(const uint8_t* from) {
-  T x;
-  std::memcpy(&x, from, sizeof x);
-  return T::load(x);
+struct Wanted {
+  const T* from;
+  std::vector<int32_t> places;
+  int64_t count = 0;
+};
+
+// found[i] = the entry at now.places[i], or 0. Asks for what `next` wants meanwhile; where that is less, for what it wanted before, which
+// does no harm. Apart from the rounding: so short a loop has many of its scattered loads under way at once.
+template <typename T>
+void gather(const Wanted<T>& now, const Wanted<T>& next, T* found) {
+  for (int64_t i = 0; i < now.count; ++i) {
+    __builtin_prefetch(next.from + std::max(next.places[size_t(i)], 0));
+    const int32_t place = now.places[size_t(i)];
+    found[i] = place >= 0 ? now.from[place] : T{};
+  }
 }
 
-// out[i] = the float32 sum over the addends, in their order, of what `add_to(sum, addend)` adds to a row of zeros; formed in `out` itself
-// where that is float32.
-template <typename O, typename AddTo>
-void sum_row(float* scratch, int64_t width, int64_t addends, O* out, AddTo&& add_to) {
-  float* sum = scratch;
-  if constexpr (std::is_same_v<O, Float32>) sum = reinterpret_cast<float*>(out);
-  std::fill(sum, sum + width, 0.0f);
-  for (int64_t a = 0; a < addends; ++a) add_to(sum, a);
-  for (int64_t i = 0; i < width; ++i) out[i] = O::round(sum[i]);
+// Adds the values of a row at its places in `sum`; the first addend finds zeros. The values are converted first, all at once.
+template <typename V, typename Sum>
+void add_row(const RowFormat& format, const uint8_t* values, const uint8_t* packed, bool first, Sum* converted, Sum* sum) {
+  for (int64_t slot = 0; slot < format.slots; ++slot) {
+    V value;
+    std::memcpy(&value, values + slot * int64_t(sizeof value), sizeof value);
+    converted[slot] = Sum::round(0.0f + V::load(value));
+  }
+  if (first) {
+    format.each_slot(packed, [&](int64_t slot, int64_t index) {
+      if (index >= 0) sum[index] = converted[slot];
+    });
+  } else {
+    format.each_slot(packed, [&](int64_t slot, int64_t index) {
+      if (index >= 0) sum[index] = Sum::round(Sum::load(sum[index]) + Sum::load(converted[slot]));
+    });
+  }
+}
+
+// Rows of zeros plus the addends in their order, summed in float32 and rounded at the end: `Sum` is `O` where there is no difference.
+// `values_of(row, addend)` and `packed_of(row, addend)` say where the values of a row and its indices stand.
+template <typename V, typename O, typename Sum, typename Values, typename Packed>
+void sum_rows_in(const RowFormat& format, int64_t rows, int64_t addends, O* out, int64_t threads, Values&& values_of, Packed&& packed_of) {
+  write_rows(rows, format.width, out, threads, [&] {
+    return [&, converted = std::vector<Sum>(size_t(format.slots)), sums = std::vector<Sum>()](int64_t first, int64_t count, O* to) mutable {
+      const int64_t size = count * format.width;
+      Sum* sum;
+      if constexpr (std::is_same_v<O, Sum>) {
+        sum = to;
+      } else {
+        sums.resize(size_t(size));
+        sum = sums.data();
+      }
+      std::fill_n(sum, size, Sum{});
+      for (int64_t row = 0; row < count; ++row) {
+        for (int64_t a = 0; a < addends; ++a) {
+          add_row<V, Sum>(format, values_of(first + row, a), packed_of(first + row, a), a == 0, converted.data(), sum + row * format.width);
+        }
+      }
+      if constexpr (!std::is_same_v<O, Sum>) {
+        for (int64_t i = 0; i < size; ++i) to[i] = O::round(Sum::load(sum[i]));
+      }
+    };
+  });
+}
+
+template <typename V, typename O, typename Values, typename Packed>
+void sum_rows(const RowFormat& format, int64_t rows, int64_t addends, O* out, int64_t threads, Values&& values_of, Packed&& packed_of) {
+  if (addends == 1) {
+    sum_rows_in<V, O, O>(format, rows, addends, out, threads, values_of, packed_of);
+  } else {
+    sum_rows_in<V, O, Float32>(format, rows, addends, out, threads, values_of, packed_of);
+  }
 }
 
 }  // namespace
@@ -31,24 +91,12 @@ void sum_row(float* scratch, int64_t width, int64_t addends, O* out, AddTo&& add
 DCT_EXPORT void dct_unpack_rows(const uint8_t* payload, int64_t value_dtype, int64_t rows, int64_t width, int64_t slots, int64_t addends,
                                 int64_t dtype, void* out, int64_t threads) {
   const RowFormat format(width, slots, value_dtype);
+  const auto packed_of = [&](int64_t row, int64_t a) { return payload + (a * rows + row) * format.bytes(); };
   with_dtype(value_dtype, [&](auto v) {
     with_dtype(dtype, [&](auto o) {
       using V = decltype(v);
       using O = decltype(o);
-      prefer_huge_pages(out, rows * width * int64_t(sizeof(O)));
-#pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
-      {
-        std::vector<float> dense(width);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
-          sum_row(dense.data(), width, addends, static_cast<O*>(out) + row * width, [&](float* sum, int64_t a) {
-            const uint8_t* packed = payload + (a * rows + row) * format.bytes();
-            format.each_slot(packed, [&](int64_t slot, int64_t index) {
-              if (index >= 0) sum[index] += load_bytes<V>(packed + slot * int64_t(sizeof(V)));
-            });
-          });
-        }
-      }
+      sum_rows<V>(format, rows, addends, static_cast<O*>(out), threads, packed_of, packed_of);
     });
   });
 }
@@ -61,16 +109,36 @@ DCT_EXPORT void dct_gather_rows(const void* grad, int64_t dtype, int64_t grad_ro
     with_dtype(value_dtype, [&](auto v) {
       using T = decltype(t);
       using V = decltype(v);
+      const int64_t block_rows = std::max<int64_t>(kBlockEntries / slots, 1);
 #pragma omp parallel num_threads(worthwhile_threads(rows * slots, threads))
       {
-        std::vector<T> found(static_cast<size_t>(slots));
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
-          const T* from = static_cast<const T*>(grad) + row % grad_rows * width;
-          V* values = static_cast<V*>(out) + row * slots;
-          // Apart from the rounding: so short a loop has many of its scattered loads under way at once.
-          format.each_slot(payload + row * format.bytes(), [&](int64_t slot, int64_t index) { found[size_t(slot)] = index >= 0 ? from[index] : T{}; });
-          for (int64_t slot = 0; slot < slots; ++slot) values[slot] = saturate<V>(T::load(found[size_t(slot)]));
+        const int64_t shares = omp_get_num_threads(), share = omp_get_thread_num();
+        const int64_t last = rows * (share + 1) / shares;
+        Wanted<T> now{static_cast<const T*>(grad), std::vector<int32_t>(size_t(block_rows * slots))}, next = now;
+        std::vector<T> found(now.places.size());
+        const auto read = [&](int64_t row, Wanted<T>& wanted) {
+          wanted.count = 0;
+          if (row == last) return row;
+          const int64_t grad_row = row % grad_rows, block = std::min({block_rows, last - row, grad_rows - grad_row});
+          wanted.from = static_cast<const T*>(grad) + grad_row * width;
+          wanted.count = block * slots;
+          for (int64_t r = 0; r < block; ++r) {
+            int32_t* places = wanted.places.data() + r * slots;
+            format.each_slot(payload + (row + r) * format.bytes(), [&](int64_t slot, int64_t index) {
+              places[slot] = index >= 0 ? int32_t(r * width + index) : -1;
+            });
+          }
+          return row + block;
+        };
+        int64_t row = rows * share / shares;
+        V* values = static_cast<V*>(out) + row * slots;
+        row = read(row, now);
+        while (now.count > 0) {
+          row = read(row, next);
+          gather(now, next, found.data());
+          for (int64_t i = 0; i < now.count; ++i) values[i] = saturate<V>(T::load(found[size_t(i)]));
+          values += now.count;
+          std::swap(now, next);
         }
       }
     });
@@ -80,24 +148,15 @@ DCT_EXPORT void dct_gather_rows(const void* grad, int64_t dtype, int64_t grad_ro
 DCT_EXPORT void dct_scatter_rows(const void* values, int64_t value_dtype, const uint8_t* payload, int64_t payload_dtype, int64_t rows,
                                  int64_t width, int64_t slots, int64_t addends, int64_t dtype, void* out, int64_t threads) {
   const RowFormat format(width, slots, payload_dtype);
+  const auto packed_of = [&](int64_t row, int64_t) { return payload + row * format.bytes(); };
   with_dtype(value_dtype, [&](auto v) {
     with_dtype(dtype, [&](auto o) {
       using V = decltype(v);
       using O = decltype(o);
-      prefer_huge_pages(out, rows * width * int64_t(sizeof(O)));
-#pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
-      {
-        std::vector<float> dense(width);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
-          sum_row(dense.data(), width, addends, static_cast<O*>(out) + row * width, [&](float* sum, int64_t a) {
-            const V* added = static_cast<const V*>(values) + (a * rows + row) * slots;
-            format.each_slot(payload + row * format.bytes(), [&](int64_t slot, int64_t index) {
-              if (index >= 0) sum[index] += V::load(added[slot]);
-            });
-          });
-        }
-      }
+      const auto values_of = [&](int64_t row, int64_t a) {
+        return static_cast<const uint8_t*>(values) + (a * rows + row) * slots * int64_t(sizeof(V));
+      };
+      sum_rows<V>(format, rows, addends, static_cast<O*>(out), threads, values_of, packed_of);
     });
   });
 }
