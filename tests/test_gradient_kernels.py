@@ -593,6 +593,33 @@ def test_unpack_agrees(
         assert torch.equal(found[[0, 4, 705, 799]], dense[[0, 4, 5, 99]].to(dtype))
 
 
+@pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("dtype", "numel"), [(torch.float32, 2**21 + 5000), (torch.bfloat16, 2**22 + 5000)])
+def test_a_large_bucket_is_written_past_the_caches(dtype: torch.dtype, numel: int) -> None:
+    """Over 8 MiB; no segment begins at a cache line, and the last ends within one."""
+    middle = numel // 2
+    bucket = Bucket((3, middle - 3, middle + 1, numel - middle - 8), numel, capacity=0.1, value_dtype=torch.bfloat16)
+    bucket.state[1].fill_(2.0)
+    gathered = torch.cat([bucket.pack(CPU, torch.randn(numel)) for _ in range(2)])
+    dense = torch.randn(numel - bucket.layout.state_numel)
+    assert torch.equal(bucket.unpack(CPU, gathered, dtype, 2, dense), bucket.unpack(REFERENCE, gathered, dtype, 2, dense))
+
+
+@pytest.mark.parametrize("implementation", COMPILED)
+@pytest.mark.parametrize("numel", [5000, 40_000])
+@pytest.mark.parametrize("feedback", [True, False])
+def test_sampled_threshold_of_any_gradient(implementation: Implementation, numel: int, feedback: bool) -> None:
+    """With and without a residual; the last sample may be the last element."""
+    for size in (numel, numel + 1):
+        bucket = one_segment(size, feedback=feedback)
+        bucket.state[0].copy_(torch.randn(size))
+        twin = bucket.copy()
+        grad = torch.randn(size).bfloat16()
+        bucket.select(implementation, grad, 0.05, "sampled")
+        twin.select(REFERENCE, grad, 0.05, "sampled")
+        assert torch.equal(bucket.state[1], twin.state[1])
+
+
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("chunk", [-1, 0])
 def test_an_empty_bucket(implementation: Implementation, chunk: int) -> None:

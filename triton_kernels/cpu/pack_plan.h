@@ -8,7 +8,7 @@
 
 namespace dct {
 
-constexpr size_t kKeptScratch = size_t(1) << 21;  // entries of scratch that a thread keeps for its next call
+constexpr size_t kKeptScratch = size_t(1) << 23;  // entries of scratch that a thread keeps for its next call
 
 struct Job {
   const Layout& layout;
@@ -23,17 +23,20 @@ struct Run {
   int64_t piece, first, last;  // tiles
   int64_t entries;             // candidates that a count can express
   int64_t cut;                 // those that it cannot
-  size_t list_start, listed;   // the first of `entries` are in the worker's list, all of them unless they alone overflow the piece
   int64_t base;                // entries of the piece in the runs before
+  size_t list_start;           // in the worker's list, which holds all of `entries` unless they alone overflow the piece
+  size_t tiles_start;          // in the worker's counts
 };
 
-// Candidates: their places, counted from the first tile of their run, and their W.
+// What a thread has listed of the candidates: how many of each tile, their places in it, and their W.
 struct Worker {
   std::vector<Run> runs;
-  std::vector<uint32_t> places;
+  std::vector<uint16_t> counts;
+  std::vector<uint16_t> places;
   std::vector<float> values;
-  size_t used = 0;
+  size_t used = 0;  // of places and values
 
+  void start_run(int64_t piece, int64_t first, int64_t last) { runs.push_back({piece, first, last, 0, 0, 0, used, counts.size()}); }
   void reserve_tile() {
     if (used + kTile + kGroup > places.size()) {  // groups are listed in steps of kGroup
       const size_t size = 2 * places.size() + kTile + kGroup;
@@ -41,8 +44,23 @@ struct Worker {
       values.resize(size);
     }
   }
+  void list_group(uint64_t mask, uint32_t first, const float* w) {
+    list_elements(mask, w, values.data() + used);
+    used += size_t(list_bits(mask, first, places.data() + used));
+  }
+  // Calls visit(tile, candidates, their places, their W) for the tiles of a run.
+  template <typename Visit>
+  void each_tile(const Run& run, Visit&& visit) const {
+    size_t start = run.list_start;
+    for (int64_t tile = run.first; tile < run.last; ++tile) {
+      const size_t n = counts[run.tiles_start + size_t(tile - run.first)];
+      visit(tile, int64_t(n), places.data() + start, values.data() + start);
+      start += n;
+    }
+  }
   void clear() {
     runs.clear();
+    counts.clear();
     used = 0;
     if (places.size() > kKeptScratch) {
       places = {};

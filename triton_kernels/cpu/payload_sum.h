@@ -8,7 +8,10 @@
 
 namespace dct {
 
-// Reads one payload of one chunk from tile to tile. What a damaged payload says beyond its own bytes or the block is left out.
+constexpr int64_t kNowhere = kTile;  // the element of a tile's sum that takes what does not lie in the tile
+constexpr int64_t kSumSize = kNowhere + 1;
+
+// Reads one payload of one chunk from tile to tile. Of a damaged payload what lies beyond its own bytes or the tile is left out.
 class PayloadReader {
  public:
   explicit PayloadReader(const ChunkView& chunk) : chunk_(chunk) {}
@@ -28,6 +31,9 @@ class PayloadReader {
   }
 
  private:
+  static constexpr int64_t kStep = 32;     // entries that are listed at a time
+  static constexpr int64_t kAhead = 1024;  // bytes
+
   template <typename I>
   void enter_block(int64_t block) {
     next_ = end_;
@@ -54,36 +60,56 @@ class PayloadReader {
     }
   }
 
-  // For blocks that are shorter than a tile. A block has so few entries that a loop over them would end unforeseen each time: where each
-  // entry's block starts is written down first, 32 at a time, then all entries of the tile are added in one loop.
+  // Where in their tile the `count` entries from `entry` on go, of a block that starts at `start`. Whole steps are made of vectors: they
+  // take in some entries more, as long as there are any.
+  template <typename I>
+  void list_places(int64_t entry, int64_t count, int64_t start, uint16_t* places) const {
+    const uint8_t* const indices = chunk_.indices() + entry * int64_t(sizeof(I));
+    const int64_t readable = chunk_.layout->capacity - entry;
+    const auto list = [&](int64_t i) {
+      places[i] = std::min(uint16_t(uint16_t(start) + read_at<I>(indices, i)), uint16_t(kNowhere));
+    };
+    for (int64_t step = 0; step < count; step += kStep) {
+      if (step + kStep <= readable) {
+        for (int64_t i = step; i < step + kStep; ++i) list(i);
+      } else {
+        for (int64_t i = step; i < readable; ++i) list(i);
+      }
+    }
+  }
+
+  // For blocks that lie in a tile. A block has so few entries that a loop over them would end unforeseen each time: where they go is
+  // written down first, then all entries of the tile are added in one loop.
   template <typename V, typename I>
   bool add_blocks(const Piece& piece, int64_t tile, float* total) {
-    constexpr int64_t kStep = 32;
     const Layout& layout = *chunk_.layout;
     const float scale = chunk_.scale(piece.first_tile + tile);
     const int64_t numel = piece.tile_numel(tile);
     const int64_t block = piece.first_block + layout.block_of(tile * kTile);
     const int64_t first = end_;
-    uint16_t starts[kTile + kStep];
+    uint16_t places[kTile + kStep];
     for (int64_t start = 0, b = block; start < numel; start += layout.block, ++b) {
       const int64_t count = std::min(int64_t(read_at<I>(chunk_.counts(), b)), layout.block);
-      for (int64_t i = 0; i < count; i += kStep) std::fill_n(starts + (end_ - first) + i, kStep, uint16_t(start));
+      list_places<I>(end_, count, start, places + (end_ - first));
       end_ += count;
     }
     const int64_t entries = std::min(end_, layout.capacity) - first;
-    const uint8_t* const values = chunk_.values();
-    const uint8_t* const indices = chunk_.indices();
-    for (int64_t i = 0; i < entries; ++i) {
-      const int64_t place = starts[i] + int64_t(read_at<I>(indices, first + i));
-      if (place < numel) total[place] += decode(read_at<V>(values, first + i), scale);
+    const uint8_t* const indices = chunk_.indices() + first * int64_t(sizeof(I));
+    const uint8_t* const values = chunk_.values() + first * int64_t(sizeof(V));
+    // Each of several payloads is left after a few lines, before the hardware has seen what will be read next.
+    for (int64_t i = 0; i < entries; i += kStep) {
+      __builtin_prefetch(indices + i * int64_t(sizeof(I)) + kAhead);
+      __builtin_prefetch(values + i * int64_t(sizeof(V)) + kAhead);
     }
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < entries; ++i) total[places[i]] += decode(read_at<V>(values, i), scale);
     return entries > 0;
   }
 
   template <typename V, typename I>
   bool add_as(const Piece& piece, int64_t tile, float* total) {
     const Layout& layout = *chunk_.layout;
-    if (layout.block < kTile) return add_blocks<V, I>(piece, tile, total);
+    if (layout.blocks_in_tiles()) return add_blocks<V, I>(piece, tile, total);
     const uint8_t* const values = chunk_.values();
     const uint8_t* const indices = chunk_.indices();
     const float scale = chunk_.scale(piece.first_tile + tile);
@@ -127,7 +153,7 @@ class PayloadSum {
     }
   }
 
-  // Adds the next tile to total[0 .. elements of the tile); whether a payload has entries there.
+  // Adds the next tile to total[kSumSize], where what lies behind the tile's elements means nothing; whether a payload has entries there.
   bool add_tile(const Piece& piece, int64_t tile, float* total) {
     bool any = false;
     for (PayloadReader& reader : readers_) any |= reader.add(piece, tile, total);

@@ -55,8 +55,7 @@ struct RowFormat {
   }
 };
 
-constexpr int64_t kStreamedBytes = 1 << 24;  // from here on, what is written is streamed past the caches
-constexpr int64_t kTileBytes = 1 << 14;      // of rows that are formed in the first-level cache, then streamed
+constexpr int64_t kTileBytes = 1 << 14;  // of rows that are formed in the first-level cache, then streamed
 
 // Writes rows, some at a time: `make_form()`, called once per thread, returns form(first, count, to), which writes `count` rows from
 // `first` on to `to`.

@@ -81,9 +81,9 @@ int64_t count_reaching(const Key* keys, int64_t padded, Key least) {
   return total;
 }
 
-// Where to cut so that the `slots` largest of the keys >= least, which are more, are kept. Rows of keys are padded with zeros to whole groups. The first
-// probe is the cut of the row before (`guess`), the next ones go away from it in growing steps, then halve the gap. On most rows a probe
-// meets exactly `slots` entries long before the gap is one.
+// Where to cut so that the `slots` largest of the keys >= least, which are more, are kept. Rows of keys are padded with zeros to whole
+// groups. The first probe is the cut of the row before (`guess`), the next ones go away from it in growing steps, then halve the gap. On
+// most rows a probe meets exactly `slots` entries long before the gap is one.
 template <typename Key>
 Cut<Key> find_cut(const Key* keys, int64_t padded, int64_t slots, Key least, Key largest, int64_t step, Key guess) {
   int64_t below = int64_t(least) - 1;    // more than `slots` keys reach it, once it is at `least` or above

@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include <atomic>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -33,13 +34,9 @@ template <typename G>
 struct Samples {
   const G* grad;
   const float* residual;  // or null
-  int64_t stride;
   int64_t count;
 
-  float at(int64_t sample) const {
-    const int64_t i = sample * stride;
-    return residual != nullptr ? G::load(grad[i]) + residual[i] : G::load(grad[i]);
-  }
+  float at(int64_t i) const { return residual != nullptr ? G::load(grad[i]) + residual[i] : G::load(grad[i]); }
 
   // Calls visit(w) for the samples [first, last) in groups: float w[kGroup], filled up with zeros.
   template <typename Visit>
@@ -47,9 +44,7 @@ struct Samples {
     alignas(64) float w[kGroup];
     for (int64_t i = first; i < last; i += kGroup) {
       const int n = int(std::min<int64_t>(kGroup, last - i));
-      if (stride != 1) {
-        for (int k = 0; k < kGroup; ++k) w[k] = k < n ? at(i + k) : 0.0f;
-      } else if (residual != nullptr) {
+      if (residual != nullptr) {
         load_group<true>(grad + i, residual + i, n, w);
       } else {
         load_group<false>(grad + i, nullptr, n, w);
@@ -58,6 +53,24 @@ struct Samples {
     }
   }
 };
+
+// Every `stride`-th of the elements, which are looked at several times, next to each other.
+template <typename G>
+std::vector<Float32> every(const Samples<G>& elements, int64_t stride, int64_t threads) {
+  constexpr int64_t kAhead = 12;    // samples, each in a cache line of its own
+  constexpr int64_t kPerLine = 16;  // neighbouring elements that are read in the time that one sample takes
+  std::vector<Float32> samples(size_t(ceil_div(elements.count, stride)));
+  const int64_t count = int64_t(samples.size());
+  const int team = worthwhile_threads(count * kPerLine, threads);
+#pragma omp parallel for num_threads(team) if (team > 1)
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t next = std::min((i + kAhead) * stride, elements.count - 1);
+    __builtin_prefetch(elements.grad + next);
+    if (elements.residual != nullptr) __builtin_prefetch(elements.residual + next);
+    samples[size_t(i)] = {elements.at(i * stride)};
+  }
+  return samples;
+}
 
 // One digit of a radix selection: among samples whose bits above `shift + width` equal `prefix`, finds the digit of the rank-th largest,
 // appends it to the prefix and makes the rank one among those with that digit. False if a sample is not finite.
@@ -109,12 +122,13 @@ struct Bracket {
 };
 
 constexpr int64_t kBracketedCount = 1 << 15;  // samples from which on a bracket is worthwhile
-constexpr int64_t kProbes = 1 << 14;
+constexpr int64_t kFewestProbes = 1 << 11, kMostProbes = 1 << 13;
 
 // Found from every n-th sample; six standard deviations of the rank wide.
 template <typename G>
 Bracket guess_bracket(const Samples<G>& samples, int64_t rank) {
-  const int64_t step = std::max<int64_t>(samples.count / kProbes, 16) | 1;
+  const int64_t wanted = std::clamp(samples.count >> 10, kFewestProbes, kMostProbes);
+  const int64_t step = std::max<int64_t>(samples.count / wanted, 16) | 1;
   std::vector<uint32_t> probes;
   for (int64_t i = step / 2; i < samples.count; i += step) probes.push_back(magnitude_bits(samples.at(i)));
   const double count = double(probes.size());
@@ -129,23 +143,38 @@ Bracket guess_bracket(const Samples<G>& samples, int64_t rank) {
   return {std::max(low, 1u), middle >= margin ? probe(middle - margin) + 1 : kInfinityBits};
 }
 
-// Appends the bits of the samples of [first, last) that lie in the bracket; returns the number of those above.
+// Lists the samples of [first, last) that lie in the bracket; returns the number of those above.
 template <typename G>
-int64_t list_bracket(const Samples<G>& samples, int64_t first, int64_t last, const Bracket& bracket, std::vector<uint32_t>& inside,
+int64_t list_bracket(const Samples<G>& samples, int64_t first, int64_t last, const Bracket& bracket, float* inside, int64_t& listed,
                      Largest& largest) {
   const float low = float_of(bracket.low), high = float_of(bracket.high);
-  uint32_t places[kTile + kGroup];
-  int64_t above = 0, listed = 0;
-  uint32_t group = 0;
+  int64_t above = 0;
   samples.each_group(first, last, [&](const float* w) {
     largest.add(w);
     const uint64_t larger = reaching(w, high);
+    const uint64_t between = reaching(w, low) & ~larger;
     above += bit_count(larger);
-    listed += list_bits(reaching(w, low) & ~larger, group, places + listed);
-    group += kGroup;
+    list_elements(between, w, inside + listed);
+    listed += bit_count(between);
   });
-  for (int64_t i = 0; i < listed; ++i) inside.push_back(magnitude_bits(samples.at(first + places[i])));
   return above;
+}
+
+// Of bits in the bracket those at `place`, the largest being at 0: found among those with the same leading digit, which are few.
+uint32_t nth_largest(const std::vector<uint32_t>& inside, int64_t place, const Bracket& bracket) {
+  constexpr size_t kBins = 1 << 11;
+  int shift = 0;
+  while ((bracket.high - bracket.low) >> shift >= kBins) ++shift;
+  uint32_t counts[kBins] = {};
+  for (const uint32_t bits : inside) ++counts[(bits - bracket.low) >> shift];
+  size_t bin = kBins - 1;
+  for (; counts[bin] <= place; --bin) place -= counts[bin];
+  std::vector<uint32_t> same;
+  for (const uint32_t bits : inside) {
+    if ((bits - bracket.low) >> shift == bin) same.push_back(bits);
+  }
+  std::nth_element(same.begin(), same.begin() + place, same.end(), std::greater<>());
+  return same[size_t(place)];
 }
 
 // In one pass that counts what is above the bracket and lists what is in it. Nothing if a sample is not finite, the rank-th largest is
@@ -154,7 +183,7 @@ template <typename G>
 std::optional<float> rank_in_bracket(const Samples<G>& samples, int64_t rank, int threads) {
   const Bracket bracket = guess_bracket(samples, rank);
   if (bracket.high > kInfinityBits) return std::nullopt;
-  const size_t room = size_t(samples.count / 8 / threads);
+  const int64_t room = samples.count / 8 / threads;
   std::vector<uint32_t> inside;
   std::atomic<int64_t> above{0};
   std::atomic<bool> failed{false};
@@ -163,21 +192,23 @@ std::optional<float> rank_in_bracket(const Samples<G>& samples, int64_t rank, in
     const int64_t thread = omp_get_thread_num();
     const int64_t team = omp_get_num_threads();
     const int64_t end = samples.count * (thread + 1) / team;
-    std::vector<uint32_t> list;
+    const std::unique_ptr<float[]> list(new float[size_t(room + kTile + kGroup)]);
+    int64_t listed = 0;
     Largest largest;
     for (int64_t first = samples.count * thread / team; first < end && !failed; first += kTile) {
-      above += list_bracket(samples, first, std::min(first + kTile, end), bracket, list, largest);
-      if (list.size() > room) failed = true;
+      above += list_bracket(samples, first, std::min(first + kTile, end), bracket, list.get(), listed, largest);
+      if (listed > room) failed = true;
     }
     if (largest.bits() >= kInfinityBits) failed = true;
+    if (!failed) {
 #pragma omp critical
-    inside.insert(inside.end(), list.begin(), list.end());
+      for (int64_t i = 0; i < listed; ++i) inside.push_back(magnitude_bits(list[size_t(i)]));
+    }
   }
   const int64_t place = rank - 1 - above;
   if (failed || place < 0) return std::nullopt;
   if (place >= int64_t(inside.size())) return bracket.low == 1 ? std::optional<float>(0.0f) : std::nullopt;  // all below 1 is zero
-  std::nth_element(inside.begin(), inside.begin() + place, inside.end(), std::greater<>());
-  return float_of(inside[size_t(place)]);
+  return float_of(nth_largest(inside, place, bracket));
 }
 
 template <typename G>
@@ -209,13 +240,19 @@ double mean_magnitude(const Samples<G>& samples, int threads) {
 }
 
 template <typename G>
-std::optional<float> select_one(const Selecting& selecting, const Selection& part, const G* grad, const float* residual, int64_t threads) {
-  const Samples<G> samples{grad + part.grad_offset, residual != nullptr ? residual + part.state_offset : nullptr, part.stride,
-                           ceil_div(part.numel, part.stride)};
+std::optional<float> select_from(const Selecting& selecting, const Samples<G>& samples, int64_t rank, int64_t threads) {
   const int team = worthwhile_threads(samples.count, threads);
-  if (selecting.method == kRank) return rank_threshold(samples, part.rank, team);
+  if (selecting.method == kRank) return rank_threshold(samples, rank, team);
   const double mean = mean_magnitude(samples, team);
   return std::isfinite(mean) ? std::optional<float>(float(mean * selecting.factor)) : std::nullopt;
+}
+
+template <typename G>
+std::optional<float> select_one(const Selecting& selecting, const Selection& part, const G* grad, const float* residual, int64_t threads) {
+  const Samples<G> elements{grad + part.grad_offset, residual != nullptr ? residual + part.state_offset : nullptr, part.numel};
+  if (part.stride == 1) return select_from(selecting, elements, part.rank, threads);
+  const std::vector<Float32> samples = every(elements, part.stride, threads);
+  return select_from(selecting, Samples<Float32>{samples.data(), nullptr, int64_t(samples.size())}, part.rank, threads);
 }
 
 }  // namespace

@@ -5,12 +5,11 @@
 #include <immintrin.h>
 #endif
 
-#include <algorithm>
-#include <vector>
-
 #include "common.h"
 
 namespace dct {
+
+constexpr int64_t kStreamedBytes = int64_t(1) << 23;  // from here on an output is streamed: its beginning would not stay in cache anyway
 
 // Copies from cache to memory that is not read again soon. Whole cache lines only bypass the caches; the ends are copied as usual.
 inline void stream_out(void* to, const void* from, int64_t bytes) {

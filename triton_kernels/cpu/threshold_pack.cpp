@@ -23,7 +23,7 @@ struct MemorySource {
 struct SumSource {
   using Element = Float32;
   PayloadSum sum;
-  alignas(64) Float32 total[kTile];
+  alignas(64) Float32 total[kSumSize];
 
   void seek(const Piece& piece, int64_t tile) { sum.seek(piece, tile); }
   const Float32* tile(const Piece& piece, int64_t tile) {
@@ -80,22 +80,18 @@ inline uint64_t take_group(const G* grad, float* state, int n, float tau, float*
   return reaching(w, tau) & ~nonfinite;
 }
 
-// What is sent of the listed candidates [first, worker.used) of a tile goes out of the residual; their W goes to the list.
-template <bool kFeedback, typename G>
-void take_listed(const Layout& layout, Worker& worker, size_t first, float scale, const G* grad, float* state, int64_t tile_place) {
-  for (size_t start = first; start < worker.used; start += kGroup) {
-    const size_t n = std::min<size_t>(kGroup, worker.used - start);
-    const uint32_t* places = worker.places.data() + start;
-    float* w = worker.values.data() + start;
-    for (size_t i = 0; i < n; ++i) w[i] = kFeedback ? state[places[i] - tile_place] : G::load(grad[places[i] - tile_place]);
-    if constexpr (kFeedback) {
+// What is sent of the candidates of a tile, listed from `first` on, goes out of the residual.
+inline void take_listed(const Layout& layout, const Worker& worker, size_t first, float scale, float* state) {
+  with_value_dtype(layout.value_dtype, [&](auto type) {
+    for (size_t start = first; start < worker.used; start += kGroup) {
+      const uint16_t* places = worker.places.data() + start;
+      const float* w = worker.values.data() + start;
       float rest[kGroup];
-      with_value_dtype(layout.value_dtype, [&](auto type) {
-        for (size_t i = 0; i < n; ++i) rest[i] = w[i] - decode(encode<decltype(type)>(w[i], scale), scale);
-      });
-      for (size_t i = 0; i < n; ++i) state[places[i] - tile_place] = rest[i];
+      for (int i = 0; i < kGroup; ++i) rest[i] = w[i] - decode(encode<decltype(type)>(w[i], scale), scale);  // of whole groups: by vectors
+      const size_t n = std::min<size_t>(kGroup, worker.used - start);
+      for (size_t i = 0; i < n; ++i) state[places[i]] = rest[i];
     }
-  }
+  });
 }
 
 // First pass over a run: W goes to the residual, candidates to the list as if all of them could be sent, their numbers to the counts. A
@@ -112,7 +108,6 @@ bool scan(const Job& job, Source& source, Worker& worker, Run& run) {
   for (int64_t tile = run.first; tile < run.last; ++tile) {
     const auto* grad = source.tile(at.piece, tile);
     float* state = at.state(tile);
-    const int64_t tile_place = (tile - run.first) * kTile;
     const size_t first_listed = worker.used;
     Largest largest;
     worker.reserve_tile();
@@ -125,7 +120,7 @@ bool scan(const Job& job, Source& source, Worker& worker, Run& run) {
         const uint64_t counted = lowest_bits(mask, layout.max_count - count);
         run.cut += bit_count(mask ^ counted);
         count += bit_count(counted);
-        if (listing) worker.used += size_t(list_bits(counted, uint32_t(tile_place + i), worker.places.data() + worker.used));
+        if (listing) worker.list_group(counted, uint32_t(i), w);
       }
       run.entries += count;
       return count;
@@ -133,17 +128,19 @@ bool scan(const Job& job, Source& source, Worker& worker, Run& run) {
     const float most = float_of(largest.bits());  // a candidate's, where the tile has one
     const float scale = most >= at.tau ? scale_of(most) : 0.0f;
     at.chunk.set_scale(at.piece.first_tile + tile, scale);
-    take_listed<kFeedback>(layout, worker, first_listed, scale, grad, state, tile_place);
-    run.listed = worker.used - run.list_start;
-    listing = int64_t(run.listed) <= at.piece.capacity;
+    if (kFeedback) take_listed(layout, worker, first_listed, scale, state);
+    worker.counts.push_back(uint16_t(worker.used - first_listed));
+    listing = int64_t(worker.used - run.list_start) <= at.piece.capacity;
   }
   return held;
 }
 
 // Puts back into the residual what the first pass took out of it.
 void restore(const Job& job, const Worker& worker, const Run& run) {
-  float* residual = job.state.residual + job.layout.piece[run.piece].state_offset + run.first * kTile;
-  for (size_t i = run.list_start; i < run.list_start + run.listed; ++i) residual[worker.places[i]] = worker.values[i];
+  float* residual = job.state.residual + job.layout.piece[run.piece].state_offset;
+  worker.each_tile(run, [&](int64_t tile, int64_t n, const uint16_t* places, const float* w) {
+    for (int64_t i = 0; i < n; ++i) residual[tile * kTile + places[i]] = w[i];
+  });
 }
 
 // First pass of a held step, over what `scan` and `restore` left: counts what is still not finite when the gradient is added again.
@@ -220,23 +217,29 @@ void write_window(const Job& job, Source& source, const Run& run, const Window& 
   }
 }
 
+// Writes make(0), ..., make(n - 1). Whole groups are made, by vectors, in a buffer of their own: what follows in `to` may be another
+// thread's.
+template <typename T, typename Make>
+inline void write_groups(uint8_t* to, int64_t n, Make&& make) {
+  T made[kGroup];
+  for (int64_t start = 0; start < n; start += kGroup) {
+    for (int64_t i = 0; i < kGroup; ++i) made[i] = make(start + i);
+    std::memcpy(to + start * int64_t(sizeof(T)), made, size_t(std::min<int64_t>(kGroup, n - start)) * sizeof(T));
+  }
+}
+
 // Second pass over a run that is listed and sent as a whole.
+template <typename V, typename I>
 void write_list(const Job& job, const Worker& worker, const Run& run, int64_t slot) {
-  const Layout& layout = job.layout;
-  const Piece& piece = layout.piece[run.piece];
+  const Piece& piece = job.layout.piece[run.piece];
   const ChunkView chunk = job.chunk(piece.chunk);
-  const float* w = worker.values.data() + run.list_start;
-  const uint32_t* places = worker.places.data() + run.list_start;
-  with_value_dtype(layout.value_dtype, [&](auto type) {
-    using V = decltype(type);
-    for (int64_t i = 0; i < run.entries; ++i) {
-      const float scale = std::is_same_v<V, Int8> ? chunk.scale(piece.first_tile + run.first + places[i] / kTile) : 1.0f;
-      write_at(chunk.values(), slot + i, encode<V>(w[i], scale));
-    }
-  });
-  with_index_bytes(layout.index_bytes, [&](auto type) {
-    const int64_t first = layout.index_of(run.first * kTile);
-    for (int64_t i = 0; i < run.entries; ++i) write_at(chunk.indices(), slot + i, decltype(type)(layout.index_of(first + places[i])));
+  const uint32_t last_index = uint32_t(job.layout.block - 1);
+  worker.each_tile(run, [&](int64_t tile, int64_t n, const uint16_t* places, const float* w) {
+    const float scale = chunk.scale(piece.first_tile + tile);
+    const uint32_t first = uint32_t(tile * kTile);
+    write_groups<V>(chunk.values() + slot * int64_t(sizeof(V)), n, [&](int64_t i) { return encode<V>(w[i], scale); });
+    write_groups<I>(chunk.indices() + slot * int64_t(sizeof(I)), n, [&](int64_t i) { return I((first + places[i]) & last_index); });
+    slot += n;
   });
 }
 
@@ -255,7 +258,7 @@ void pack(const Job& job, const Source& gradient, int threads) {
     const int64_t team = omp_get_num_threads();
     workers[size_t(thread)] = &worker;
     for_each_share(layout, thread, team, [&](int64_t p, int64_t first, int64_t last) {
-      worker.runs.push_back({p, first, last, 0, 0, worker.used, 0, 0});
+      worker.start_run(p, first, last);
       if (scan<kFeedback>(job, source, worker, worker.runs.back())) held = true;
     });
 #pragma omp barrier
@@ -271,7 +274,10 @@ void pack(const Job& job, const Source& gradient, int threads) {
       if (held) {
         write_window<kFeedback, true>(job, source, run, total.window, total.slot);
       } else if (total.window.holds_all()) {
-        write_list(job, worker, run, total.slot + run.base);
+        with_value_dtype(layout.value_dtype, [&](auto value) {
+          with_index_bytes(layout.index_bytes,
+                           [&](auto index) { write_list<decltype(value), decltype(index)>(job, worker, run, total.slot + run.base); });
+        });
       } else {
         if (kFeedback) restore(job, worker, run);
         write_window<kFeedback, false>(job, source, run, total.window, total.slot);

@@ -3,6 +3,7 @@
 
 #include "gradient_kernels.h"
 #include "payload_sum.h"
+#include "stream.h"
 
 namespace dct {
 namespace {
@@ -32,27 +33,30 @@ void divide(float* total, int64_t n, float divisor) {
 }
 
 template <typename T>
-void unpack_share(const Layout& layout, PayloadSum sum, T* out, float divisor, int64_t thread, int64_t threads) {
-  constexpr bool kInPlace = std::is_same_v<T, Float32>;
-  alignas(64) float scratch[kTile];
+void unpack_share(const Layout& layout, PayloadSum sum, T* out, float divisor, bool streamed, int64_t thread, int64_t threads) {
+  alignas(64) float total[kSumSize];
+  alignas(64) T rounded[kTile];
   for_each_share(layout, thread, threads, [&](int64_t p, int64_t first, int64_t last) {
     const Piece& piece = layout.piece[p];
     sum.seek(piece, first);
     for (int64_t tile = first; tile < last; ++tile) {
       const int64_t n = piece.tile_numel(tile);
-      T* place = out + piece.grad_offset + tile * kTile;
-      float* total = kInPlace ? reinterpret_cast<float*>(place) : scratch;
-      if (kInPlace) {
-        std::memset(total, 0, size_t(n) * sizeof(float));
-      } else {
-        clear_tile(total);
-      }
+      clear_tile(total);
       if (sum.add_tile(piece, tile, total) && divisor != 1.0f) divide(total, n, divisor);
-      if constexpr (!kInPlace) {
-        for (int64_t i = 0; i < n; ++i) place[i] = T::round(total[i]);
+      const void* tile_out = total;
+      if constexpr (!std::is_same_v<T, Float32>) {
+        for (int64_t i = 0; i < n; ++i) rounded[i] = T::round(total[i]);
+        tile_out = rounded;
+      }
+      T* place = out + piece.grad_offset + tile * kTile;
+      if (streamed) {
+        stream_out(place, tile_out, n * int64_t(sizeof(T)));
+      } else {
+        std::memcpy(static_cast<void*>(place), tile_out, size_t(n) * sizeof(T));
       }
     }
   });
+  stream_fence();
 }
 
 }  // namespace
@@ -61,7 +65,9 @@ void unpack_accumulate(const Layout& layout, const Gathered& gathered, const Unc
                        int64_t threads) {
   with_dtype(out.dtype, [&](auto type) {
     using T = decltype(type);
-    prefer_huge_pages(out.start, out.numel * int64_t(sizeof(T)));
+    const int64_t bytes = out.numel * int64_t(sizeof(T));
+    const bool streamed = bytes >= kStreamedBytes;
+    prefer_huge_pages(out.start, bytes);
     const int team = worthwhile_threads(out.numel, threads);
 #pragma omp parallel num_threads(team) if (team > 1)
     {
@@ -69,7 +75,7 @@ void unpack_accumulate(const Layout& layout, const Gathered& gathered, const Unc
       const int64_t size = omp_get_num_threads();
       T* to = static_cast<T*>(out.start);
       copy_uncovered(static_cast<const T*>(uncovered.dense), to, uncovered.ranges, uncovered.count, thread, size);
-      unpack_share(layout, PayloadSum(layout, gathered.bytes, gathered.payloads), to, float(divisor), thread, size);
+      unpack_share(layout, PayloadSum(layout, gathered.bytes, gathered.payloads), to, float(divisor), streamed, thread, size);
     }
   });
 }
