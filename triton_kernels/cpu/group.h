@@ -86,13 +86,20 @@ inline int64_t list_bits(uint64_t mask, uint32_t first, Place* places) {
   alignas(64) static constexpr uint8_t kNumbers[kGroup] = {
       0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
       32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
-  alignas(64) uint8_t numbers[kGroup];
-  _mm512_store_si512(numbers, _mm512_maskz_compress_epi8(mask, _mm512_load_si512(kNumbers)));
+  const __m512i numbers = _mm512_maskz_compress_epi8(mask, _mm512_load_si512(kNumbers));
   // Without a branch for the first ones: whether a group has candidates cannot be predicted.
-  constexpr int kFirst = int(64 / sizeof(Place));
-  for (int i = 0; i < kFirst; ++i) places[i] = Place(first + numbers[i]);
-  if (count > kFirst) {
-    for (int i = kFirst; i < kGroup; ++i) places[i] = Place(first + numbers[i]);
+  if constexpr (sizeof(Place) == 2) {
+    const __m512i start = _mm512_set1_epi16(short(first));
+    _mm512_storeu_si512(places, _mm512_add_epi16(start, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(numbers))));
+    if (count > 32) _mm512_storeu_si512(places + 32, _mm512_add_epi16(start, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(numbers, 1))));
+  } else {
+    const __m512i start = _mm512_set1_epi32(int(first));
+    _mm512_storeu_si512(places, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_castsi512_si128(numbers))));
+    if (count > 16) {
+      _mm512_storeu_si512(places + 16, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(numbers, 1))));
+      _mm512_storeu_si512(places + 32, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(numbers, 2))));
+      _mm512_storeu_si512(places + 48, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(numbers, 3))));
+    }
   }
 #else
   each_bit(mask, [&](int i) { *places++ = Place(first + uint32_t(i)); });
