@@ -34,6 +34,14 @@ def scale_place(payload_ptr, chunk, number, chunk_bytes):  # type: ignore[no-unt
 
 
 @jit
+def store_scale(scale, tile, tiles_ptr, pieces_ptr, payload_ptr, chunk_bytes):  # type: ignore[no-untyped-def]
+    """Writes the scale of a tile to the payload."""
+    row = pieces_ptr + tl.load(tiles_ptr + tile * 4 + 3) * 7
+    number = tl.load(row + 4) + tile - tl.load(row + 5)
+    tl.store(scale_place(payload_ptr, tl.load(row + 1), number, chunk_bytes), scale)
+
+
+@jit
 def stage_part(w, candidate, offsets, entries, staged_ptr, places_ptr, counts_ptr, MAX_COUNT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Appends the candidates of a part of a tile, [n, m] with m <= BLOCK, behind the ``entries`` that are staged already, in order.
 
@@ -92,9 +100,7 @@ def stage_tile(  # type: ignore[no-untyped-def]
                 w += tl.load(state + part + lanes, mask=inside, other=0.0)
             largest = tl.where(tl.abs(w) >= tau, tl.maximum(largest, tl.abs(w)), largest)
         scale = tl.max(tl.max(largest, axis=1), axis=0) * (1.0 / 127)  # threshold_pack.LARGEST_CODE
-        row = pieces_ptr + piece * 7
-        number = tl.load(row + 4) + tile - tl.load(row + 5)
-        tl.store(scale_place(payload_ptr, tl.load(row + 1), number, chunk_bytes), scale)
+        store_scale(scale, tile, tiles_ptr, pieces_ptr, payload_ptr, chunk_bytes)
     entries = 0
     found = 0
     nonfinite = tl.zeros([PART // ROW, ROW], dtype=tl.int32)
@@ -179,6 +185,4 @@ def undo_tile(  # type: ignore[no-untyped-def]
     tl.store(found_ptr + tiles + tile, found - entries)
     if VALUE == 3:  # int8
         scale = tl.where(found > 0, 0x7F800000, 0).to(tl.float32, bitcast=True)
-        row = pieces_ptr + tl.load(tiles_ptr + tile * 4 + 3) * 7
-        number = tl.load(row + 4) + tile - tl.load(row + 5)
-        tl.store(scale_place(payload_ptr, tl.load(row + 1), number, chunk_bytes), scale)
+        store_scale(scale, tile, tiles_ptr, pieces_ptr, payload_ptr, chunk_bytes)

@@ -1,7 +1,7 @@
 """`repack` on the device: the sum of a tile's payload entries goes on to be packed by the program that formed it.
 
 Where a threshold is due the sum of the whole parameter is needed first: such tiles are only summed, and the launch that follows the
-selection stages them, too. Three launches, or one and the other's second half where thresholds are constant.
+selection stages them. Three launches: sum, select, pack.
 """
 
 from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
