@@ -134,20 +134,21 @@ def test_rounding_has_no_bias(bits: int) -> None:
 
 
 def test_uniform_numbers_look_independent() -> None:
-    """Of neighbours, of neighbouring seeds, of indices and seeds that differ in their upper halves only."""
-    index = torch.arange(100_000)
-    u = uniform(SEED, index)
-    assert 0 <= u.min() < u.max() < 1
-    assert u.histc(100, 0, 1).sub(1000).abs().max() < 5 * math.sqrt(1000)
+    """Of neighbours, of entries that share a number, of neighbouring seeds, of rows and seeds that differ in their upper halves only."""
+    row, column = torch.arange(1000)[:, None], torch.arange(96)
+    u = uniform(SEED, row, column, 96)
+    assert -0.5 < u.min() < u.max() < 0.5
+    assert u.histc(100, -0.5, 0.5).sub(960).abs().max() < 5 * math.sqrt(960)
     others = [
-        uniform(SEED, index + 1),
-        uniform(SEED + 1, index),
-        uniform(SEED, index + 2**32),
-        uniform(SEED + 2**32, index),
-        uniform(-SEED, index),
+        uniform(SEED, row, column + 96, 96),
+        uniform(SEED, row, column ^ 16, 96),
+        uniform(SEED + 1, row, column, 96),
+        uniform(SEED, row + 2**32, column, 96),
+        uniform(SEED + 2**32, row, column, 96),
+        uniform(-SEED, row, column, 96),
     ]
     for other in others:
-        assert torch.corrcoef(torch.stack([u, other]))[0, 1].abs() < 5 / math.sqrt(100_000)
+        assert torch.corrcoef(torch.stack([u.flatten(), other.flatten()]))[0, 1].abs() < 5 / math.sqrt(96_000)
 
 
 @pytest.mark.skipif(load_library() is None, reason="no C++ compiler")

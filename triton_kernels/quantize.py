@@ -17,7 +17,7 @@ from dct_compile.triton_kernels.layout import quantized_row_bytes
 from dct_compile.triton_kernels.row_codec import check_dtype, check_rows
 
 SMALLEST_SCALE = 2.0**-126
-"""A row that is not all zero has at least this scale (the smallest normal float32), so that x / scale is accurate and finite."""
+"""A row that is not all zero has at least this scale (the smallest normal float32), so that its reciprocal is accurate and finite."""
 
 
 def largest_code(bits: int) -> int:
@@ -53,10 +53,20 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ h >> 16
 
 
-def uniform(seed: Tensor, index: Tensor) -> Tensor:
-    """float32 in [0, 1) with 24 random bits for each element ``index`` (int64), the same on any device for one ``seed`` (int64 [1])."""
-    key = _mix(seed & 0xFFFFFFFF ^ _mix(seed >> 32 & 0xFFFFFFFF ^ _mix(index >> 32)))
-    return (_mix(index & 0xFFFFFFFF ^ key) >> 8).float() * 2.0**-24
+SHARED = 32
+"""Of so many neighbouring entries of a row the first 16 share their 32 random bits with the other 16: 16 bits for each."""
+
+
+def uniform(seed: Tensor, row: Tensor, column: Tensor, width: int) -> Tensor:
+    """float32 in (-0.5, 0.5) for the entries at ``row`` and ``column`` (int64) of rows of ``width``, with 16 random bits for each.
+
+    The same on any device for one ``seed`` (int64 [1]).
+    """
+    number = (row * -(-width // SHARED) + column // SHARED) * (SHARED // 2) + column % (SHARED // 2)
+    key = _mix(seed & 0xFFFFFFFF ^ _mix(seed >> 32 & 0xFFFFFFFF ^ _mix(number >> 32)))
+    mixed = _mix(number & 0xFFFFFFFF ^ key)
+    half = torch.where(column % SHARED < SHARED // 2, mixed & 0xFFFF, mixed >> 16)
+    return ((half ^ 0x8000) * 2 - 0xFFFF).float() * 2.0**-17
 
 
 def quantize_rows_reference(x: Tensor, seed: Tensor, bits: int) -> Tensor:
@@ -65,8 +75,9 @@ def quantize_rows_reference(x: Tensor, seed: Tensor, bits: int) -> Tensor:
     ``x``: float32, bfloat16 or float16 [R, *row_shape], any strides; a row is its last dimension. ``seed``: int64 [1] on the same device,
     read there. ``bits``: 8 or 4. Returns uint8 [R, inner * quantized_row_bytes]. Nothing is mutated.
 
-    scale = max|x| / qmax, rounded up to bfloat16; code = floor(x / scale + u) with u uniform in [0, 1): the expectation of code * scale is
-    x, and no entry moves by more than one scale. A row of zeros has scale 0; a row with NaN or Inf has scale NaN and decodes to NaN.
+    scale = max|x| / qmax, rounded up to bfloat16; code = round(x * (1 / scale) + u) with u uniform in (-0.5, 0.5): but for the rounding of
+    the product the expectation of code * scale is x, and no entry moves by more than one scale. A row of zeros has scale 0; a row with
+    NaN or Inf has scale NaN and decodes to NaN.
     Raises ValueError for other ``bits`` and for other dtypes.
     """
     check_quantize_arguments(x, seed, bits)
@@ -79,8 +90,8 @@ def quantize_rows_reference(x: Tensor, seed: Tensor, bits: int) -> Tensor:
     # A positive float32 is rounded up to bfloat16 by adding just less than one unit of the kept half to its bits.
     up = (scale.clamp(min=SMALLEST_SCALE).view(torch.int32) + 0xFFFF) & -0x10000
     scale = torch.where(amax > 0, up.view(torch.float32), 0).masked_fill(~amax.isfinite(), math.nan)
-    index = torch.arange(rows.numel(), device=x.device).reshape(rows.shape)
-    codes = (rows / scale + uniform(seed, index)).floor().clamp(-qmax, qmax)
+    places = torch.arange(rows.shape[0], device=x.device)[:, None], torch.arange(width, device=x.device)
+    codes = (rows * scale.reciprocal() + uniform(seed, *places, width)).round().clamp(-qmax, qmax)
     codes = torch.where(scale > 0, codes, 0).to(torch.int64)
     if bits == 4:
         codes = torch.nn.functional.pad(codes & 15, (0, width % 2))

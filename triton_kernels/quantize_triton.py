@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dct_compile.triton_kernels.compat import jit, launch, tl
 from dct_compile.triton_kernels.layout import quantized_row_bytes
-from dct_compile.triton_kernels.number_formats_triton import CODES, as_bits, as_float, as_stored, rounded_bits
+from dct_compile.triton_kernels.number_formats_triton import CODES, as_bits, as_float, as_stored, rounded_bits, rounded_product
 from dct_compile.triton_kernels.quantize import check_quantize_arguments, check_quantized, largest_code
 from dct_compile.triton_kernels.row_codec_triton import load_bytes, power_of_two, store_bytes, warps_for
 
@@ -26,16 +26,18 @@ def mix(h):  # type: ignore[no-untyped-def]
 
 
 @jit
-def row_codes(x, scale, seed, index, QMAX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """int32 codes of ``x`` at the flat indices ``index`` (int64); 0 where there is no scale."""
-    upper = mix((seed >> 32).to(tl.uint32) ^ mix((index >> 32).to(tl.uint32)))
-    h = mix(index.to(tl.uint32) ^ mix(seed.to(tl.uint32) ^ upper))
-    # The product is exact, so that it makes no difference whether the compiler fuses it with the sum.
-    u = (h >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
-    divisor = tl.where(scale > 0.0, scale, 1.0) + tl.zeros_like(x)
-    moved = tl.where(scale > 0.0, tl.div_rn(x, divisor) + u, 0.0)
-    truncated = moved.to(tl.int32)  # and not tl.floor, which takes a negative denormal for 0
-    code = truncated - (truncated.to(tl.float32) > moved).to(tl.int32)
+def row_codes(x, scale, seed, row, column, WIDTH: tl.constexpr, QMAX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int32 codes of ``x`` at ``column`` of ``row`` (int64); 0 where there is no scale."""
+    number = (row * ((WIDTH + 31) // 32) + column // 32) * 16 + column % 16  # quantize.SHARED
+    upper = mix((seed >> 32).to(tl.uint32) ^ mix((number >> 32).to(tl.uint32)))
+    h = mix(number.to(tl.uint32) ^ mix(seed.to(tl.uint32) ^ upper))
+    half = tl.where(column % 32 < 16, h & 0xFFFF, h >> 16).to(tl.int32)
+    random = (2 * (half ^ 0x8000) - 0xFFFF).to(tl.float32)  # in units of 2^-17
+    reciprocal = tl.div_rn(tl.full([1], 1.0, tl.float32), tl.where(scale > 0.0, scale, 1.0))
+    # The product with a power of two is exact, so that it makes no difference that it is fused with the sum; the other one is rounded.
+    moved = tl.where(scale > 0.0, tl.fma(random, 7.62939453125e-06, rounded_product(x, reciprocal)), 0.0)
+    # Up there the distance between float32 numbers is 1: the sum is rounded to even, and its last bits are the code.
+    code = (moved + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
     return tl.minimum(tl.maximum(code, -QMAX), QMAX)
 
 
@@ -69,9 +71,9 @@ def quantize_rows_kernel(  # type: ignore[no-untyped-def]
     scale = (scale_bits << 16).to(tl.float32, bitcast=True)
     out = payload_ptr + row * ROW_BYTES
     store_bytes(out + tl.zeros([1], tl.int32), scale_bits, tl.full([1], 1, tl.int1), 2)
-    code = row_codes(x, scale, seed, start + column, QMAX) & 255
+    code = row_codes(x, scale, seed, row, column, WIDTH, QMAX) & 255
     if ENTRIES == 2:
-        upper = row_codes(second, scale, seed, start + column + 1, QMAX)
+        upper = row_codes(second, scale, seed, row, column + 1, WIDTH, QMAX)
         code = (code & 15) | tl.where(column + 1 < WIDTH, (upper & 15) << 4, 0)
     tl.store(out + 2 + column // ENTRIES, code.to(tl.uint8), mask=column < WIDTH)
 

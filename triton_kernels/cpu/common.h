@@ -13,69 +13,123 @@
 
 namespace dct {
 
+// Vectors of the compiler's own (GCC, Clang): what the machine has no vectors for is split by the compiler.
+template <typename T, int kCount>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+};
+template <typename T, int kCount>
+using Vector = typename VectorOf<T, kCount>::type;
+
+constexpr int kLanes = 16;
+using Floats = Vector<float, kLanes>;
+using Ints = Vector<int32_t, kLanes>;
+using Words = Vector<uint32_t, kLanes>;
+
+template <typename T>
+inline T read_as(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <typename T>
+inline void write_as(const T& value, void* to) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+template <typename To, typename From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  return read_as<To>(&from);
+}
+
 // Codes of dtypes in the C interface; `DTYPE_CODES` in dispatch.py lists the same numbers.
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
+inline uint32_t bits_of(float x) { return bits_as<uint32_t>(x); }
+inline float float_of(uint32_t bits) { return bits_as<float>(bits); }
 
 inline bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 inline bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
 
 // Storage types: `load` widens to float32, `round` rounds to nearest even (to infinity past the range, NaN to the canonical NaN),
-// `kLargest` is the largest finite value.
+// `kLargest` is the largest finite value. `widen` and `narrow` do it with the bits, of one number or of a vector.
 struct Float32 {
   float raw;
   static constexpr float kLargest = 3.40282346638528859812e38f;
+  template <typename Float, typename Bits>
+  static Bits narrow(Bits bits) {
+    return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;
+  }
   static float load(Float32 x) { return x.raw; }
-  static Float32 round(float x) { return {is_nan(x) ? float_of(0x7fc00000u) : x}; }
+  static Float32 round(float x) { return {float_of(narrow<float>(bits_of(x)))}; }
 };
 
 struct BFloat16 {
   uint16_t raw;
   static constexpr float kLargest = 3.38953138925153547590e38f;
   static constexpr uint16_t kInfinity = 0x7f80;
-  static float load(BFloat16 x) { return float_of(uint32_t(x.raw) << 16); }
-  static BFloat16 round(float x) {
-    const uint32_t bits = bits_of(x);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return {uint16_t(is_nan(x) ? 0x7fc0u : rounded)};
+  template <typename Float, typename Bits>
+  static Float widen(Bits raw) {
+    return bits_as<Float>(raw << 16);
   }
+  template <typename Float, typename Bits>
+  static Bits narrow(Bits bits) {
+    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded;
+  }
+  static float load(BFloat16 x) { return widen<float>(uint32_t(x.raw)); }
+  static BFloat16 round(float x) { return {uint16_t(narrow<float>(bits_of(x)))}; }
 };
 
 struct Float16 {
   uint16_t raw;
   static constexpr float kLargest = 65504.0f;
   static constexpr uint16_t kInfinity = 0x7c00;
-  static float load(Float16 x) {
+  template <typename Float, typename Bits>
+  static Float widen(Bits raw) {
     // Shifted into float32's place the exponent is too small by 112; the exact product by 2^112 corrects it, denormals included.
-    const uint32_t sign = uint32_t(x.raw & 0x8000u) << 16;
-    const uint32_t rest = uint32_t(x.raw & 0x7fffu) << 13;
-    const uint32_t finite = bits_of(float_of(rest) * 0x1p112f);
-    const uint32_t special = rest | 0x7f800000u;
-    return float_of(sign | (rest >= 0x0f800000u ? special : finite));
+    const Bits sign = (raw & 0x8000u) << 16;
+    const Bits rest = (raw & 0x7fffu) << 13;
+    const Bits finite = bits_as<Bits>(bits_as<Float>(rest) * 0x1p112f);
+    const Bits special = rest | 0x7f800000u;
+    return bits_as<Float>(sign | (rest >= 0x0f800000u ? special : finite));
   }
-  static Float16 round(float x) {
-    const uint32_t bits = bits_of(x);
-    const uint32_t sign = (bits >> 16) & 0x8000u;
-    const uint32_t rest = bits & 0x7fffffffu;
+  template <typename Float, typename Bits>
+  static Bits narrow(Bits bits) {
+    const Bits sign = (bits >> 16) & 0x8000u;
+    const Bits rest = bits & 0x7fffffffu;
     // Below 2^-14 the result is denormal: adding 0.5 makes the float32 adder round at 2^-24, and leaves the answer in the low bits.
-    const uint32_t denormal = bits_of(float_of(rest) + 0.5f) - 0x3f000000u;
-    const uint32_t normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
-    const uint32_t finite = rest < 0x38800000u ? denormal : normal;
-    const uint32_t small = rest >= 0x477ff000u ? 0x7c00u : finite;
-    return {uint16_t(rest > 0x7f800000u ? 0x7e00u : (sign | small))};
+    const Bits denormal = bits_as<Bits>(bits_as<Float>(rest) + 0.5f) - 0x3f000000u;
+    const Bits normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+    const Bits finite = rest < 0x38800000u ? denormal : normal;
+    const Bits small = rest >= 0x477ff000u ? 0x7c00u : finite;
+    return rest > 0x7f800000u ? 0x7e00u : (sign | small);
   }
+  static float load(Float16 x) { return widen<float>(uint32_t(x.raw)); }
+  static Float16 round(float x) { return {uint16_t(narrow<float>(bits_of(x)))}; }
 };
+
+// 16 neighbours.
+template <typename T>
+inline Floats load_lanes(const T* from) {
+  if constexpr (sizeof(T) == 4) {
+    return read_as<Floats>(from);
+  } else {
+    return T::template widen<Floats>(__builtin_convertvector((read_as<Vector<uint16_t, kLanes>>(from)), Words));
+  }
+}
+
+template <typename T>
+inline void store_lanes(Floats x, T* to) {
+  const Words bits = T::template narrow<Floats>(bits_as<Words>(x));
+  if constexpr (sizeof(T) == 4) {
+    write_as(bits, to);
+  } else {
+    write_as(__builtin_convertvector(bits, Vector<uint16_t, kLanes>), to);
+  }
+}
 
 // Rounding for the wire: a finite value stays finite.
 template <typename T>

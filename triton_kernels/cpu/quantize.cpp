@@ -12,7 +12,9 @@ constexpr float kSmallestScale = 0x1p-126f;
 template <int kBits>
 constexpr int32_t kLargestCode = kBits == 8 ? 127 : 7;
 
-inline uint32_t mix(uint32_t h) {
+// Of a number or of a vector of them.
+template <typename Bits>
+inline Bits mix(Bits h) {
   h ^= h >> 16;
   h *= 0x7feb352du;
   h ^= h >> 15;
@@ -22,138 +24,171 @@ inline uint32_t mix(uint32_t h) {
 
 int64_t code_bytes(int64_t width, int64_t bits) { return ceil_div(width * bits, 8); }
 
+constexpr int kPart = 64;  // entries of a row that are worked on at a time, in some vectors
+constexpr Words kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Calls part(begin, from, count) for all parts of a row, which can be read whole: what a last shorter one lacks is filled up with zeros.
+template <typename T, typename Part>
+inline void each_part(const T* row, int64_t width, Part&& part) {
+  for (int64_t begin = 0; begin < width; begin += kPart) {
+    const int64_t count = std::min<int64_t>(kPart, width - begin);
+    const T* from = row + begin;
+    T last[kPart];
+    if (count < kPart) {
+      std::memset(static_cast<void*>(last), 0, sizeof last);
+      std::memcpy(static_cast<void*>(last), from, size_t(count) * sizeof(T));
+      from = last;
+    }
+    part(begin, from, count);
+  }
+}
+
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+inline Ints smaller(Ints a, Ints b) { return a > b ? b : a; }
+
+inline int32_t largest_lane(Ints x) {
+  int32_t lanes[kLanes];
+  write_as(x, lanes);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = std::max(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
 // The row's scale: its largest magnitude over `qmax`, rounded up to bfloat16; NaN if an entry is not finite.
 template <typename T>
-BFloat16 row_scale(const T* x, int64_t width, int32_t qmax) {
-  int32_t largest = 0;
-  for (int64_t i = 0; i < width; ++i) largest = std::max(largest, int32_t(bits_of(T::load(x[i])) & 0x7fffffffu));
-  if (largest == 0) return {0};
-  if (largest >= 0x7f800000) return {0x7fc0};
-  const float exact = std::max(float_of(uint32_t(largest)) / float(qmax), kSmallestScale);
+BFloat16 row_scale(const T* row, int64_t width, int32_t qmax) {
+  Ints largest[kPart / kLanes] = {};
+  each_part(row, width, [&](int64_t, const T* from, int64_t) {
+    for (int k = 0; k < kPart / kLanes; ++k) {
+      largest[k] = larger(largest[k], bits_as<Ints>(load_lanes(from + k * kLanes)) & 0x7fffffff);
+    }
+  });
+  const int32_t most = largest_lane(larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])));
+  if (most == 0) return {0};
+  if (most >= 0x7f800000) return {0x7fc0};
+  const float exact = std::max(float_of(uint32_t(most)) / float(qmax), kSmallestScale);
   return {uint16_t((bits_of(exact) + 0xffffu) >> 16)};
 }
 
-// A row is worked on in parts: loops of a fixed length over arrays of our own need no prologue and no look at what may overlap, which a
-// short row would feel.
-constexpr int kPart = 64;
+// 32 random bits for each number, of which each of two entries takes 16. The upper half of the number goes into a key, so that the loops
+// have 32-bit integers only.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : seed_(seed), key_(key_of(0)) {}
 
-// Calls part(begin, count) for all of them; the count of all but a last shorter one is known to the compiler.
-template <typename Part>
-void each_part(int64_t width, Part&& part) {
-  int64_t begin = 0;
-  for (; begin + kPart <= width; begin += kPart) part(begin, std::integral_constant<int, kPart>());
-  if (begin < width) part(begin, int(width - begin));
-}
-
-// The key of the random numbers of 2^32 neighbouring entries: the upper half of the flat index goes into it, so that the loops have 32-bit
-// integers only.
-struct Key {
-  uint64_t seed;
-  uint32_t upper = 0;
-  uint32_t key = of(0);
-
-  uint32_t of(uint32_t half) const { return mix(uint32_t(seed) ^ mix(uint32_t(seed >> 32) ^ mix(half))); }
-  void move_to(uint64_t index) {
-    if (uint32_t(index >> 32) == upper) return;
-    upper = uint32_t(index >> 32);
-    key = of(upper);
+  // Of 16 numbers from `first` on, which is a multiple of 16.
+  Words draw(uint64_t first) {
+    if (uint32_t(first >> 32) != upper_) set_upper(uint32_t(first >> 32));
+    return mix((uint32_t(first) + kLane) ^ key_);
   }
+
+ private:
+  __attribute__((noinline)) void set_upper(uint32_t upper) { upper_ = upper, key_ = key_of(upper); }
+  uint32_t key_of(uint32_t upper) const { return mix(uint32_t(seed_) ^ mix(uint32_t(seed_ >> 32) ^ mix(upper))); }
+
+  uint64_t seed_;
+  uint32_t upper_ = 0;
+  uint32_t key_;
 };
 
-// The codes of entries that follow each other and whose flat indices, from `index` on, have one upper half.
-template <int kBits, typename T, typename Count>
-void encode(const T* x, Count count, float scale, uint32_t key, uint32_t index, int8_t* codes) {
-  for (int i = 0; i < count; ++i) {
-    const float random = float(int32_t(mix((index + uint32_t(i)) ^ key) >> 8));
-    // The product is exact, so that it makes no difference whether it is fused with the sum.
-#ifdef __FP_FAST_FMAF
-    const float moved = __builtin_fmaf(random, 0x1p-24f, T::load(x[i]) / scale);
-#else
-    const float moved = T::load(x[i]) / scale + random * 0x1p-24f;
-#endif
-    const int32_t truncated = int32_t(moved);  // and not std::floor, which keeps the compiler from using vectors
-    const int32_t code = truncated - (float(truncated) > moved);
-    codes[i] = int8_t(std::min(std::max(code, -kLargestCode<kBits>), kLargestCode<kBits>));
+// Codes of 16 entries; the random bits are the upper ones of `random`.
+template <int kBits>
+Ints encode(Floats x, float reciprocal, Words random) {
+  // From the least to the largest 16 bits: -0.5 + 2^-17 to 0.5 - 2^-17.
+  const Floats moved = x * reciprocal + __builtin_convertvector(bits_as<Ints>((random & 0xffff0000u) | 0x8000u), Floats) * 0x1p-32f;
+  // Up there the distance between float32 numbers is 1: the sum is rounded to even, and its last bits are the code.
+  const Ints code = bits_as<Ints>(moved + 0x1.8p23f) - 0x4b400000;
+  const Ints largest = Ints{} + kLargestCode<kBits>;
+  return larger(-largest, smaller(largest, code));
+}
+
+template <int kBits>
+void write_codes(Ints codes, uint8_t* to) {
+  if constexpr (kBits == 8) {
+    write_as(__builtin_convertvector(codes, Vector<int8_t, kLanes>), to);
+  } else {
+    const auto pairs = bits_as<Vector<uint64_t, kLanes / 2>>(codes & 15);
+    write_as(__builtin_convertvector(pairs | pairs >> 28, Vector<uint8_t, kLanes / 2>), to);
   }
 }
 
+// A row of which the first entry shares the random number `number`.
 template <int kBits, typename T>
-void encode_row(const T* row, int64_t width, float scale, Key& key, uint64_t first, uint8_t* out) {
+inline void encode_row(const T* row, int64_t width, float reciprocal, Random& random, uint64_t number, uint8_t* out) {
   // The scale of a row takes a pass of its own; its entries are asked for while those of a row before are encoded.
   const int64_t ahead = std::max<int64_t>(width, 4096 / int64_t(sizeof(T)));
-  each_part(width, [&](int64_t begin, auto count) {
-    T x[kPart];
-    int8_t codes[kPart] = {};
-    std::memcpy(x, row + begin, count * sizeof(T));
+  each_part(row, width, [&](int64_t begin, const T* x, int64_t count) {
     for (int i = 0; i < kPart; i += 64 / int(sizeof(T))) __builtin_prefetch(row + begin + ahead + i);
-    const uint64_t index = first + uint64_t(begin);
-    key.move_to(index);
-    if (uint32_t(index) <= uint32_t(index + uint64_t(count) - 1)) {
-      encode<kBits>(x, count, scale, key.key, uint32_t(index), codes);
-    } else {
-      for (int i = 0; i < count; ++i) {
-        key.move_to(index + uint64_t(i));
-        encode<kBits>(x + i, 1, scale, key.key, uint32_t(index + uint64_t(i)), codes + i);
-      }
+    uint8_t last[kPart];
+    uint8_t* const place = out + begin * kBits / 8;
+    uint8_t* const to = count < kPart ? last : place;
+    for (int i = 0; i < kPart; i += 2 * kLanes) {
+      const Words bits = random.draw(number + uint64_t(begin + i) / 2);
+      write_codes<kBits>(encode<kBits>(load_lanes(x + i), reciprocal, bits << 16), to + i * kBits / 8);
+      write_codes<kBits>(encode<kBits>(load_lanes(x + i + kLanes), reciprocal, bits), to + (i + kLanes) * kBits / 8);
     }
-    if constexpr (kBits == 8) {
-      std::memcpy(out + begin, codes, count);
-    } else {
-      uint16_t pairs[kPart / 2];
-      uint8_t joined[kPart / 2];
-      std::memcpy(pairs, codes, sizeof pairs);
-      for (int i = 0; i < kPart / 2; ++i) joined[i] = uint8_t((pairs[i] & 15) | (pairs[i] >> 4 & 0xf0));
-      std::memcpy(out + begin / 2, joined, (count + 1) / 2);
-    }
+    if (count < kPart) std::memcpy(place, last, size_t(code_bytes(count, kBits)));
   });
+}
+
+// The part of a row that `from` encodes. Loops of a fixed length over arrays of our own: the compiler makes vectors of them.
+template <int kBits, typename O>
+void decode_part(const uint8_t* from, float scale, bool clamped, O* to) {
+  int8_t codes[kPart];
+  if constexpr (kBits == 8) {
+    std::memcpy(codes, from, kPart);
+  } else {
+    uint8_t joined[kPart / 2];
+    uint16_t pairs[kPart / 2];
+    std::memcpy(joined, from, sizeof joined);
+    for (int i = 0; i < kPart / 2; ++i) {
+      const int32_t low = ((joined[i] & 15) ^ 8) - 8, high = ((joined[i] >> 4) ^ 8) - 8;
+      pairs[i] = uint16_t((low & 0xff) | (high & 0xff) << 8);
+    }
+    std::memcpy(codes, pairs, sizeof codes);
+  }
+  O decoded[kPart];
+  for (int i = 0; i < kPart; ++i) decoded[i] = O::round(float(codes[i]) * scale);
+  if (clamped) {
+    for (int i = 0; i < kPart; ++i) {
+      const float value = float(codes[i]) * scale;
+      decoded[i] = O::round(value > O::kLargest ? O::kLargest : value < -O::kLargest ? -O::kLargest : value);
+    }
+  }
+  std::memcpy(static_cast<void*>(to), decoded, sizeof decoded);
 }
 
 template <int kBits, typename O>
 void decode_row(const uint8_t* from, int64_t width, float scale, O* row) {
   const bool clamped = !(std::fabs(scale) * 128.0f <= O::kLargest);  // hardly ever: else no code leaves the range
-  each_part(width, [&](int64_t begin, auto count) {
-    int8_t codes[kPart];
-    O decoded[kPart];
-    if constexpr (kBits == 8) {
-      std::memcpy(codes, from + begin, count);
-    } else {
-      uint8_t joined[kPart / 2];
-      uint16_t pairs[kPart / 2];
-      std::memcpy(joined, from + begin / 2, (count + 1) / 2);
-      for (int i = 0; i < kPart / 2; ++i) {
-        const int32_t low = ((joined[i] & 15) ^ 8) - 8, high = ((joined[i] >> 4) ^ 8) - 8;
-        pairs[i] = uint16_t((low & 0xff) | (high & 0xff) << 8);
-      }
-      std::memcpy(codes, pairs, sizeof codes);
-    }
-    for (int i = 0; i < count; ++i) decoded[i] = O::round(float(codes[i]) * scale);
-    if (clamped) {
-      for (int i = 0; i < count; ++i) {
-        const float value = float(codes[i]) * scale;
-        decoded[i] = O::round(value > O::kLargest ? O::kLargest : value < -O::kLargest ? -O::kLargest : value);
-      }
-    }
-    std::memcpy(static_cast<void*>(row + begin), decoded, count * sizeof(O));
-  });
+  int64_t begin = 0;
+  for (; begin + kPart <= width; begin += kPart) decode_part<kBits>(from + begin * kBits / 8, scale, clamped, row + begin);
+  if (begin == width) return;
+  uint8_t codes[kPart] = {};
+  O last[kPart];
+  std::memcpy(codes, from + begin * kBits / 8, size_t(code_bytes(width - begin, kBits)));
+  decode_part<kBits>(codes, scale, clamped, last);
+  std::memcpy(static_cast<void*>(row + begin), last, size_t(width - begin) * sizeof(O));
 }
 
 template <int kBits, typename T>
 void quantize(const T* x, int64_t rows, int64_t width, uint64_t seed, uint8_t* payload, int64_t threads) {
   const int64_t row_bytes = 2 + code_bytes(width, kBits);
+  const uint64_t numbers = uint64_t(ceil_div(width, 2 * kLanes)) * kLanes;  // of a row
   prefer_huge_pages(payload, rows * row_bytes);
 #pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
   {
-    Key key{seed};
+    Random random(seed);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
       const T* from = x + row * width;
       uint8_t* to = payload + row * row_bytes;
       const BFloat16 scale = row_scale(from, width, kLargestCode<kBits>);
-      std::memcpy(to, &scale, sizeof scale);
+      write_as(scale, to);
       if (scale.raw == 0 || scale.raw == 0x7fc0) {
         std::memset(to + 2, 0, size_t(row_bytes - 2));
       } else {
-        encode_row<kBits>(from, width, BFloat16::load(scale), key, uint64_t(row) * uint64_t(width), to + 2);
+        encode_row<kBits>(from, width, 1.0f / BFloat16::load(scale), random, uint64_t(row) * numbers, to + 2);
       }
     }
   }

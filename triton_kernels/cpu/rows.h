@@ -55,7 +55,8 @@ struct RowFormat {
   }
 };
 
-constexpr int64_t kTileBytes = 1 << 14;  // of rows that are formed in the first-level cache, then streamed
+// Of rows that are formed in the first-level cache, then streamed: few enough to wait in the store buffer while the next ones are formed.
+constexpr int64_t kTileBytes = 1 << 11;
 
 // Writes rows, some at a time: `make_form()`, called once per thread, returns form(first, count, to), which writes `count` rows from
 // `first` on to `to`.
@@ -68,13 +69,15 @@ void write_rows(int64_t rows, int64_t width, O* out, int64_t threads, MakeForm&&
 #pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
   {
     auto form = make_form();
-    std::vector<O> tile(streamed ? size_t(tile_rows * width) : 0);
+    // From a cache line's beginning on, or every second vector would lie across two lines.
+    std::vector<O> memory(streamed ? size_t(tile_rows * width) + 64 / sizeof(O) : 0);
+    O* const tile = reinterpret_cast<O*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < rows; first += tile_rows) {
       const int64_t count = std::min(tile_rows, rows - first);
       O* to = out + first * width;
-      form(first, count, streamed ? tile.data() : to);
-      if (streamed) stream_out(to, tile.data(), count * row_bytes);
+      form(first, count, streamed ? tile : to);
+      if (streamed) stream_out(to, tile, count * row_bytes);
     }
     stream_fence();
   }
