@@ -44,6 +44,17 @@ inline To bits_as(From from) {
   return read_as<To>(&from);
 }
 
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+inline Ints smaller(Ints a, Ints b) { return a > b ? b : a; }
+
+inline int32_t largest_lane(Ints x) {
+  int32_t lanes[kLanes];
+  write_as(x, lanes);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
+}
+
 // Codes of dtypes in the C interface; `DTYPE_CODES` in dispatch.py lists the same numbers.
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -121,13 +132,18 @@ inline Floats load_lanes(const T* from) {
   }
 }
 
-template <typename T>
-inline void store_lanes(Floats x, T* to) {
-  const Words bits = T::template narrow<Floats>(bits_as<Words>(x));
-  if constexpr (sizeof(T) == 4) {
-    write_as(bits, to);
-  } else {
-    write_as(__builtin_convertvector(bits, Vector<uint16_t, kLanes>), to);
+// Calls visit(x) for `count` neighbours, 16 at a time, in whatever order is the cheapest; `count` is a multiple of 32.
+template <typename T, typename Visit>
+inline void each_lanes(const T* from, int count, Visit&& visit) {
+  constexpr int kStep = 64 / int(sizeof(T));
+  for (int i = 0; i < count; i += kStep) {
+    if constexpr (sizeof(T) == 4) {
+      visit(read_as<Floats>(from + i));
+    } else {
+      const Words pairs = read_as<Words>(from + i);
+      visit(T::template widen<Floats>(pairs & 0xffffu));
+      visit(T::template widen<Floats>(pairs >> 16));
+    }
   }
 }
 
@@ -148,6 +164,9 @@ inline void with_dtype(int64_t code, Body&& body) {
     default: return body(Float32{});
   }
 }
+
+// Asks for a cache line, into the second-level cache: the core can wait for more lines there than in the first.
+inline void prefetch(const void* place) { __builtin_prefetch(place, 0, 2); }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

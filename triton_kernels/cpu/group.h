@@ -107,16 +107,22 @@ inline int64_t list_bits(uint64_t mask, uint32_t first, Place* places) {
   return count;
 }
 
-// Writes the elements of a group whose bits are set, from the lowest on; `to` has room for 64.
-inline void list_elements(uint64_t mask, const float* w, float* to) {
-#if defined(__AVX512F__)
-  for (int i = 0; i < kGroup; i += 16) {
-    const __mmask16 part = __mmask16(mask >> i);
-    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(part, _mm512_load_ps(w + i)));
-    to += bit_count(part);
+// Writes the elements of a group whose bits are set, from the lowest on; `to` has room for 64 and may be `from`, or lie before it.
+template <typename T>
+inline void list_elements(uint64_t mask, const T* from, T* to) {
+#if defined(__AVX512VBMI2__)
+  constexpr int kCount = 64 / int(sizeof(T));
+  for (int i = 0; i < kGroup; i += kCount) {
+    const __m512i part = _mm512_loadu_si512(from + i);
+    if constexpr (sizeof(T) == 2) {
+      _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(__mmask32(mask >> i), part));
+    } else {
+      _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(mask >> i), part));
+    }
+    to += bit_count(mask >> i & ~uint64_t(0) >> (64 - kCount));
   }
 #else
-  each_bit(mask, [&](int i) { *to++ = w[i]; });
+  each_bit(mask, [&](int i) { *to++ = from[i]; });
 #endif
 }
 

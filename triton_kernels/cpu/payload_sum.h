@@ -98,8 +98,8 @@ class PayloadReader {
     const uint8_t* const values = chunk_.values() + first * int64_t(sizeof(V));
     // Each of several payloads is left after a few lines, before the hardware has seen what will be read next.
     for (int64_t i = 0; i < entries; i += kStep) {
-      __builtin_prefetch(indices + i * int64_t(sizeof(I)) + kAhead);
-      __builtin_prefetch(values + i * int64_t(sizeof(V)) + kAhead);
+      prefetch(indices + i * int64_t(sizeof(I)) + kAhead);
+      prefetch(values + i * int64_t(sizeof(V)) + kAhead);
     }
 #pragma GCC unroll 4
     for (int64_t i = 0; i < entries; ++i) total[places[i]] += decode(read_at<V>(values, i), scale);

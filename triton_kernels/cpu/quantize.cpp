@@ -43,27 +43,14 @@ inline void each_part(const T* row, int64_t width, Part&& part) {
   }
 }
 
-inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
-inline Ints smaller(Ints a, Ints b) { return a > b ? b : a; }
-
-inline int32_t largest_lane(Ints x) {
-  int32_t lanes[kLanes];
-  write_as(x, lanes);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = std::max(lanes[i], lanes[i + half]);
-  return lanes[0];
-}
-
 // The row's scale: its largest magnitude over `qmax`, rounded up to bfloat16; NaN if an entry is not finite.
 template <typename T>
 BFloat16 row_scale(const T* row, int64_t width, int32_t qmax) {
-  Ints largest[kPart / kLanes] = {};
+  Ints largest = {};
   each_part(row, width, [&](int64_t, const T* from, int64_t) {
-    for (int k = 0; k < kPart / kLanes; ++k) {
-      largest[k] = larger(largest[k], bits_as<Ints>(load_lanes(from + k * kLanes)) & 0x7fffffff);
-    }
+    each_lanes(from, kPart, [&](Floats x) { largest = larger(largest, bits_as<Ints>(x) & 0x7fffffff); });
   });
-  const int32_t most = largest_lane(larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])));
+  const int32_t most = largest_lane(largest);
   if (most == 0) return {0};
   if (most >= 0x7f800000) return {0x7fc0};
   const float exact = std::max(float_of(uint32_t(most)) / float(qmax), kSmallestScale);
@@ -118,7 +105,7 @@ inline void encode_row(const T* row, int64_t width, float reciprocal, Random& ra
   // The scale of a row takes a pass of its own; its entries are asked for while those of a row before are encoded.
   const int64_t ahead = std::max<int64_t>(width, 4096 / int64_t(sizeof(T)));
   each_part(row, width, [&](int64_t begin, const T* x, int64_t count) {
-    for (int i = 0; i < kPart; i += 64 / int(sizeof(T))) __builtin_prefetch(row + begin + ahead + i);
+    for (int i = 0; i < kPart; i += 64 / int(sizeof(T))) prefetch(row + begin + ahead + i);
     uint8_t last[kPart];
     uint8_t* const place = out + begin * kBits / 8;
     uint8_t* const to = count < kPart ? last : place;

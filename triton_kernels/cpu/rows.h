@@ -17,12 +17,6 @@ struct RowFormat {
 
   int64_t bytes() const { return slots * (value_bytes + index_bytes); }
 
-  void write_index(uint8_t* row, int64_t slot, int64_t index) const {
-    uint8_t* place = row + slots * value_bytes + slot * index_bytes;
-    place[0] = uint8_t(index);
-    if (index_bytes == 2) place[1] = uint8_t(index >> 8);
-  }
-
   // Calls visit(slot, index) for every slot of a row: the place that its value belongs to, or -1 if the slot is not valid.
   template <typename Visit>
   void each_slot(const uint8_t* row, Visit&& visit) const {

@@ -1,7 +1,7 @@
 // pack_rows. The reference in rows_pack.py is the specification.
 #include <algorithm>
+#include <memory>
 #include <type_traits>
-#include <vector>
 
 #include "group.h"
 #include "rows.h"
@@ -16,7 +16,7 @@ struct Keys {
   using Key = int16_t;
   static constexpr Key kBinade = std::is_same_v<T, BFloat16> ? 1 << 7 : 1 << 10;
   static constexpr Key kInfinity = std::is_same_v<T, BFloat16> ? 0x7f80 : 0x7c00;
-  static Key of(T x) { return std::min(Key(x.raw & 0x7fff), kInfinity); }
+  static constexpr Key kMagnitude = 0x7fff;
   static float magnitude(Key key) { return T::load(T{uint16_t(key)}); }
   // The least key whose magnitude is at least tau.
   static Key reaching(float tau) {
@@ -30,10 +30,15 @@ struct Keys<Float32> {
   using Key = int32_t;
   static constexpr Key kBinade = 1 << 23;
   static constexpr Key kInfinity = 0x7f800000;
-  static Key of(Float32 x) { return std::min(Key(bits_of(x.raw) & 0x7fffffffu), kInfinity); }
+  static constexpr Key kMagnitude = 0x7fffffff;
   static float magnitude(Key key) { return float_of(uint32_t(key)); }
   static Key reaching(float tau) { return Key(bits_of(tau)); }
 };
+
+template <typename T>
+typename Keys<T>::Key key_of(const T& x) {
+  return std::min<typename Keys<T>::Key>(bits_as<typename Keys<T>::Key>(x) & Keys<T>::kMagnitude, Keys<T>::kInfinity);
+}
 
 // Kept are the entries above `key` and the first `ties` of those equal to it.
 template <typename Key>
@@ -42,27 +47,29 @@ struct Cut {
   int64_t ties;
 };
 
-// Bit i: keys[i] >= least.
 template <typename Key>
-uint64_t reaching(const Key* keys, Key least) {
+constexpr int kKeyLanes = 64 / int(sizeof(Key));
+
+// Bit i: the magnitude bits of x[i], keys or entries, are at least `least`. Of kCount neighbours, whole vectors.
+template <int kCount, typename Key, typename T>
+uint64_t reaching(const T* x, Key least) {
+  constexpr Key kMagnitude = Key(Key(-1) & ~(Key(1) << (8 * sizeof(Key) - 1)));
   uint64_t mask = 0;
 #if defined(__AVX512BW__)
-  constexpr int kLanes = 64 / int(sizeof(Key));
-  for (int i = 0; i < kGroup; i += kLanes) {
-    const __m512i x = _mm512_loadu_si512(keys + i);
+  for (int i = 0; i < kCount; i += kKeyLanes<Key>) {
     if constexpr (sizeof(Key) == 2) {
-      mask |= uint64_t(_mm512_cmpge_epi16_mask(x, _mm512_set1_epi16(least))) << i;
+      const __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi16(kMagnitude));
+      mask |= uint64_t(_mm512_cmpge_epi16_mask(magnitude, _mm512_set1_epi16(least))) << i;
     } else {
-      mask |= uint64_t(_mm512_cmpge_epi32_mask(x, _mm512_set1_epi32(least))) << i;
+      const __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi32(kMagnitude));
+      mask |= uint64_t(_mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(least))) << i;
     }
   }
 #else
-  uint8_t hits[kGroup];
-  for (int i = 0; i < kGroup; ++i) hits[i] = keys[i] >= least;
-  for (int byte = 0; byte < kGroup; byte += 8) {
-    uint64_t word;
-    std::memcpy(&word, hits + byte, sizeof word);
-    mask |= (word * 0x0102040810204080u >> 56) << byte;  // gathers the lowest bits of eight bytes
+  uint8_t hits[kCount];
+  for (int i = 0; i < kCount; ++i) hits[i] = (read_as<Key>(x + i) & kMagnitude) >= least;
+  for (int byte = 0; byte < kCount; byte += 8) {
+    mask |= (read_as<uint64_t>(hits + byte) * 0x0102040810204080u >> 56) << byte;  // gathers the lowest bits of eight bytes
   }
 #endif
   return mask;
@@ -70,158 +77,224 @@ uint64_t reaching(const Key* keys, Key least) {
 
 template <typename Key>
 int64_t count_reaching(const Key* keys, int64_t padded, Key least) {
-  int64_t total = 0;
-  // A count as narrow as the keys keeps the vectors full; a part is so short that it cannot overflow.
-  for (int64_t begin = 0; begin < padded; begin += 1 << 14) {
-    const int64_t end = std::min<int64_t>(padded, begin + (1 << 14));
-    Key count = 0;
-    for (int64_t i = begin; i < end; ++i) count = Key(count + (keys[i] >= least));
-    total += count;
-  }
-  return total;
+  int64_t count = 0;
+  for (int64_t base = 0; base < padded; base += kGroup) count += bit_count(reaching<kGroup>(keys + base, least));
+  return count;
 }
 
-// Where to cut so that the `slots` largest of the keys >= least, which are more, are kept. Rows of keys are padded with zeros to whole
-// groups. The first probe is the cut of the row before (`guess`), the next ones go away from it in growing steps, then halve the gap. On
-// most rows a probe meets exactly `slots` entries long before the gap is one.
+// Where to cut so that the `slots` largest of `count` keys, all >= low, are kept; count > slots. Keys are padded with zeros to whole
+// groups. The first probe is the guess, the next ones follow the line through the last two counts, and each third halves the gap. On most
+// rows a probe meets exactly `slots` entries long before the gap is one.
 template <typename Key>
-Cut<Key> find_cut(const Key* keys, int64_t padded, int64_t slots, Key least, Key largest, int64_t step, Key guess) {
-  int64_t below = int64_t(least) - 1;    // more than `slots` keys reach it, once it is at `least` or above
-  int64_t above = int64_t(largest) + 1;  // fewer reach it:
+Cut<Key> find_cut(const Key* keys, int64_t padded, int64_t count, int64_t slots, Key low, Key guess) {
+  int64_t below = low;                                                  // more than `slots` keys reach it;
+  int64_t above = int64_t(*std::max_element(keys, keys + padded)) + 1;  // fewer reach it:
   int64_t count_above = 0;
-  int64_t probe = std::clamp(guess, least, largest);
-  while (above - below > 1) {
-    const int64_t count = count_reaching(keys, padded, Key(probe));
-    if (count == slots) return {Key(probe), slots};
-    if (count > slots) {
+  int64_t last = low, last_count = count;
+  double keys_per_entry = 0;
+  int64_t probe = guess;
+  for (int round = 1; above - below > 1; ++round) {
+    probe = std::clamp(probe, below + 1, above - 1);
+    const int64_t met = count_reaching(keys, padded, Key(probe));
+    if (met == slots) return {Key(probe), slots};
+    if (met > slots) {
       below = probe;
     } else {
       above = probe;
-      count_above = count;
+      count_above = met;
     }
-    const int64_t middle = below + (above - below) / 2;
-    if (below < least) {
-      probe = std::max<int64_t>(above - step, least);
-    } else {
-      probe = above > largest ? std::min(below + step, middle) : middle;
-    }
-    step = std::min<int64_t>(8 * step, above);
+    if (met != last_count) keys_per_entry = double(probe - last) / double(last_count - met);
+    last = probe;
+    last_count = met;
+    probe = round % 3 == 0 ? below + (above - below) / 2 : probe + int64_t(keys_per_entry * double(met - slots));
   }
-  if (below < least) return {least, slots};
   return {Key(below), slots - count_above};
 }
 
-// The same for one group of keys, of which more than `slots` are >= least: a search would cost more in mispredicted branches.
-template <typename Key>
-Cut<Key> find_cut_in_group(const Key* keys, int64_t count, int64_t slots, Key least) {
-  Key key = least;
-  for (int64_t i = 0; i < count; ++i) {
-    const Key larger = std::max(key, keys[i]);
-    key = bit_count(reaching(keys, keys[i])) >= slots ? larger : key;
+// The same for at most kCount keys: a search would cost more in mispredicted branches.
+template <int kCount, typename Key>
+Cut<Key> find_cut_in_group(const Key* keys, int64_t count, int64_t slots, Key low) {
+  Key key = low;
+  for (int64_t i = 0; i < count; i += 8) {  // zeros behind the keys change nothing
+    for (int64_t k = i; k < i + 8; ++k) {
+      const Key larger = std::max(key, keys[k]);
+      key = bit_count(reaching<kCount>(keys, keys[k])) >= slots ? larger : key;
+    }
   }
-  return {key, slots - bit_count(reaching(keys, Key(key + 1)))};
+  return {key, slots - bit_count(reaching<kCount>(keys, Key(key + 1)))};
 }
 
 enum Method : int64_t { kExact = 0, kLaplace = 1, kFixed = 2 };
 
-// keys -> the least key that is eligible; `parameter` is the factor of the mean for kLaplace, the threshold for kFixed.
+// Part of the entries of a row to come that are asked for while one is looked at: one of `shares` equal shares.
 template <typename T>
-typename Keys<T>::Key least_key(const typename Keys<T>::Key* keys, int64_t padded, int64_t width, int64_t method, float parameter) {
+struct Ahead {
+  const T* from;
+  int shares;
+
+  void ask(int64_t base) const {
+    for (int i = 0; i < kGroup / shares; i += 64 / int(sizeof(T))) prefetch(from + base / shares + i);
+  }
+};
+
+// Calls group(base, x) for each group of a row; a last shorter one is filled up with zeros.
+template <typename T, typename Group>
+void each_row_group(const T* row, int64_t width, const Ahead<T>& ahead, Group&& group) {
+  const int64_t whole = width / kGroup * kGroup;
+  for (int64_t base = 0; base < whole; base += kGroup) {
+    ahead.ask(base);
+    group(base, row + base);
+  }
+  if (whole == width) return;
+  T last[kGroup] = {};
+  std::memcpy(static_cast<void*>(last), row + whole, size_t(width - whole) * sizeof(T));
+  ahead.ask(whole);
+  group(whole, static_cast<const T*>(last));
+}
+
+// Infinity if an entry is not finite. The bits of a float32 magnitude, moved to where a double has its own, are the magnitude times 2^-896,
+// denormals included: GCC's conversions of vectors take three times as long.
+template <typename T>
+double magnitude_sum(const T* row, int64_t width, const Ahead<T>& ahead) {
+  using Longs = Vector<uint64_t, kLanes / 2>;
+  using Doubles = Vector<double, kLanes / 2>;
+  Doubles even = {}, odd = {};
+  Ints largest = {};
+  each_row_group(row, width, ahead, [&](int64_t, const T* x) {
+    each_lanes(x, kGroup, [&](Floats lanes) {
+      const Ints magnitude = bits_as<Ints>(lanes) & 0x7fffffff;
+      largest = larger(largest, magnitude);
+      const Longs pairs = bits_as<Longs>(magnitude);
+      even += bits_as<Doubles>(pairs << 32 >> 3);
+      odd += bits_as<Doubles>(pairs >> 32 << 29);
+    });
+  });
+  double sum = 0;
+  for (int i = 0; i < kLanes / 2; ++i) sum += even[i] + odd[i];
+  return largest_lane(largest) < 0x7f800000 ? sum * 0x1p896 : HUGE_VAL;
+}
+
+// The least key that is eligible; `parameter` is the factor of the mean for kLaplace, the threshold for kFixed.
+template <typename T>
+typename Keys<T>::Key least_key(const T* row, int64_t width, int64_t method, float parameter, const Ahead<T>& ahead) {
   using Key = typename Keys<T>::Key;
   float tau = 0;
   if (method == kFixed) tau = parameter;
   if (method == kLaplace && parameter > 0) {
-    double sums[8] = {};
-    for (int64_t i = 0; i < padded; i += 8)
-      for (int lane = 0; lane < 8; ++lane) sums[lane] += Keys<T>::magnitude(keys[i + lane]);
-    double sum = 0;
-    for (double part : sums) sum += part;
-    tau = float(sum / double(width)) * parameter;
+    tau = float(magnitude_sum(row, width, ahead) / double(width)) * parameter;
   }
   return std::clamp<Key>(Keys<T>::reaching(tau), 1, Keys<T>::kInfinity);
 }
 
-// Lists the places of the keys >= least, in order; `places` has room for all and one group more. Returns how many they are.
-template <typename Key>
-int64_t list_reaching(const Key* keys, int64_t padded, Key least, uint32_t* places) {
-  int64_t count = 0;
-  for (int64_t base = 0; base < padded; base += kGroup) {
-    count += list_bits(reaching(keys + base, least), uint32_t(base), places + count);
-  }
-  return count;
-}
+// Where the rows of a thread are cut, and how far from that its next row may be cut.
+template <typename T>
+class Guess {
+ public:
+  using Key = typename Keys<T>::Key;
 
-// What a thread needs for a row, and what it remembers of the one before.
+  explicit Guess(int64_t slots) : margin_(int64_t(Keys<T>::kBinade * std::min(0.18, 0.7 / std::sqrt(double(slots))))) {}
+
+  Key key() const { return Key(key_); }
+  Key low() const { return Key(std::max<int64_t>(key_ - margin_, 1)); }
+  int64_t margin() const { return margin_; }
+  void add(Key cut) { key_ = known_ ? key_ + (cut - key_) / 4 : cut, known_ = true; }
+
+ private:
+  int64_t margin_;
+  int64_t key_ = Keys<T>::kInfinity;
+  bool known_ = false;
+};
+
+// What a thread needs for a row, and what it remembers of those before.
 template <typename T>
 struct RowScratch {
   using Key = typename Keys<T>::Key;
-  std::vector<Key> keys, listed;
-  std::vector<uint32_t> places;
-  Key guess = Keys<T>::kInfinity;  // where the row before was cut
+  std::unique_ptr<T[]> values;
+  std::unique_ptr<uint16_t[]> places;
+  std::unique_ptr<Key[]> keys;
+  Guess<T> guess;
 
-  explicit RowScratch(int64_t padded) : keys(size_t(padded)), listed(size_t(padded)), places(size_t(padded + kGroup)) {}
+  static constexpr int64_t kReadStep = 16;
 
-  // Lists the entries that may be kept: at least `slots`, if so many reach `least`. Neighbouring rows are cut at about the same place, so
-  // most rows are listed once, with a few entries more than are kept. Returns their number; `low` becomes the key that all of them reach.
-  int64_t list(int64_t padded, int64_t slots, Key least, Key& low) {
-    int64_t step = Keys<T>::kBinade / 8;
-    low = Key(std::max<int64_t>(least, int64_t(guess) - step));
+  RowScratch(int64_t width, int64_t slots) : guess(slots) {
+    const size_t size = size_t(width + 2 * kGroup);
+    values.reset(new T[size]);
+    places.reset(new uint16_t[size]());
+    keys.reset(new Key[size]);
+  }
+
+  // Lists the places of the entries that may be kept: at least `slots`, if so many reach `least`. Neighbouring rows are cut at about the
+  // same magnitude, so most rows are listed once, with a few entries more than are kept. Returns their number; `low` becomes the key that
+  // all of them reach.
+  int64_t list(const T* row, int64_t width, int64_t slots, Key least, Key& low, const Ahead<T>& ahead) {
+    int64_t step = 2 * guess.margin();
+    low = std::max(least, guess.low());
     while (true) {
-      const int64_t count = list_reaching(keys.data(), padded, low, places.data());
+      int64_t count = 0;
+      each_row_group(row, width, ahead, [&](int64_t base, const T* x) {
+        count += list_bits(reaching<kGroup>(x, low), uint32_t(base), places.get() + count);
+      });
       if (count >= slots || low == least) return count;
       low = Key(std::max<int64_t>(least, int64_t(low) - step));
       step *= 4;
     }
   }
+
+  // Reads the listed entries. In steps, so that the number of these can be foreseen for short lists; what lies behind is of no use.
+  void read(const T* row, int64_t count) {
+    for (int64_t i = 0; i < count; i += kReadStep) {
+      for (int64_t k = i; k < i + kReadStep; ++k) values[size_t(k)] = row[places[size_t(k)]];
+    }
+  }
+
+  // Of `count` listed entries leaves the `slots` largest, of equal ones the first.
+  void cut(int64_t count, int64_t slots, Key low) {
+    const int64_t padded = ceil_div(count, kGroup) * kGroup;
+    Key* const listed = keys.get();
+    const T* const entries = values.get();
+    for (int64_t i = 0; i < padded; ++i) listed[i] = i < count ? key_of(entries[i]) : Key(0);
+    Cut<Key> cut = count <= kKeyLanes<Key> ? find_cut_in_group<kKeyLanes<Key>>(listed, count, slots, low)
+                   : count <= kGroup       ? find_cut_in_group<kGroup>(listed, count, slots, low)
+                                           : find_cut<Key>(listed, padded, count, slots, low, guess.key());
+    guess.add(cut.key);
+    int64_t kept = 0;
+    for (int64_t base = 0; base < padded; base += kGroup) {
+      const uint64_t above = reaching<kGroup>(listed + base, Key(cut.key + 1));
+      const uint64_t ties = lowest_bits(reaching<kGroup>(listed + base, cut.key) ^ above, cut.ties);
+      cut.ties -= bit_count(ties);
+      list_elements(above | ties, values.get() + base, values.get() + kept);
+      list_elements(above | ties, places.get() + base, places.get() + kept);
+      kept += bit_count(above | ties);
+    }
+  }
 };
 
 template <typename T, typename V>
-void pack_row(const T* x, RowScratch<T>& scratch, const RowFormat& format, int64_t method, float parameter, uint8_t* out) {
+void pack_row(const T* row, RowScratch<T>& scratch, const RowFormat& format, int64_t method, float parameter, uint8_t* out) {
   using Key = typename Keys<T>::Key;
-  const int64_t padded = ceil_div(format.width, kGroup) * kGroup;
-  Key* keys = scratch.keys.data();
-  Key largest = 0;
-  // The keys are all that comes from memory; those of a row to come are asked for while this one is searched.
-  const int64_t ahead = std::max<int64_t>(format.width, 4096 / int64_t(sizeof(T)));
-  for (int64_t begin = 0; begin < format.width; begin += 1024) {
-    const int64_t end = std::min<int64_t>(format.width, begin + 1024);
-    for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + i + ahead);
-    for (int64_t i = begin; i < end; ++i) {
-      keys[i] = Keys<T>::of(x[i]);
-      largest = std::max(largest, keys[i]);
-    }
-  }
-  const Key guess = scratch.guess;
+  const T* const next = row + std::max<int64_t>(format.width, 4096 / int64_t(sizeof(T)));
+  const int passes = method == kLaplace ? 2 : 1;
+  const Key least = least_key<T>(row, format.width, method, parameter, {next, passes});
   Key low;
-  const int64_t count = scratch.list(padded, format.slots, least_key<T>(keys, padded, format.width, method, parameter), low);
-  const uint32_t* places = scratch.places.data();
-  scratch.guess = low;
-  int64_t slot = 0;
-  const auto send = [&](uint32_t place) {
-    const V value = saturate<V>(T::load(x[place]));
-    std::memcpy(out + slot * int64_t(sizeof value), &value, sizeof value);
-    format.write_index(out, slot++, place);
-  };
-  if (count <= format.slots) {
-    for (int64_t i = 0; i < count; ++i) send(places[i]);
+  int64_t count = scratch.list(row, format.width, format.slots, least, low, {next + format.width * (passes - 1) / passes, passes});
+  scratch.read(row, count);
+  if (count > format.slots) {
+    scratch.cut(count, format.slots, low);
+    count = format.slots;
   } else {
-    Key* listed = scratch.listed.data();
-    const int64_t listed_padded = ceil_div(count, kGroup) * kGroup;
-    for (int64_t i = 0; i < count; ++i) listed[i] = keys[places[i]];
-    std::fill(listed + count, listed + listed_padded, Key(0));
-    Cut<Key> cut = count <= kGroup ? find_cut_in_group(listed, count, format.slots, low)
-                                   : find_cut<Key>(listed, listed_padded, format.slots, low, largest, Keys<T>::kBinade / 32, guess);
-    scratch.guess = cut.key;
-    for (int64_t base = 0; base < listed_padded; base += kGroup) {
-      const uint64_t above = reaching(listed + base, Key(cut.key + 1));
-      const uint64_t ties = lowest_bits(reaching(listed + base, cut.key) ^ above, cut.ties);
-      cut.ties -= bit_count(ties);
-      each_bit(above | ties, [&](int bit) { send(places[base + bit]); });
-    }
+    scratch.guess.add(low);
   }
-  std::memset(out + slot * int64_t(sizeof(V)), 0, size_t(format.slots - slot) * sizeof(V));
-  uint8_t* indices = out + format.slots * int64_t(sizeof(V));
-  std::memset(indices + slot * format.index_bytes, 0, size_t((format.slots - slot) * format.index_bytes));
+  const T* const values = scratch.values.get();
+  const uint16_t* const places = scratch.places.get();
+  for (int64_t i = 0; i < count; ++i) write_as(saturate<V>(T::load(values[i])), out + i * int64_t(sizeof(V)));
+  std::memset(out + count * int64_t(sizeof(V)), 0, size_t(format.slots - count) * sizeof(V));
+  uint8_t* const indices = out + format.slots * int64_t(sizeof(V));
+  if (format.index_bytes == 1) {
+    for (int64_t i = 0; i < count; ++i) indices[i] = uint8_t(places[i]);
+  } else {
+    std::memcpy(indices, places, size_t(count) * sizeof *places);
+  }
+  std::memset(indices + count * format.index_bytes, 0, size_t((format.slots - count) * format.index_bytes));
 }
 
 }  // namespace
@@ -229,14 +302,13 @@ void pack_row(const T* x, RowScratch<T>& scratch, const RowFormat& format, int64
 DCT_EXPORT void dct_pack_rows(const void* x, int64_t dtype, int64_t rows, int64_t width, int64_t slots, int64_t method, double parameter,
                               int64_t value_dtype, uint8_t* payload, int64_t threads) {
   const RowFormat format(width, slots, value_dtype);
-  const int64_t padded = ceil_div(width, kGroup) * kGroup;
   with_dtype(dtype, [&](auto t) {
     with_dtype(value_dtype, [&](auto v) {
       using T = decltype(t);
       using V = decltype(v);
 #pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
       {
-        RowScratch<T> scratch(padded);
+        RowScratch<T> scratch(width, slots);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
           pack_row<T, V>(static_cast<const T*>(x) + row * width, scratch, format, method, float(parameter), payload + row * format.bytes());

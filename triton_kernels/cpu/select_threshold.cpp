@@ -65,8 +65,8 @@ std::vector<Float32> every(const Samples<G>& elements, int64_t stride, int64_t t
 #pragma omp parallel for num_threads(team) if (team > 1)
   for (int64_t i = 0; i < count; ++i) {
     const int64_t next = std::min((i + kAhead) * stride, elements.count - 1);
-    __builtin_prefetch(elements.grad + next);
-    if (elements.residual != nullptr) __builtin_prefetch(elements.residual + next);
+    prefetch(elements.grad + next);
+    if (elements.residual != nullptr) prefetch(elements.residual + next);
     samples[size_t(i)] = {elements.at(i * stride)};
   }
   return samples;
