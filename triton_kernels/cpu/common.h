@@ -165,7 +165,7 @@ inline void with_dtype(int64_t code, Body&& body) {
   }
 }
 
-// Asks for a cache line, into the second-level cache: the core can wait for more lines there than in the first.
+// Asks for a line of a stream, into the second-level cache: the core can wait for more lines there than in the first.
 inline void prefetch(const void* place) { __builtin_prefetch(place, 0, 2); }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -70,6 +70,34 @@ inline uint64_t reaching(const float* w, float tau) {
   return mask;
 }
 
+template <typename Key>
+constexpr int kKeyLanes = 64 / int(sizeof(Key));
+
+// Bit i: the magnitude bits of x[i], keys or entries, are at least `least`. Of kCount neighbours, whole vectors.
+template <int kCount, typename Key, typename T>
+inline uint64_t reaching_key(const T* x, Key least) {
+  constexpr Key kMagnitude = Key(Key(-1) & ~(Key(1) << (8 * sizeof(Key) - 1)));
+  uint64_t mask = 0;
+#if defined(__AVX512BW__)
+  for (int i = 0; i < kCount; i += kKeyLanes<Key>) {
+    if constexpr (sizeof(Key) == 2) {
+      const __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi16(kMagnitude));
+      mask |= uint64_t(_mm512_cmpge_epi16_mask(magnitude, _mm512_set1_epi16(least))) << i;
+    } else {
+      const __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi32(kMagnitude));
+      mask |= uint64_t(_mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(least))) << i;
+    }
+  }
+#else
+  uint8_t hits[kCount];
+  for (int i = 0; i < kCount; ++i) hits[i] = (read_as<Key>(x + i) & kMagnitude) >= least;
+  for (int byte = 0; byte < kCount; byte += 8) {
+    mask |= (read_as<uint64_t>(hits + byte) * 0x0102040810204080u >> 56) << byte;  // gathers the lowest bits of eight bytes
+  }
+#endif
+  return mask;
+}
+
 // Calls visit(i) for each set bit i of the mask, from the lowest on.
 template <typename Visit>
 inline void each_bit(uint64_t mask, Visit&& visit) {

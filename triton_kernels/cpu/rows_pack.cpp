@@ -48,37 +48,9 @@ struct Cut {
 };
 
 template <typename Key>
-constexpr int kKeyLanes = 64 / int(sizeof(Key));
-
-// Bit i: the magnitude bits of x[i], keys or entries, are at least `least`. Of kCount neighbours, whole vectors.
-template <int kCount, typename Key, typename T>
-uint64_t reaching(const T* x, Key least) {
-  constexpr Key kMagnitude = Key(Key(-1) & ~(Key(1) << (8 * sizeof(Key) - 1)));
-  uint64_t mask = 0;
-#if defined(__AVX512BW__)
-  for (int i = 0; i < kCount; i += kKeyLanes<Key>) {
-    if constexpr (sizeof(Key) == 2) {
-      const __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi16(kMagnitude));
-      mask |= uint64_t(_mm512_cmpge_epi16_mask(magnitude, _mm512_set1_epi16(least))) << i;
-    } else {
-      const __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi32(kMagnitude));
-      mask |= uint64_t(_mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(least))) << i;
-    }
-  }
-#else
-  uint8_t hits[kCount];
-  for (int i = 0; i < kCount; ++i) hits[i] = (read_as<Key>(x + i) & kMagnitude) >= least;
-  for (int byte = 0; byte < kCount; byte += 8) {
-    mask |= (read_as<uint64_t>(hits + byte) * 0x0102040810204080u >> 56) << byte;  // gathers the lowest bits of eight bytes
-  }
-#endif
-  return mask;
-}
-
-template <typename Key>
 int64_t count_reaching(const Key* keys, int64_t padded, Key least) {
   int64_t count = 0;
-  for (int64_t base = 0; base < padded; base += kGroup) count += bit_count(reaching<kGroup>(keys + base, least));
+  for (int64_t base = 0; base < padded; base += kGroup) count += bit_count(reaching_key<kGroup>(keys + base, least));
   return count;
 }
 
@@ -118,10 +90,10 @@ Cut<Key> find_cut_in_group(const Key* keys, int64_t count, int64_t slots, Key lo
   for (int64_t i = 0; i < count; i += 8) {  // zeros behind the keys change nothing
     for (int64_t k = i; k < i + 8; ++k) {
       const Key larger = std::max(key, keys[k]);
-      key = bit_count(reaching<kCount>(keys, keys[k])) >= slots ? larger : key;
+      key = bit_count(reaching_key<kCount>(keys, keys[k])) >= slots ? larger : key;
     }
   }
-  return {key, slots - bit_count(reaching<kCount>(keys, Key(key + 1)))};
+  return {key, slots - bit_count(reaching_key<kCount>(keys, Key(key + 1)))};
 }
 
 enum Method : int64_t { kExact = 0, kLaplace = 1, kFixed = 2 };
@@ -232,7 +204,7 @@ struct RowScratch {
     while (true) {
       int64_t count = 0;
       each_row_group(row, width, ahead, [&](int64_t base, const T* x) {
-        count += list_bits(reaching<kGroup>(x, low), uint32_t(base), places.get() + count);
+        count += list_bits(reaching_key<kGroup>(x, low), uint32_t(base), places.get() + count);
       });
       if (count >= slots || low == least) return count;
       low = Key(std::max<int64_t>(least, int64_t(low) - step));
@@ -259,8 +231,8 @@ struct RowScratch {
     guess.add(cut.key);
     int64_t kept = 0;
     for (int64_t base = 0; base < padded; base += kGroup) {
-      const uint64_t above = reaching<kGroup>(listed + base, Key(cut.key + 1));
-      const uint64_t ties = lowest_bits(reaching<kGroup>(listed + base, cut.key) ^ above, cut.ties);
+      const uint64_t above = reaching_key<kGroup>(listed + base, Key(cut.key + 1));
+      const uint64_t ties = lowest_bits(reaching_key<kGroup>(listed + base, cut.key) ^ above, cut.ties);
       cut.ties -= bit_count(ties);
       list_elements(above | ties, values.get() + base, values.get() + kept);
       list_elements(above | ties, places.get() + base, places.get() + kept);

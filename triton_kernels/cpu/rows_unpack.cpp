@@ -25,7 +25,7 @@ struct Wanted {
 template <typename T>
 void gather(const Wanted<T>& now, const Wanted<T>& next, T* found) {
   for (int64_t i = 0; i < now.count; ++i) {
-    prefetch(next.from + std::max(next.places[size_t(i)], 0));
+    __builtin_prefetch(next.from + std::max(next.places[size_t(i)], 0));
     const int32_t place = now.places[size_t(i)];
     found[i] = place >= 0 ? now.from[place] : T{};
   }

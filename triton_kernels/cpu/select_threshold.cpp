@@ -65,8 +65,8 @@ std::vector<Float32> every(const Samples<G>& elements, int64_t stride, int64_t t
 #pragma omp parallel for num_threads(team) if (team > 1)
   for (int64_t i = 0; i < count; ++i) {
     const int64_t next = std::min((i + kAhead) * stride, elements.count - 1);
-    prefetch(elements.grad + next);
-    if (elements.residual != nullptr) prefetch(elements.residual + next);
+    __builtin_prefetch(elements.grad + next);
+    if (elements.residual != nullptr) __builtin_prefetch(elements.residual + next);
     samples[size_t(i)] = {elements.at(i * stride)};
   }
   return samples;
@@ -143,38 +143,54 @@ Bracket guess_bracket(const Samples<G>& samples, int64_t rank) {
   return {std::max(low, 1u), middle >= margin ? probe(middle - margin) + 1 : kInfinityBits};
 }
 
-// Lists the samples of [first, last) that lie in the bracket; returns the number of those above.
+// The samples in a bracket that one thread met, and how many it met above.
+struct Listed {
+  std::unique_ptr<float[]> samples;
+  int64_t count = 0, above = 0;
+};
+
+// Lists the samples of [first, last) that lie in the bracket.
 template <typename G>
-int64_t list_bracket(const Samples<G>& samples, int64_t first, int64_t last, const Bracket& bracket, float* inside, int64_t& listed,
-                     Largest& largest) {
-  const float low = float_of(bracket.low), high = float_of(bracket.high);
-  int64_t above = 0;
+void list_bracket(const Samples<G>& samples, int64_t first, int64_t last, const Bracket& bracket, Listed& listed, Largest& largest) {
   samples.each_group(first, last, [&](const float* w) {
     largest.add(w);
-    const uint64_t larger = reaching(w, high);
-    const uint64_t between = reaching(w, low) & ~larger;
-    above += bit_count(larger);
-    list_elements(between, w, inside + listed);
-    listed += bit_count(between);
+    const uint64_t larger = reaching_key<kGroup>(w, int32_t(bracket.high));
+    const uint64_t between = reaching_key<kGroup>(w, int32_t(bracket.low)) & ~larger;
+    listed.above += bit_count(larger);
+    list_elements(between, w, listed.samples.get() + listed.count);
+    listed.count += bit_count(between);
   });
-  return above;
 }
 
-// Of bits in the bracket those at `place`, the largest being at 0: found among those with the same leading digit, which are few.
-uint32_t nth_largest(const std::vector<uint32_t>& inside, int64_t place, const Bracket& bracket) {
-  constexpr size_t kBins = 1 << 11;
+// The leading digit of bits in a bracket: few share one.
+struct Digits {
+  static constexpr size_t kBins = 1 << 11;
+  uint32_t low;
   int shift = 0;
-  while ((bracket.high - bracket.low) >> shift >= kBins) ++shift;
-  uint32_t counts[kBins] = {};
-  for (const uint32_t bits : inside) ++counts[(bits - bracket.low) >> shift];
-  size_t bin = kBins - 1;
+
+  explicit Digits(const Bracket& bracket) : low(bracket.low) {
+    while ((bracket.high - bracket.low) >> shift >= kBins) ++shift;
+  }
+  size_t of(float sample) const { return (magnitude_bits(sample) - low) >> shift; }
+};
+
+// The sample at `place` of all that are listed, the largest being at 0: found among those with the same digit. `counts` says how many
+// have each.
+float nth_largest(const std::vector<Listed>& lists, const std::vector<int64_t>& counts, const Digits& digits, int64_t place) {
+  size_t bin = Digits::kBins - 1;
   for (; counts[bin] <= place; --bin) place -= counts[bin];
   std::vector<uint32_t> same;
-  for (const uint32_t bits : inside) {
-    if ((bits - bracket.low) >> shift == bin) same.push_back(bits);
+#pragma omp parallel for num_threads(lists.size()) if (lists.size() > 1)
+  for (size_t thread = 0; thread < lists.size(); ++thread) {
+    for (int64_t i = 0; i < lists[thread].count; ++i) {
+      const float sample = lists[thread].samples[size_t(i)];
+      if (digits.of(sample) != bin) continue;
+#pragma omp critical
+      same.push_back(magnitude_bits(sample));
+    }
   }
   std::nth_element(same.begin(), same.begin() + place, same.end(), std::greater<>());
-  return same[size_t(place)];
+  return float_of(same[size_t(place)]);
 }
 
 // In one pass that counts what is above the bracket and lists what is in it. Nothing if a sample is not finite, the rank-th largest is
@@ -183,32 +199,34 @@ template <typename G>
 std::optional<float> rank_in_bracket(const Samples<G>& samples, int64_t rank, int threads) {
   const Bracket bracket = guess_bracket(samples, rank);
   if (bracket.high > kInfinityBits) return std::nullopt;
+  const Digits digits(bracket);
   const int64_t room = samples.count / 8 / threads;
-  std::vector<uint32_t> inside;
-  std::atomic<int64_t> above{0};
+  std::vector<Listed> lists(static_cast<size_t>(threads));
+  std::vector<int64_t> counts(Digits::kBins);
   std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int64_t thread = omp_get_thread_num();
     const int64_t team = omp_get_num_threads();
     const int64_t end = samples.count * (thread + 1) / team;
-    const std::unique_ptr<float[]> list(new float[size_t(room + kTile + kGroup)]);
-    int64_t listed = 0;
+    Listed listed{std::unique_ptr<float[]>(new float[size_t(room + kTile + kGroup)])};
     Largest largest;
     for (int64_t first = samples.count * thread / team; first < end && !failed; first += kTile) {
-      above += list_bracket(samples, first, std::min(first + kTile, end), bracket, list.get(), listed, largest);
-      if (listed > room) failed = true;
+      list_bracket(samples, first, std::min(first + kTile, end), bracket, listed, largest);
+      if (listed.count > room) failed = true;
     }
     if (largest.bits() >= kInfinityBits) failed = true;
-    if (!failed) {
+    std::vector<uint32_t> own(Digits::kBins);
+    for (int64_t i = 0; i < listed.count && !failed; ++i) ++own[digits.of(listed.samples[size_t(i)])];
 #pragma omp critical
-      for (int64_t i = 0; i < listed; ++i) inside.push_back(magnitude_bits(list[size_t(i)]));
-    }
+    for (size_t bin = 0; bin < Digits::kBins; ++bin) counts[bin] += own[bin];
+    lists[size_t(thread)] = std::move(listed);
   }
-  const int64_t place = rank - 1 - above;
+  int64_t inside = 0, place = rank - 1;
+  for (const Listed& listed : lists) inside += listed.count, place -= listed.above;
   if (failed || place < 0) return std::nullopt;
-  if (place >= int64_t(inside.size())) return bracket.low == 1 ? std::optional<float>(0.0f) : std::nullopt;  // all below 1 is zero
-  return float_of(nth_largest(inside, place, bracket));
+  if (place >= inside) return bracket.low == 1 ? std::optional<float>(0.0f) : std::nullopt;  // all below 1 is zero
+  return nth_largest(lists, counts, digits, place);
 }
 
 template <typename G>
