@@ -9,6 +9,7 @@ import torch
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from dct_compile.bench.inputs import CONFIG
 from dct_compile.bench.kernels import Measurement
@@ -68,6 +69,7 @@ def _panel(axes: Axes, items: list[Measurement], dtype: torch.dtype) -> None:
     axes.axhline(copy, color="black", linestyle="--", linewidth=1, label=f"dst.copy_(src), {copy:.1f} GB/s")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.2, which="both")
