@@ -116,6 +116,18 @@ def test_wide_rows(kernels: Implementation, width: int) -> None:
     assert torch.equal(dense, torch.where(row.abs() >= cut, row, 0))
 
 
+@pytest.mark.parametrize("kernels", COMPILED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("density", [0.02, 0.6])
+def test_rows_of_falling_magnitude(kernels: Implementation, dtype: torch.dtype, density: float) -> None:
+    """Where a row is cut says little about where the next one is, and many entries are kept."""
+    x = torch.randn(6, 16384, generator=torch.Generator().manual_seed(9)) * 4.0 ** -torch.arange(6)[:, None]
+    x = x.to(dtype)
+    arguments = (int(density * 16384), "exact", 1.0, 0.0, torch.bfloat16)
+    expected = pack_rows_reference(x, *arguments)
+    assert torch.equal(kernels.pack(x.to(kernels.device), *arguments).cpu(), expected)
+
+
 @pytest.mark.parametrize("kernels", ALL)
 def test_the_gradient_has_the_mask_of_the_forward(kernels: Implementation) -> None:
     rows = edge_rows(256, torch.float32)[:8].to(kernels.device)
