@@ -65,16 +65,12 @@ inline bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000
 inline bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
 
 // Storage types: `load` widens to float32, `round` rounds to nearest even (to infinity past the range, NaN to the canonical NaN),
-// `kLargest` is the largest finite value. `widen` and `narrow` do it with the bits, of one number or of a vector.
+// `kLargest` is the largest finite value. `widen` is `load` for the bits of one number or of a vector of them.
 struct Float32 {
   float raw;
   static constexpr float kLargest = 3.40282346638528859812e38f;
-  template <typename Float, typename Bits>
-  static Bits narrow(Bits bits) {
-    return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;
-  }
   static float load(Float32 x) { return x.raw; }
-  static Float32 round(float x) { return {float_of(narrow<float>(bits_of(x)))}; }
+  static Float32 round(float x) { return {is_nan(x) ? float_of(0x7fc00000u) : x}; }
 };
 
 struct BFloat16 {
@@ -85,13 +81,12 @@ struct BFloat16 {
   static Float widen(Bits raw) {
     return bits_as<Float>(raw << 16);
   }
-  template <typename Float, typename Bits>
-  static Bits narrow(Bits bits) {
-    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded;
-  }
   static float load(BFloat16 x) { return widen<float>(uint32_t(x.raw)); }
-  static BFloat16 round(float x) { return {uint16_t(narrow<float>(bits_of(x)))}; }
+  static BFloat16 round(float x) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return {uint16_t(is_nan(x) ? 0x7fc0u : rounded)};
+  }
 };
 
 struct Float16 {
@@ -107,19 +102,18 @@ struct Float16 {
     const Bits special = rest | 0x7f800000u;
     return bits_as<Float>(sign | (rest >= 0x0f800000u ? special : finite));
   }
-  template <typename Float, typename Bits>
-  static Bits narrow(Bits bits) {
-    const Bits sign = (bits >> 16) & 0x8000u;
-    const Bits rest = bits & 0x7fffffffu;
-    // Below 2^-14 the result is denormal: adding 0.5 makes the float32 adder round at 2^-24, and leaves the answer in the low bits.
-    const Bits denormal = bits_as<Bits>(bits_as<Float>(rest) + 0.5f) - 0x3f000000u;
-    const Bits normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
-    const Bits finite = rest < 0x38800000u ? denormal : normal;
-    const Bits small = rest >= 0x477ff000u ? 0x7c00u : finite;
-    return rest > 0x7f800000u ? 0x7e00u : (sign | small);
-  }
   static float load(Float16 x) { return widen<float>(uint32_t(x.raw)); }
-  static Float16 round(float x) { return {uint16_t(narrow<float>(bits_of(x)))}; }
+  static Float16 round(float x) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t rest = bits & 0x7fffffffu;
+    // Below 2^-14 the result is denormal: adding 0.5 makes the float32 adder round at 2^-24, and leaves the answer in the low bits.
+    const uint32_t denormal = bits_of(float_of(rest) + 0.5f) - 0x3f000000u;
+    const uint32_t normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+    const uint32_t finite = rest < 0x38800000u ? denormal : normal;
+    const uint32_t small = rest >= 0x477ff000u ? 0x7c00u : finite;
+    return {uint16_t(rest > 0x7f800000u ? 0x7e00u : (sign | small))};
+  }
 };
 
 // 16 neighbours.

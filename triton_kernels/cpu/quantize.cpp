@@ -24,31 +24,14 @@ inline Bits mix(Bits h) {
 
 int64_t code_bytes(int64_t width, int64_t bits) { return ceil_div(width * bits, 8); }
 
-constexpr int kPart = 64;  // entries of a row that are worked on at a time, in some vectors
 constexpr Words kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-// Calls part(begin, from, count) for all parts of a row, which can be read whole: what a last shorter one lacks is filled up with zeros.
-template <typename T, typename Part>
-inline void each_part(const T* row, int64_t width, Part&& part) {
-  for (int64_t begin = 0; begin < width; begin += kPart) {
-    const int64_t count = std::min<int64_t>(kPart, width - begin);
-    const T* from = row + begin;
-    T last[kPart];
-    if (count < kPart) {
-      std::memset(static_cast<void*>(last), 0, sizeof last);
-      std::memcpy(static_cast<void*>(last), from, size_t(count) * sizeof(T));
-      from = last;
-    }
-    part(begin, from, count);
-  }
-}
 
 // The row's scale: its largest magnitude over `qmax`, rounded up to bfloat16; NaN if an entry is not finite.
 template <typename T>
 BFloat16 row_scale(const T* row, int64_t width, int32_t qmax) {
   Ints largest = {};
-  each_part(row, width, [&](int64_t, const T* from, int64_t) {
-    each_lanes(from, kPart, [&](Floats x) { largest = larger(largest, bits_as<Ints>(x) & 0x7fffffff); });
+  each_row_group(row, width, Ahead(row, width, 0, 2), [&](int64_t, const T* group) {
+    each_lanes(group, kGroup, [&](Floats x) { largest = larger(largest, bits_as<Ints>(x) & 0x7fffffff); });
   });
   const int32_t most = largest_lane(largest);
   if (most == 0) return {0};
@@ -102,42 +85,40 @@ void write_codes(Ints codes, uint8_t* to) {
 // A row of which the first entry shares the random number `number`.
 template <int kBits, typename T>
 inline void encode_row(const T* row, int64_t width, float reciprocal, Random& random, uint64_t number, uint8_t* out) {
-  // The scale of a row takes a pass of its own; its entries are asked for while those of a row before are encoded.
-  const int64_t ahead = std::max<int64_t>(width, 4096 / int64_t(sizeof(T)));
-  each_part(row, width, [&](int64_t begin, const T* x, int64_t count) {
-    for (int i = 0; i < kPart; i += 64 / int(sizeof(T))) prefetch(row + begin + ahead + i);
-    uint8_t last[kPart];
-    uint8_t* const place = out + begin * kBits / 8;
-    uint8_t* const to = count < kPart ? last : place;
-    for (int i = 0; i < kPart; i += 2 * kLanes) {
-      const Words bits = random.draw(number + uint64_t(begin + i) / 2);
+  each_row_group(row, width, Ahead(row, width, 1, 2), [&](int64_t base, const T* x) {
+    uint8_t last[kGroup];
+    uint8_t* const place = out + base * kBits / 8;
+    const int64_t count = std::min<int64_t>(kGroup, width - base);
+    uint8_t* const to = count < kGroup ? last : place;
+    for (int i = 0; i < kGroup; i += 2 * kLanes) {
+      const Words bits = random.draw(number + uint64_t(base + i) / 2);
       write_codes<kBits>(encode<kBits>(load_lanes(x + i), reciprocal, bits << 16), to + i * kBits / 8);
       write_codes<kBits>(encode<kBits>(load_lanes(x + i + kLanes), reciprocal, bits), to + (i + kLanes) * kBits / 8);
     }
-    if (count < kPart) std::memcpy(place, last, size_t(code_bytes(count, kBits)));
+    if (count < kGroup) std::memcpy(place, last, size_t(code_bytes(count, kBits)));
   });
 }
 
-// The part of a row that `from` encodes. Loops of a fixed length over arrays of our own: the compiler makes vectors of them.
+// A group of a row that `from` encodes. Loops of a fixed length over arrays of our own: the compiler makes vectors of them.
 template <int kBits, typename O>
-void decode_part(const uint8_t* from, float scale, bool clamped, O* to) {
-  int8_t codes[kPart];
+void decode_group(const uint8_t* from, float scale, bool clamped, O* to) {
+  int8_t codes[kGroup];
   if constexpr (kBits == 8) {
-    std::memcpy(codes, from, kPart);
+    std::memcpy(codes, from, kGroup);
   } else {
-    uint8_t joined[kPart / 2];
-    uint16_t pairs[kPart / 2];
+    uint8_t joined[kGroup / 2];
+    uint16_t pairs[kGroup / 2];
     std::memcpy(joined, from, sizeof joined);
-    for (int i = 0; i < kPart / 2; ++i) {
+    for (int i = 0; i < kGroup / 2; ++i) {
       const int32_t low = ((joined[i] & 15) ^ 8) - 8, high = ((joined[i] >> 4) ^ 8) - 8;
       pairs[i] = uint16_t((low & 0xff) | (high & 0xff) << 8);
     }
     std::memcpy(codes, pairs, sizeof codes);
   }
-  O decoded[kPart];
-  for (int i = 0; i < kPart; ++i) decoded[i] = O::round(float(codes[i]) * scale);
+  O decoded[kGroup];
+  for (int i = 0; i < kGroup; ++i) decoded[i] = O::round(float(codes[i]) * scale);
   if (clamped) {
-    for (int i = 0; i < kPart; ++i) {
+    for (int i = 0; i < kGroup; ++i) {
       const float value = float(codes[i]) * scale;
       decoded[i] = O::round(value > O::kLargest ? O::kLargest : value < -O::kLargest ? -O::kLargest : value);
     }
@@ -149,12 +130,12 @@ template <int kBits, typename O>
 void decode_row(const uint8_t* from, int64_t width, float scale, O* row) {
   const bool clamped = !(std::fabs(scale) * 128.0f <= O::kLargest);  // hardly ever: else no code leaves the range
   int64_t begin = 0;
-  for (; begin + kPart <= width; begin += kPart) decode_part<kBits>(from + begin * kBits / 8, scale, clamped, row + begin);
+  for (; begin + kGroup <= width; begin += kGroup) decode_group<kBits>(from + begin * kBits / 8, scale, clamped, row + begin);
   if (begin == width) return;
-  uint8_t codes[kPart] = {};
-  O last[kPart];
+  uint8_t codes[kGroup] = {};
+  O last[kGroup];
   std::memcpy(codes, from + begin * kBits / 8, size_t(code_bytes(width - begin, kBits)));
-  decode_part<kBits>(codes, scale, clamped, last);
+  decode_group<kBits>(codes, scale, clamped, last);
   std::memcpy(static_cast<void*>(row + begin), last, size_t(width - begin) * sizeof(O));
 }
 

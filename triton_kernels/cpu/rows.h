@@ -1,10 +1,10 @@
-// What the kernels of rows share: the format of a packed row, as row_codec.py describes it, and how dense rows are written.
+// What the kernels of rows share: the format of a packed row, as row_codec.py describes it, and how dense rows are read and written.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "common.h"
+#include "group.h"
 #include "stream.h"
 
 namespace dct {
@@ -48,6 +48,38 @@ struct RowFormat {
     return bits != 0;
   }
 };
+
+// Asks for entries of a row to come while one is looked at: in the pass with the number `pass` of `passes` for its share of them.
+template <typename T>
+class Ahead {
+ public:
+  Ahead(const T* row, int64_t width, int pass, int passes)
+      : from_(row + std::max<int64_t>(width, 4096 / int64_t(sizeof(T))) + width * pass / passes), passes_(passes) {}
+
+  void ask(int64_t base) const {
+    for (int i = 0; i < kGroup / passes_; i += 64 / int(sizeof(T))) prefetch(from_ + base / passes_ + i);
+  }
+
+ private:
+  const T* from_;
+  int passes_;
+};
+
+// Calls group(base, x) for each group of a row; a last shorter one is filled up with zeros.
+template <typename T, typename Group>
+inline void each_row_group(const T* row, int64_t width, const Ahead<T>& ahead, Group&& group) {
+  for (int64_t base = 0; base < width; base += kGroup) {
+    ahead.ask(base);
+    const T* x = row + base;
+    T last[kGroup];
+    if (width - base < kGroup) {
+      std::memset(static_cast<void*>(last), 0, sizeof last);
+      std::memcpy(static_cast<void*>(last), x, size_t(width - base) * sizeof(T));
+      x = last;
+    }
+    group(base, x);
+  }
+}
 
 // Of rows that are formed in the first-level cache, then streamed: few enough to wait in the store buffer while the next ones are formed.
 constexpr int64_t kTileBytes = 1 << 11;

@@ -98,32 +98,6 @@ Cut<Key> find_cut_in_group(const Key* keys, int64_t count, int64_t slots, Key lo
 
 enum Method : int64_t { kExact = 0, kLaplace = 1, kFixed = 2 };
 
-// Part of the entries of a row to come that are asked for while one is looked at: one of `shares` equal shares.
-template <typename T>
-struct Ahead {
-  const T* from;
-  int shares;
-
-  void ask(int64_t base) const {
-    for (int i = 0; i < kGroup / shares; i += 64 / int(sizeof(T))) prefetch(from + base / shares + i);
-  }
-};
-
-// Calls group(base, x) for each group of a row; a last shorter one is filled up with zeros.
-template <typename T, typename Group>
-void each_row_group(const T* row, int64_t width, const Ahead<T>& ahead, Group&& group) {
-  const int64_t whole = width / kGroup * kGroup;
-  for (int64_t base = 0; base < whole; base += kGroup) {
-    ahead.ask(base);
-    group(base, row + base);
-  }
-  if (whole == width) return;
-  T last[kGroup] = {};
-  std::memcpy(static_cast<void*>(last), row + whole, size_t(width - whole) * sizeof(T));
-  ahead.ask(whole);
-  group(whole, static_cast<const T*>(last));
-}
-
 // Infinity if an entry is not finite. The bits of a float32 magnitude, moved to where a double has its own, are the magnitude times 2^-896,
 // denormals included: so nothing is converted. GCC 12 takes a conversion to wider numbers apart.
 template <typename T>
@@ -245,11 +219,10 @@ struct RowScratch {
 template <typename T, typename V>
 void pack_row(const T* row, RowScratch<T>& scratch, const RowFormat& format, int64_t method, float parameter, uint8_t* out) {
   using Key = typename Keys<T>::Key;
-  const T* const next = row + std::max<int64_t>(format.width, 4096 / int64_t(sizeof(T)));
   const int passes = method == kLaplace ? 2 : 1;
-  const Key least = least_key<T>(row, format.width, method, parameter, {next, passes});
+  const Key least = least_key<T>(row, format.width, method, parameter, Ahead(row, format.width, 0, passes));
   Key low;
-  int64_t count = scratch.list(row, format.width, format.slots, least, low, {next + format.width * (passes - 1) / passes, passes});
+  int64_t count = scratch.list(row, format.width, format.slots, least, low, Ahead(row, format.width, passes - 1, passes));
   scratch.read(row, count);
   if (count > format.slots) {
     scratch.cut(count, format.slots, low);
