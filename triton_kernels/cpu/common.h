@@ -47,14 +47,6 @@ inline To bits_as(From from) {
 inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 inline Ints smaller(Ints a, Ints b) { return a > b ? b : a; }
 
-inline int32_t largest_lane(Ints x) {
-  int32_t lanes[kLanes];
-  write_as(x, lanes);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  return lanes[0];
-}
-
 // Codes of dtypes in the C interface; `DTYPE_CODES` in dispatch.py lists the same numbers.
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 

@@ -72,14 +72,12 @@ inline float decode(V value, float scale) {
 
 template <typename T>
 inline T read_at(const uint8_t* from, int64_t i) {
-  T x;
-  std::memcpy(&x, from + i * int64_t(sizeof x), sizeof x);
-  return x;
+  return read_as<T>(from + i * int64_t(sizeof(T)));
 }
 
 template <typename T>
 inline void write_at(uint8_t* to, int64_t i, T x) {
-  std::memcpy(to + i * int64_t(sizeof x), &x, sizeof x);
+  write_as(x, to + i * int64_t(sizeof x));
 }
 
 // One chunk of a payload.

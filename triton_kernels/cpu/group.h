@@ -6,6 +6,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <limits>
 
 #include "common.h"
@@ -36,15 +37,22 @@ inline void store_group(const float* w, int n, float* state) {
 
 inline uint32_t magnitude_bits(float w) { return bits_of(w) & 0x7fffffffu; }
 
-// Largest magnitudes, as bits (integers in the order of the magnitudes): of w[k], w[k + 16], ... in lane k.
-struct Largest {
-  uint32_t lanes[16] = {};
-
+// The largest magnitude as its bits, which are integers in the order of the magnitudes.
+class Largest {
+ public:
+  void add(Floats x) { lanes_ = larger(lanes_, bits_as<Ints>(x) & 0x7fffffff); }
   void add(const float* w) {
-    for (int i = 0; i < kGroup; i += 16)
-      for (int k = 0; k < 16; ++k) lanes[k] = std::max(lanes[k], magnitude_bits(w[i + k]));
+    each_lanes(w, kGroup, [&](Floats x) { add(x); });
   }
-  uint32_t bits() const { return *std::max_element(lanes, lanes + 16); }
+  uint32_t bits() const {
+    auto lanes = bits_as<std::array<uint32_t, kLanes>>(lanes_);
+    for (size_t half = kLanes / 2; half > 0; half /= 2)
+      for (size_t i = 0; i < half; ++i) lanes[i] = std::max(lanes[i], lanes[i + half]);
+    return lanes[0];
+  }
+
+ private:
+  Ints lanes_ = {};
 };
 
 // Bit i: w[i] != 0 and |w[i]| is not below tau. What is not finite is never below: with an infinite tau these are the bits.
@@ -76,7 +84,7 @@ constexpr int kKeyLanes = 64 / int(sizeof(Key));
 // Bit i: the magnitude bits of x[i], keys or entries, are at least `least`. Of kCount neighbours, whole vectors.
 template <int kCount, typename Key, typename T>
 inline uint64_t reaching_key(const T* x, Key least) {
-  constexpr Key kMagnitude = Key(Key(-1) & ~(Key(1) << (8 * sizeof(Key) - 1)));
+  constexpr Key kMagnitude = std::numeric_limits<Key>::max();
   uint64_t mask = 0;
 #if defined(__AVX512BW__)
   for (int i = 0; i < kCount; i += kKeyLanes<Key>) {
@@ -138,20 +146,25 @@ inline int64_t list_bits(uint64_t mask, uint32_t first, Place* places) {
 // Writes the elements of a group whose bits are set, from the lowest on; `to` has room for 64 and may be `from`, or lie before it.
 template <typename T>
 inline void list_elements(uint64_t mask, const T* from, T* to) {
-#if defined(__AVX512VBMI2__)
-  constexpr int kCount = 64 / int(sizeof(T));
-  for (int i = 0; i < kGroup; i += kCount) {
-    const __m512i part = _mm512_loadu_si512(from + i);
-    if constexpr (sizeof(T) == 2) {
-      _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(__mmask32(mask >> i), part));
-    } else {
-      _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(mask >> i), part));
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    for (int i = 0; i < kGroup; i += 16, mask >>= 16) {
+      _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(mask), _mm512_loadu_si512(from + i)));
+      to += bit_count(mask & 0xffff);
     }
-    to += bit_count(mask >> i & ~uint64_t(0) >> (64 - kCount));
+    return;
   }
-#else
-  each_bit(mask, [&](int i) { *to++ = from[i]; });
 #endif
+#if defined(__AVX512VBMI2__)
+  if constexpr (sizeof(T) == 2) {
+    for (int i = 0; i < kGroup; i += 32, mask >>= 32) {
+      _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(__mmask32(mask), _mm512_loadu_si512(from + i)));
+      to += bit_count(mask & 0xffffffff);
+    }
+    return;
+  }
+#endif
+  each_bit(mask, [&](int i) { *to++ = from[i]; });
 }
 
 // The `room` lowest set bits of the mask.

@@ -60,18 +60,12 @@ class PayloadReader {
     }
   }
 
-  // Where in their tile kStep entries go that stand at `indices`, of a block that starts at `start`.
-  template <typename I>
-  static void list_step(const uint8_t* indices, int64_t start, uint16_t* places) {
-    for (int64_t i = 0; i < kStep; ++i) {
-      places[i] = std::min(uint16_t(uint16_t(start) + read_at<I>(indices, i)), uint16_t(kNowhere));
-    }
-  }
-
-  // The same for the `count` entries from `entry` on, in whole steps: these take in some entries more, as long as there are any.
+  // Where in their tile `count` entries from `entry` on go, of a block that starts at `start`. In whole steps, one at least: these take in
+  // some entries more, as long as there are any.
   template <typename I>
   void list_places(int64_t entry, int64_t count, int64_t start, uint16_t* places) const {
-    for (int64_t step = 0; step < count; step += kStep) {
+    int64_t step = 0;
+    do {
       uint8_t last[kStep * sizeof(I)] = {};
       const uint8_t* indices = chunk_.indices() + (entry + step) * int64_t(sizeof(I));
       const int64_t readable = chunk_.layout->capacity - entry - step;
@@ -80,8 +74,11 @@ class PayloadReader {
         std::memcpy(last, indices, size_t(readable) * sizeof(I));
         indices = last;
       }
-      list_step<I>(indices, start, places + step);
-    }
+      for (int64_t i = 0; i < kStep; ++i) {
+        places[step + i] = std::min(uint16_t(uint16_t(start) + read_at<I>(indices, i)), uint16_t(kNowhere));
+      }
+      step += kStep;
+    } while (step < count);
   }
 
   // For blocks that lie in a tile. A block has so few entries that a loop over them would end unforeseen each time: where they go is
@@ -94,14 +91,9 @@ class PayloadReader {
     const int64_t block = piece.first_block + layout.block_of(tile * kTile);
     const int64_t first = end_;
     uint16_t places[kTile + kStep];
-    const bool far_from_end = end_ + numel + kStep <= layout.capacity;
     for (int64_t start = 0, b = block; start < numel; start += layout.block, ++b) {
       const int64_t count = std::min(int64_t(read_at<I>(chunk_.counts(), b)), layout.block);
-      if (far_from_end && count <= kStep) {
-        list_step<I>(chunk_.indices() + end_ * int64_t(sizeof(I)), start, places + (end_ - first));
-      } else {
-        list_places<I>(end_, count, start, places + (end_ - first));
-      }
+      list_places<I>(end_, count, start, places + (end_ - first));
       end_ += count;
     }
     const int64_t entries = std::min(end_, layout.capacity) - first;

@@ -29,14 +29,13 @@ constexpr Words kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 // The row's scale: its largest magnitude over `qmax`, rounded up to bfloat16; NaN if an entry is not finite.
 template <typename T>
 BFloat16 row_scale(const T* row, int64_t width, int32_t qmax) {
-  Ints largest = {};
+  Largest largest;
   each_row_group(row, width, Ahead(row, width, 0, 2), [&](int64_t, const T* group) {
-    each_lanes(group, kGroup, [&](Floats x) { largest = larger(largest, bits_as<Ints>(x) & 0x7fffffff); });
+    each_lanes(group, kGroup, [&](Floats x) { largest.add(x); });
   });
-  const int32_t most = largest_lane(largest);
-  if (most == 0) return {0};
-  if (most >= 0x7f800000) return {0x7fc0};
-  const float exact = std::max(float_of(uint32_t(most)) / float(qmax), kSmallestScale);
+  if (largest.bits() == 0) return {0};
+  if (largest.bits() >= 0x7f800000) return {0x7fc0};
+  const float exact = std::max(float_of(largest.bits()) / float(qmax), kSmallestScale);
   return {uint16_t((bits_of(exact) + 0xffffu) >> 16)};
 }
 
@@ -169,9 +168,7 @@ void dequantize(const uint8_t* payload, int64_t rows, int64_t width, O* out, int
     return [&](int64_t first, int64_t count, O* to) {
       for (int64_t row = first; row < first + count; ++row, to += width) {
         const uint8_t* from = payload + row * row_bytes;
-        BFloat16 scale;
-        std::memcpy(&scale, from, sizeof scale);
-        decode_row<kBits>(from + 2, width, BFloat16::load(scale), to);
+        decode_row<kBits>(from + 2, width, BFloat16::load(read_as<BFloat16>(from)), to);
       }
     };
   });

@@ -31,11 +31,7 @@ struct RowFormat {
   template <typename Index, typename Visit>
   void each_slot_of(const uint8_t* row, Visit&& visit) const {
     const uint8_t* indices = row + slots * value_bytes;
-    const auto at = [&](int64_t slot) {
-      Index index;
-      std::memcpy(&index, indices + slot * int64_t(sizeof index), sizeof index);
-      return int64_t(index);
-    };
+    const auto at = [&](int64_t slot) { return int64_t(read_as<Index>(indices + slot * int64_t(sizeof(Index)))); };
     visit(0, holds_value(row) && at(0) < width ? at(0) : -1);
     // Places ascend: only the first can be 0.
     for (int64_t slot = 1; slot < slots; ++slot) visit(slot, uint64_t(at(slot) - 1) < uint64_t(width - 1) ? at(slot) : -1);

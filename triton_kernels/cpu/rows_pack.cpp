@@ -16,8 +16,6 @@ struct Keys {
   using Key = int16_t;
   static constexpr Key kBinade = std::is_same_v<T, BFloat16> ? 1 << 7 : 1 << 10;
   static constexpr Key kInfinity = std::is_same_v<T, BFloat16> ? 0x7f80 : 0x7c00;
-  static constexpr Key kMagnitude = 0x7fff;
-  static float magnitude(Key key) { return T::load(T{uint16_t(key)}); }
   // The least key whose magnitude is at least tau.
   static Key reaching(float tau) {
     const T nearest = T::round(tau);
@@ -30,14 +28,13 @@ struct Keys<Float32> {
   using Key = int32_t;
   static constexpr Key kBinade = 1 << 23;
   static constexpr Key kInfinity = 0x7f800000;
-  static constexpr Key kMagnitude = 0x7fffffff;
-  static float magnitude(Key key) { return float_of(uint32_t(key)); }
   static Key reaching(float tau) { return Key(bits_of(tau)); }
 };
 
 template <typename T>
 typename Keys<T>::Key key_of(const T& x) {
-  return std::min<typename Keys<T>::Key>(bits_as<typename Keys<T>::Key>(x) & Keys<T>::kMagnitude, Keys<T>::kInfinity);
+  using Key = typename Keys<T>::Key;
+  return std::min<Key>(bits_as<Key>(x) & std::numeric_limits<Key>::max(), Keys<T>::kInfinity);
 }
 
 // Kept are the entries above `key` and the first `ties` of those equal to it.
@@ -105,19 +102,18 @@ double magnitude_sum(const T* row, int64_t width, const Ahead<T>& ahead) {
   using Longs = Vector<uint64_t, kLanes / 2>;
   using Doubles = Vector<double, kLanes / 2>;
   Doubles even = {}, odd = {};
-  Ints largest = {};
+  Largest largest;
   each_row_group(row, width, ahead, [&](int64_t, const T* x) {
     each_lanes(x, kGroup, [&](Floats lanes) {
-      const Ints magnitude = bits_as<Ints>(lanes) & 0x7fffffff;
-      largest = larger(largest, magnitude);
-      const Longs pairs = bits_as<Longs>(magnitude);
+      largest.add(lanes);
+      const Longs pairs = bits_as<Longs>(bits_as<Ints>(lanes) & 0x7fffffff);
       even += bits_as<Doubles>(pairs << 32 >> 3);
       odd += bits_as<Doubles>(pairs >> 32 << 29);
     });
   });
   double sum = 0;
   for (int i = 0; i < kLanes / 2; ++i) sum += even[i] + odd[i];
-  return largest_lane(largest) < 0x7f800000 ? sum * 0x1p896 : HUGE_VAL;
+  return largest.bits() < 0x7f800000 ? sum * 0x1p896 : HUGE_VAL;
 }
 
 // The least key that is eligible; `parameter` is the factor of the mean for kLaplace, the threshold for kFixed.

@@ -35,9 +35,7 @@ void gather(const Wanted<T>& now, const Wanted<T>& next, T* found) {
 template <typename V, typename Sum>
 void add_row(const RowFormat& format, const uint8_t* values, const uint8_t* packed, bool first, Sum* converted, Sum* sum) {
   for (int64_t slot = 0; slot < format.slots; ++slot) {
-    V value;
-    std::memcpy(&value, values + slot * int64_t(sizeof value), sizeof value);
-    converted[slot] = Sum::round(0.0f + V::load(value));
+    converted[slot] = Sum::round(0.0f + V::load(read_as<V>(values + slot * int64_t(sizeof(V)))));
   }
   if (first) {
     format.each_slot(packed, [&](int64_t slot, int64_t index) {
