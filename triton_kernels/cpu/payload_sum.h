@@ -60,25 +60,15 @@ class PayloadReader {
     }
   }
 
-  // Where in their tile `count` entries from `entry` on go, of a block that starts at `start`. In whole steps, one at least: these take in
-  // some entries more, as long as there are any.
+  // Where in their tile `count` entries of a block go that starts at `start`. In whole steps, one at least: the last takes in some more.
   template <typename I>
-  void list_places(int64_t entry, int64_t count, int64_t start, uint16_t* places) const {
-    int64_t step = 0;
+  static void list_places(const uint8_t* indices, int64_t count, int64_t start, uint16_t* places) {
+    int64_t i = 0;
     do {
-      uint8_t last[kStep * sizeof(I)] = {};
-      const uint8_t* indices = chunk_.indices() + (entry + step) * int64_t(sizeof(I));
-      const int64_t readable = chunk_.layout->capacity - entry - step;
-      if (readable < kStep) {
-        if (readable <= 0) return;
-        std::memcpy(last, indices, size_t(readable) * sizeof(I));
-        indices = last;
+      for (const int64_t stop = i + kStep; i < stop; ++i) {
+        places[i] = std::min(uint16_t(uint16_t(start) + read_at<I>(indices, i)), uint16_t(kNowhere));
       }
-      for (int64_t i = 0; i < kStep; ++i) {
-        places[step + i] = std::min(uint16_t(uint16_t(start) + read_at<I>(indices, i)), uint16_t(kNowhere));
-      }
-      step += kStep;
-    } while (step < count);
+    } while (i < count);
   }
 
   // For blocks that lie in a tile. A block has so few entries that a loop over them would end unforeseen each time: where they go is
@@ -90,14 +80,22 @@ class PayloadReader {
     const int64_t numel = piece.tile_numel(tile);
     const int64_t block = piece.first_block + layout.block_of(tile * kTile);
     const int64_t first = end_;
-    uint16_t places[kTile + kStep];
+    constexpr int64_t kListed = kTile + kStep;  // at most
+    uint16_t places[kListed];
+    const uint8_t* indices = chunk_.indices() + first * int64_t(sizeof(I));
+    uint8_t last[kListed * sizeof(I)];  // so that no step reads beyond the payload
+    if (first + kListed > layout.capacity) {
+      const size_t bytes = size_t(std::max<int64_t>(layout.capacity - first, 0)) * sizeof(I);
+      std::memcpy(last, indices, bytes);
+      std::memset(last + bytes, 0, sizeof last - bytes);
+      indices = last;
+    }
     for (int64_t start = 0, b = block; start < numel; start += layout.block, ++b) {
       const int64_t count = std::min(int64_t(read_at<I>(chunk_.counts(), b)), layout.block);
-      list_places<I>(end_, count, start, places + (end_ - first));
+      list_places<I>(indices + (end_ - first) * int64_t(sizeof(I)), count, start, places + (end_ - first));
       end_ += count;
     }
     const int64_t entries = std::min(end_, layout.capacity) - first;
-    const uint8_t* const indices = chunk_.indices() + first * int64_t(sizeof(I));
     const uint8_t* const values = chunk_.values() + first * int64_t(sizeof(V));
     // Each of several payloads is left after a few lines, before the hardware has seen what will be read next.
     for (int64_t i = 0; i < entries; i += kStep) {
