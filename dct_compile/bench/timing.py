@@ -75,8 +75,8 @@ class Stopwatch:
 def interleaved(contenders: Mapping[str, Contender], stopwatch: Stopwatch, seconds: float) -> dict[str, Timing]:
     """Times all contenders in turn, after one untimed round, so that a noisy machine disturbs all of them alike.
 
-    Each is given about ``seconds``, but no fewer than ``FEWEST_SAMPLES`` runs and no more than ``MOST_SAMPLES``; one with few runs
-    takes part in rounds that are spread evenly over all of them.
+    That round pays for what comes once: compilation, memory that is fresh from the system. Each is given about ``seconds``, but no fewer
+    than ``FEWEST_SAMPLES`` runs and no more than ``MOST_SAMPLES``; one with few runs takes part in rounds that are spread evenly.
     """
     turns = itertools.count()
 
@@ -86,14 +86,14 @@ def interleaved(contenders: Mapping[str, Contender], stopwatch: Stopwatch, secon
         contender.restore(copy)
         return elapsed
 
-    counts = {
-        name: min(max(int(seconds * 1e3 / sample(contender)), FEWEST_SAMPLES), MOST_SAMPLES) for name, contender in contenders.items()
-    }
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    rounds = max(counts.values())
+    for contender in contenders.values():
+        sample(contender)
+    samples = {name: [sample(contender)] for name, contender in contenders.items()}
+    left = {name: min(max(int(seconds * 1e3 / first), FEWEST_SAMPLES), MOST_SAMPLES) - 1 for name, (first,) in samples.items()}
+    rounds = max(left.values())
     for number in range(rounds):
         for name, contender in contenders.items():
-            if number * counts[name] // rounds != (number + 1) * counts[name] // rounds:
+            if number * left[name] // rounds != (number + 1) * left[name] // rounds:
                 samples[name].append(sample(contender))
     return {name: summarise(values) for name, values in samples.items()}
 
