@@ -133,9 +133,10 @@ class PayloadReader {
   int64_t end_ = 0;   // end of the entries of the block that was entered last
 };
 
-// Zeros for a tile in cache. In steps: as one large memset it would be done in a way that is made for memory, and misses the cache.
-inline void clear_tile(float* total) {
-  for (int64_t i = 0; i < kTile; i += kGroup) std::memset(total + i, 0, kGroup * sizeof(float));
+// Zeros for `count` elements in cache, whole groups. In steps: as one large memset it would be done in a way that is made for memory, and
+// misses the cache.
+inline void clear_sum(float* total, int64_t count) {
+  for (int64_t i = 0; i < count; i += kGroup) std::memset(total + i, 0, kGroup * sizeof(float));
 }
 
 // The gathered payloads of a bucket, summed in their order. Tiles are asked for in order, after a `seek` to the first.

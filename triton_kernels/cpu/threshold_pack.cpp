@@ -27,7 +27,7 @@ struct SumSource {
 
   void seek(const Piece& piece, int64_t tile) { sum.seek(piece, tile); }
   const Float32* tile(const Piece& piece, int64_t tile) {
-    clear_tile(&total[0].raw);
+    clear_sum(&total[0].raw, kTile);
     sum.add_tile(piece, tile, &total[0].raw);
     return total;
   }

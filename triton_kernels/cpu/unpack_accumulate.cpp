@@ -34,26 +34,36 @@ void divide(float* total, int64_t n, float divisor) {
 
 template <typename T>
 void unpack_share(const Layout& layout, PayloadSum sum, T* out, float divisor, bool streamed, int64_t thread, int64_t threads) {
+  // A tile is written, and cleared for the next one, in parts so short that stores to the cache come between the streamed lines: many of
+  // these in a row fill the store buffer, and the core stands still.
+  constexpr int64_t kPart = 256;
   alignas(64) float total[kSumSize];
-  alignas(64) T rounded[kTile];
+  alignas(64) T rounded[kPart];
+  clear_sum(total, kTile);
   for_each_share(layout, thread, threads, [&](int64_t p, int64_t first, int64_t last) {
     const Piece& piece = layout.piece[p];
     sum.seek(piece, first);
     for (int64_t tile = first; tile < last; ++tile) {
       const int64_t n = piece.tile_numel(tile);
-      clear_tile(total);
-      if (sum.add_tile(piece, tile, total) && divisor != 1.0f) divide(total, n, divisor);
-      const void* tile_out = total;
-      if constexpr (!std::is_same_v<T, Float32>) {
-        for (int64_t i = 0; i < n; ++i) rounded[i] = T::round(total[i]);
-        tile_out = rounded;
+      const bool divided = sum.add_tile(piece, tile, total) && divisor != 1.0f;
+      T* const place = out + piece.grad_offset + tile * kTile;
+      for (int64_t i = 0; i < n; i += kPart) {
+        const int64_t count = std::min(kPart, n - i);
+        float* const part = total + i;
+        if (divided) divide(part, count, divisor);
+        const void* from = part;
+        if constexpr (!std::is_same_v<T, Float32>) {
+          for (int64_t k = 0; k < count; ++k) rounded[k] = T::round(part[k]);
+          from = rounded;
+        }
+        if (streamed) {
+          stream_out(place + i, from, count * int64_t(sizeof(T)));
+        } else {
+          std::memcpy(static_cast<void*>(place + i), from, size_t(count) * sizeof(T));
+        }
+        clear_sum(part, kPart);
       }
-      T* place = out + piece.grad_offset + tile * kTile;
-      if (streamed) {
-        stream_out(place, tile_out, n * int64_t(sizeof(T)));
-      } else {
-        std::memcpy(static_cast<void*>(place), tile_out, size_t(n) * sizeof(T));
-      }
+      if (n < kTile) clear_sum(total, kTile);  // also of what lies behind the elements
     }
   });
   stream_fence();
