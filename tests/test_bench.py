@@ -315,6 +315,35 @@ def test_contenders_take_turns_on_their_copies() -> None:
     assert restored == [copy for name, copy in seen if name == "op"]
 
 
+def test_the_number_of_samples_is_not_taken_from_the_first_run() -> None:
+    """Which pays for compilation and for memory that is fresh from the system."""
+
+    class Scripted(Stopwatch):
+        def milliseconds(self, call: Callable[[], object]) -> float:
+            call()
+            return 1000.0 if len(calls) == 1 else 1.0
+
+    calls: list[int] = []
+    timings = interleaved({"op": Contender(calls.append, 1)}, Scripted(CPU), 0.02)
+    assert timings["op"] == Timing(1.0, 1.0, 1.0, 20)
+    assert len(calls) == 21
+
+
+def test_free_memory_is_looked_at_once_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look gives kept memory back to the system."""
+    looks: list[torch.device] = []
+
+    def available_bytes(device: torch.device) -> int:
+        looks.append(device)
+        return 2**40
+
+    monkeypatch.setattr(kernels, "available_bytes", available_bytes)
+    bench = Bench(Stopwatch(CPU), 0.001, inductor=False)
+    for numel in (2**12, 2**12, 2**13):
+        bench.measure(_case("dequantize_rows", "int8"), Problem(numel, 64, 1.0, torch.float32, CPU))
+    assert looks == [CPU, CPU]
+
+
 def test_summary() -> None:
     assert summarise([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == Timing(3.5, 2.0, 5.0, 6)
 

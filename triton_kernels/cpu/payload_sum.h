@@ -85,17 +85,17 @@ class PayloadReader {
     const uint8_t* indices = chunk_.indices() + first * int64_t(sizeof(I));
     uint8_t last[kListed * sizeof(I)];  // so that no step reads beyond the payload
     if (first + kListed > layout.capacity) {
-      const size_t bytes = size_t(std::max<int64_t>(layout.capacity - first, 0)) * sizeof(I);
+      const size_t bytes = size_t(std::min(layout.capacity - first, kTile)) * sizeof(I);
       std::memcpy(last, indices, bytes);
-      std::memset(last + bytes, 0, sizeof last - bytes);
+      std::memset(last + bytes, 0, kStep * sizeof(I));
       indices = last;
     }
     for (int64_t start = 0, b = block; start < numel; start += layout.block, ++b) {
-      const int64_t count = std::min(int64_t(read_at<I>(chunk_.counts(), b)), layout.block);
+      const int64_t count = std::min({int64_t(read_at<I>(chunk_.counts(), b)), layout.block, layout.capacity - end_});
       list_places<I>(indices + (end_ - first) * int64_t(sizeof(I)), count, start, places + (end_ - first));
       end_ += count;
     }
-    const int64_t entries = std::min(end_, layout.capacity) - first;
+    const int64_t entries = end_ - first;
     const uint8_t* const values = chunk_.values() + first * int64_t(sizeof(V));
     // Each of several payloads is left after a few lines, before the hardware has seen what will be read next.
     for (int64_t i = 0; i < entries; i += kStep) {
