@@ -699,6 +699,19 @@ def test_damaged_payloads_stay_within_their_segments() -> None:
             assert torch.equal(torch.cat([result[:5], result[705:800], result[9800:]]), dense)
 
 
+@pytest.mark.parametrize(("block", "index"), [(256, [255]), (4096, [0, 8])])
+def test_a_damaged_index_of_a_short_segment_reaches_no_other(block: int, index: list[int]) -> None:
+    bucket = Bucket((0, 100, 100, 5000), 5100, block)
+    grad = torch.zeros(5100)
+    grad[3], grad[200] = 1.0, 2.0
+    bucket.state[1].fill_(0.5)
+    payload = bucket.pack(CPU, grad)
+    first = payload[bucket.layout.indices_offset :][: len(index)]
+    assert int(first[0]) == 3
+    first.copy_(torch.tensor(index))  # far behind the 100 elements
+    assert torch.equal(bucket.unpack(CPU, payload), grad.index_fill(0, torch.tensor(3), 0.0))
+
+
 @pytest.mark.parametrize("implementation", COMPILED)
 def test_a_bucket_of_more_elements_than_32_bits_can_count(implementation: Implementation) -> None:
     numel = 2**31 + 9000

@@ -13,19 +13,6 @@
 
 namespace dct {
 
-// Vectors of the compiler's own (GCC, Clang): what the machine has no vectors for is split by the compiler.
-template <typename T, int kCount>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
-};
-template <typename T, int kCount>
-using Vector = typename VectorOf<T, kCount>::type;
-
-constexpr int kLanes = 16;
-using Floats = Vector<float, kLanes>;
-using Ints = Vector<int32_t, kLanes>;
-using Words = Vector<uint32_t, kLanes>;
-
 template <typename T>
 inline T read_as(const void* from) {
   T value;
@@ -44,9 +31,6 @@ inline To bits_as(From from) {
   return read_as<To>(&from);
 }
 
-inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
-inline Ints smaller(Ints a, Ints b) { return a > b ? b : a; }
-
 // Codes of dtypes in the C interface; `DTYPE_CODES` in dispatch.py lists the same numbers.
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -57,7 +41,7 @@ inline bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000
 inline bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
 
 // Storage types: `load` widens to float32, `round` rounds to nearest even (to infinity past the range, NaN to the canonical NaN),
-// `kLargest` is the largest finite value. `widen` is `load` for the bits of one number or of a vector of them.
+// `kLargest` is the largest finite value. `widen` is `load`, and `narrow` is `round`, for the bits of one number or of a vector of them.
 struct Float32 {
   float raw;
   static constexpr float kLargest = 3.40282346638528859812e38f;
@@ -74,11 +58,13 @@ struct BFloat16 {
     return bits_as<Float>(raw << 16);
   }
   static float load(BFloat16 x) { return widen<float>(uint32_t(x.raw)); }
-  static BFloat16 round(float x) {
-    const uint32_t bits = bits_of(x);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return {uint16_t(is_nan(x) ? 0x7fc0u : rounded)};
+  template <typename Bits, typename Float>
+  static Bits narrow(Float x) {
+    const Bits bits = bits_as<Bits>(x);
+    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return x == x ? rounded : Bits{} + 0x7fc0u;
   }
+  static BFloat16 round(float x) { return {uint16_t(narrow<uint32_t>(x))}; }
 };
 
 struct Float16 {
@@ -95,43 +81,20 @@ struct Float16 {
     return bits_as<Float>(sign | (rest >= 0x0f800000u ? special : finite));
   }
   static float load(Float16 x) { return widen<float>(uint32_t(x.raw)); }
-  static Float16 round(float x) {
-    const uint32_t bits = bits_of(x);
-    const uint32_t sign = (bits >> 16) & 0x8000u;
-    const uint32_t rest = bits & 0x7fffffffu;
+  template <typename Bits, typename Float>
+  static Bits narrow(Float x) {
+    const Bits bits = bits_as<Bits>(x);
+    const Bits sign = (bits >> 16) & 0x8000u;
+    const Bits rest = bits & 0x7fffffffu;
     // Below 2^-14 the result is denormal: adding 0.5 makes the float32 adder round at 2^-24, and leaves the answer in the low bits.
-    const uint32_t denormal = bits_of(float_of(rest) + 0.5f) - 0x3f000000u;
-    const uint32_t normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
-    const uint32_t finite = rest < 0x38800000u ? denormal : normal;
-    const uint32_t small = rest >= 0x477ff000u ? 0x7c00u : finite;
-    return {uint16_t(rest > 0x7f800000u ? 0x7e00u : (sign | small))};
+    const Bits denormal = bits_as<Bits>(bits_as<Float>(rest) + 0.5f) - 0x3f000000u;
+    const Bits normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+    const Bits finite = rest < 0x38800000u ? denormal : normal;
+    const Bits small = rest >= 0x477ff000u ? Bits{} + 0x7c00u : finite;
+    return x == x ? sign | small : Bits{} + 0x7e00u;
   }
+  static Float16 round(float x) { return {uint16_t(narrow<uint32_t>(x))}; }
 };
-
-// 16 neighbours.
-template <typename T>
-inline Floats load_lanes(const T* from) {
-  if constexpr (sizeof(T) == 4) {
-    return read_as<Floats>(from);
-  } else {
-    return T::template widen<Floats>(__builtin_convertvector((read_as<Vector<uint16_t, kLanes>>(from)), Words));
-  }
-}
-
-// Calls visit(x) for `count` neighbours, 16 at a time, in whatever order is the cheapest; `count` is a multiple of 32.
-template <typename T, typename Visit>
-inline void each_lanes(const T* from, int count, Visit&& visit) {
-  constexpr int kStep = 64 / int(sizeof(T));
-  for (int i = 0; i < count; i += kStep) {
-    if constexpr (sizeof(T) == 4) {
-      visit(read_as<Floats>(from + i));
-    } else {
-      const Words pairs = read_as<Words>(from + i);
-      visit(T::template widen<Floats>(pairs & 0xffffu));
-      visit(T::template widen<Floats>(pairs >> 16));
-    }
-  }
-}
 
 // Rounding for the wire: a finite value stays finite.
 template <typename T>

@@ -8,8 +8,9 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <type_traits>
 
-#include "common.h"
+#include "lanes.h"
 
 namespace dct {
 
@@ -37,22 +38,39 @@ inline void store_group(const float* w, int n, float* state) {
 
 inline uint32_t magnitude_bits(float w) { return bits_of(w) & 0x7fffffffu; }
 
-// The largest magnitude as its bits, which are integers in the order of the magnitudes.
+// Combines `kCount` numbers to one, half with half.
+template <int kCount, typename Number, typename Combine>
+inline Number reduce(const Vector<Number, kCount>& lanes, Combine&& combine) {
+  if constexpr (kCount * sizeof(Number) > 16) {
+    const auto half = bits_as<std::array<Vector<Number, kCount / 2>, 2>>(lanes);
+    return reduce<kCount / 2, Number>(combine(half[0], half[1]), combine);
+  } else {
+    Number result = lanes[0];
+    for (int i = 1; i < kCount; ++i) result = combine(result, Number(lanes[i]));
+    return result;
+  }
+}
+
+// The largest magnitude of numbers of type T, float or one of storage. Bits of magnitudes are integers in the order of the magnitudes.
+template <typename T>
 class Largest {
  public:
-  void add(Floats x) { lanes_ = larger(lanes_, bits_as<Ints>(x) & 0x7fffffff); }
-  void add(const float* w) {
-    each_lanes(w, kGroup, [&](Floats x) { add(x); });
+  // A group.
+  void add(const T* x) {
+    for (int i = 0; i < kGroup; i += kCount) lanes_ = larger(lanes_, read_as<Keys>(x + i) & std::numeric_limits<Key>::max());
   }
+  // Of the magnitude as a float32.
   uint32_t bits() const {
-    auto lanes = bits_as<std::array<uint32_t, kLanes>>(lanes_);
-    for (size_t half = kLanes / 2; half > 0; half /= 2)
-      for (size_t i = 0; i < half; ++i) lanes[i] = std::max(lanes[i], lanes[i + half]);
-    return lanes[0];
+    const Key largest = reduce<kCount, Key>(lanes_, [](auto a, auto b) { return larger(a, b); });
+    if constexpr (sizeof(T) == 4) return uint32_t(largest);
+    else return bits_of(T::load(bits_as<T>(largest)));
   }
 
  private:
-  Ints lanes_ = {};
+  using Key = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
+  static constexpr int kCount = kLanesOf<T>;
+  using Keys = Vector<Key, kCount>;
+  Keys lanes_ = {};
 };
 
 // Bit i: w[i] != 0 and |w[i]| is not below tau. What is not finite is never below: with an infinite tau these are the bits.
@@ -78,16 +96,13 @@ inline uint64_t reaching(const float* w, float tau) {
   return mask;
 }
 
-template <typename Key>
-constexpr int kKeyLanes = 64 / int(sizeof(Key));
-
 // Bit i: the magnitude bits of x[i], keys or entries, are at least `least`. Of kCount neighbours, whole vectors.
 template <int kCount, typename Key, typename T>
 inline uint64_t reaching_key(const T* x, Key least) {
   constexpr Key kMagnitude = std::numeric_limits<Key>::max();
   uint64_t mask = 0;
 #if defined(__AVX512BW__)
-  for (int i = 0; i < kCount; i += kKeyLanes<Key>) {
+  for (int i = 0; i < kCount; i += kLanesOf<Key>) {
     if constexpr (sizeof(Key) == 2) {
       const __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi16(kMagnitude));
       mask |= uint64_t(_mm512_cmpge_epi16_mask(magnitude, _mm512_set1_epi16(least))) << i;

@@ -24,15 +24,15 @@ inline Bits mix(Bits h) {
 
 int64_t code_bytes(int64_t width, int64_t bits) { return ceil_div(width * bits, 8); }
 
-constexpr Words kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr int kDraw = 16;
+using Draw = Vector<uint32_t, kDraw>;
+constexpr Draw kPlace = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // The row's scale: its largest magnitude over `qmax`, rounded up to bfloat16; NaN if an entry is not finite.
 template <typename T>
 BFloat16 row_scale(const T* row, int64_t width, int32_t qmax) {
-  Largest largest;
-  each_row_group(row, width, Ahead(row, width, 0, 2), [&](int64_t, const T* group) {
-    each_lanes(group, kGroup, [&](Floats x) { largest.add(x); });
-  });
+  Largest<T> largest;
+  each_row_group(row, width, Ahead(row, width, 0, 2), [&](int64_t, const T* group) { largest.add(group); });
   if (largest.bits() == 0) return {0};
   if (largest.bits() >= 0x7f800000) return {0x7fc0};
   const float exact = std::max(float_of(largest.bits()) / float(qmax), kSmallestScale);
@@ -45,10 +45,10 @@ class Random {
  public:
   explicit Random(uint64_t seed) : seed_(seed), key_(key_of(0)) {}
 
-  // Of 16 numbers from `first` on, which is a multiple of 16.
-  Words draw(uint64_t first) {
+  // Of kDraw numbers from `first` on, which is a multiple of kDraw.
+  Draw draw(uint64_t first) {
     if (uint32_t(first >> 32) != upper_) set_upper(uint32_t(first >> 32));
-    return mix((uint32_t(first) + kLane) ^ key_);
+    return mix((uint32_t(first) + kPlace) ^ key_);
   }
 
  private:
@@ -60,7 +60,7 @@ class Random {
   uint32_t key_;
 };
 
-// Codes of 16 entries; the random bits are the upper ones of `random`.
+// Codes of entries; the random bits are the upper ones of `random`.
 template <int kBits>
 Ints encode(Floats x, float reciprocal, Words random) {
   // From the least to the largest 16 bits: -0.5 + 2^-17 to 0.5 - 2^-17.
@@ -74,10 +74,10 @@ Ints encode(Floats x, float reciprocal, Words random) {
 template <int kBits>
 void write_codes(Ints codes, uint8_t* to) {
   if constexpr (kBits == 8) {
-    write_as(__builtin_convertvector(codes, Vector<int8_t, kLanes>), to);
+    store_bytes(codes, to);
   } else {
-    const auto pairs = bits_as<Vector<uint64_t, kLanes / 2>>(codes & 15);
-    write_as(__builtin_convertvector(pairs | pairs >> 28, Vector<uint8_t, kLanes / 2>), to);
+    const auto pairs = bits_as<Longs>(codes & 15);
+    store_bytes(pairs | pairs >> 28, to);
   }
 }
 
@@ -89,59 +89,56 @@ inline void encode_row(const T* row, int64_t width, float reciprocal, Random& ra
     uint8_t* const place = out + base * kBits / 8;
     const int64_t count = std::min<int64_t>(kGroup, width - base);
     uint8_t* const to = count < kGroup ? last : place;
-    for (int i = 0; i < kGroup; i += 2 * kLanes) {
-      const Words bits = random.draw(number + uint64_t(base + i) / 2);
-      write_codes<kBits>(encode<kBits>(load_lanes(x + i), reciprocal, bits << 16), to + i * kBits / 8);
-      write_codes<kBits>(encode<kBits>(load_lanes(x + i + kLanes), reciprocal, bits), to + (i + kLanes) * kBits / 8);
+    for (int i = 0; i < kGroup; i += 2 * kDraw) {
+      const Draw bits = random.draw(number + uint64_t(base + i) / 2);
+      for (int k = i; k < i + kDraw; k += kLanes) {
+        const Words part = read_as<Words>(reinterpret_cast<const uint32_t*>(&bits) + (k - i));
+        write_codes<kBits>(encode<kBits>(load_lanes(x + k), reciprocal, part << 16), to + k * kBits / 8);
+        write_codes<kBits>(encode<kBits>(load_lanes(x + k + kDraw), reciprocal, part), to + (k + kDraw) * kBits / 8);
+      }
     }
     if (count < kGroup) std::memcpy(place, last, size_t(code_bytes(count, kBits)));
   });
 }
 
-// A group of a row that `from` encodes. Loops of a fixed length over arrays of our own: the compiler makes vectors of them.
-template <int kBits, typename O>
-void decode_group(const uint8_t* from, float scale, bool clamped, O* to) {
-  int8_t codes[kGroup];
+// What codes stand for. kClamped: one of them may leave the range of O.
+template <int kBits, bool kClamped, typename O>
+Floats decode(const uint8_t* from, float scale) {
+  Ints codes;
   if constexpr (kBits == 8) {
-    std::memcpy(codes, from, kGroup);
+    codes = load_ints(reinterpret_cast<const int8_t*>(from));
   } else {
-    uint8_t joined[kGroup / 2];
-    uint16_t pairs[kGroup / 2];
-    std::memcpy(joined, from, sizeof joined);
-    for (int i = 0; i < kGroup / 2; ++i) {
-      const int32_t low = ((joined[i] & 15) ^ 8) - 8, high = ((joined[i] >> 4) ^ 8) - 8;
-      pairs[i] = uint16_t((low & 0xff) | (high & 0xff) << 8);
-    }
-    std::memcpy(codes, pairs, sizeof codes);
+    const Longs pairs = load_longs(from);
+    codes = bits_as<Ints>(pairs | pairs << 28) << 28 >> 28;
   }
-  O decoded[kGroup];
-  for (int i = 0; i < kGroup; ++i) decoded[i] = O::round(float(codes[i]) * scale);
-  if (clamped) {
-    for (int i = 0; i < kGroup; ++i) {
-      const float value = float(codes[i]) * scale;
-      decoded[i] = O::round(value > O::kLargest ? O::kLargest : value < -O::kLargest ? -O::kLargest : value);
-    }
-  }
-  std::memcpy(static_cast<void*>(to), decoded, sizeof decoded);
+  const Floats value = __builtin_convertvector(codes, Floats) * scale;
+  return kClamped ? smaller(larger(Floats{} - O::kLargest, value), Floats{} + O::kLargest) : value;
+}
+
+template <int kBits, bool kClamped, typename O>
+void decode_group(const uint8_t* from, float scale, O* to) {
+  const auto at = [&](int i) { return decode<kBits, kClamped, O>(from + i * kBits / 8, scale); };
+  for (int i = 0; i < kGroup; i += 2 * kLanes) store_lanes(at(i), at(i + kLanes), to + i);
 }
 
 template <int kBits, typename O>
 void decode_row(const uint8_t* from, int64_t width, float scale, O* row) {
-  const bool clamped = !(std::fabs(scale) * 128.0f <= O::kLargest);  // hardly ever: else no code leaves the range
+  const bool clamped = !(std::fabs(scale) * 128.0f <= O::kLargest);
+  const auto decode = clamped ? decode_group<kBits, true, O> : decode_group<kBits, false, O>;
   int64_t begin = 0;
-  for (; begin + kGroup <= width; begin += kGroup) decode_group<kBits>(from + begin * kBits / 8, scale, clamped, row + begin);
+  for (; begin + kGroup <= width; begin += kGroup) decode(from + begin * kBits / 8, scale, row + begin);
   if (begin == width) return;
   uint8_t codes[kGroup] = {};
   O last[kGroup];
   std::memcpy(codes, from + begin * kBits / 8, size_t(code_bytes(width - begin, kBits)));
-  decode_group<kBits>(codes, scale, clamped, last);
+  decode(codes, scale, last);
   std::memcpy(static_cast<void*>(row + begin), last, size_t(width - begin) * sizeof(O));
 }
 
 template <int kBits, typename T>
 void quantize(const T* x, int64_t rows, int64_t width, uint64_t seed, uint8_t* payload, int64_t threads) {
   const int64_t row_bytes = 2 + code_bytes(width, kBits);
-  const uint64_t numbers = uint64_t(ceil_div(width, 2 * kLanes)) * kLanes;  // of a row
+  const uint64_t numbers = uint64_t(ceil_div(width, 2 * kDraw)) * kDraw;  // of a row
   prefer_huge_pages(payload, rows * row_bytes);
 #pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
   {

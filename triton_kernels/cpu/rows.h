@@ -45,20 +45,20 @@ struct RowFormat {
   }
 };
 
-// Asks for entries of a row to come while one is looked at: in the pass with the number `pass` of `passes` for its share of them.
+// Asks for entries of a row to come while one is looked at: all of them in its only pass, or half of them in the pass 0 or 1 of two.
 template <typename T>
 class Ahead {
  public:
   Ahead(const T* row, int64_t width, int pass, int passes)
-      : from_(row + std::max<int64_t>(width, 4096 / int64_t(sizeof(T))) + width * pass / passes), passes_(passes) {}
+      : from_(row + std::max<int64_t>(width, 4096 / int64_t(sizeof(T))) + (pass == 0 ? 0 : width / 2)), halves_(passes - 1) {}
 
   void ask(int64_t base) const {
-    for (int i = 0; i < kGroup / passes_; i += 64 / int(sizeof(T))) prefetch(from_ + base / passes_ + i);
+    for (int i = 0; i < kGroup >> halves_; i += 64 / int(sizeof(T))) prefetch(from_ + (base >> halves_) + i);
   }
 
  private:
   const T* from_;
-  int passes_;
+  int halves_;  // how often the passes are halved; a division takes too long
 };
 
 // Calls group(base, x) for each group of a row; a last shorter one is filled up with zeros.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <memory>
 #include <type_traits>
+#include <utility>
 
 #include "group.h"
 #include "rows.h"
@@ -30,12 +31,6 @@ struct Keys<Float32> {
   static constexpr Key kInfinity = 0x7f800000;
   static Key reaching(float tau) { return Key(bits_of(tau)); }
 };
-
-template <typename T>
-typename Keys<T>::Key key_of(const T& x) {
-  using Key = typename Keys<T>::Key;
-  return std::min<Key>(bits_as<Key>(x) & std::numeric_limits<Key>::max(), Keys<T>::kInfinity);
-}
 
 // Kept are the entries above `key` and the first `ties` of those equal to it.
 template <typename Key>
@@ -80,17 +75,30 @@ Cut<Key> find_cut(const Key* keys, int64_t padded, int64_t count, int64_t slots,
   return {Key(below), slots - count_above};
 }
 
-// The same for at most kCount keys: a search would cost more in mispredicted branches.
+// The same for `count` of kCount keys, with zeros behind: the bits of those kept; `cut` becomes the least of them. Each key is compared with
+// all: a search would cost more in mispredicted branches.
 template <int kCount, typename Key>
-Cut<Key> find_cut_in_group(const Key* keys, int64_t count, int64_t slots, Key low) {
-  Key key = low;
+uint64_t largest_in_group(const Key* keys, int64_t count, int64_t slots, Key& cut) {
+  constexpr int kVectors = kCount / kLanesOf<Key>;
+  using Lanes = Vector<Key, kLanesOf<Key>>;
+  const auto vector = [](const Key* from, int v) { return read_as<Lanes>(from + v * kLanesOf<Key>); };
+  Lanes rank[kVectors];  // how many keys a key reaches: of those kept more than count - slots
+  for (Lanes& lanes : rank) lanes = Lanes{} + Key(count);
   for (int64_t i = 0; i < count; i += 8) {  // zeros behind the keys change nothing
     for (int64_t k = i; k < i + 8; ++k) {
-      const Key larger = std::max(key, keys[k]);
-      key = bit_count(reaching_key<kCount>(keys, keys[k])) >= slots ? larger : key;
+      const Lanes key = Lanes{} + keys[k];
+      for (int v = 0; v < kVectors; ++v) rank[v] = vector(keys, v) < key ? rank[v] - 1 : rank[v];
     }
   }
-  return {key, slots - bit_count(reaching_key<kCount>(keys, Key(key + 1)))};
+  const Key least_rank = Key(count - slots + 1);
+  Lanes least = Lanes{} + std::numeric_limits<Key>::max();
+  for (int v = 0; v < kVectors; ++v) least = rank[v] < Lanes{} + least_rank ? least : smaller(least, vector(keys, v));
+  cut = reduce<kLanesOf<Key>, Key>(least, [](auto a, auto b) { return smaller(a, b); });
+  const uint64_t reaching = reaching_key<kCount>(reinterpret_cast<const Key*>(rank), least_rank);
+  const int64_t extra = bit_count(reaching) - slots;
+  if (extra == 0) return reaching;
+  const uint64_t ties = reaching & ~reaching_key<kCount>(keys, Key(cut + 1));
+  return (reaching ^ ties) | lowest_bits(ties, bit_count(ties) - extra);
 }
 
 enum Method : int64_t { kExact = 0, kLaplace = 1, kFixed = 2 };
@@ -99,13 +107,12 @@ enum Method : int64_t { kExact = 0, kLaplace = 1, kFixed = 2 };
 // denormals included: so nothing is converted. GCC 12 takes a conversion to wider numbers apart.
 template <typename T>
 double magnitude_sum(const T* row, int64_t width, const Ahead<T>& ahead) {
-  using Longs = Vector<uint64_t, kLanes / 2>;
   using Doubles = Vector<double, kLanes / 2>;
   Doubles even = {}, odd = {};
-  Largest largest;
+  Largest<T> largest;
   each_row_group(row, width, ahead, [&](int64_t, const T* x) {
+    largest.add(x);
     each_lanes(x, kGroup, [&](Floats lanes) {
-      largest.add(lanes);
       const Longs pairs = bits_as<Longs>(bits_as<Ints>(lanes) & 0x7fffffff);
       even += bits_as<Doubles>(pairs << 32 >> 3);
       odd += bits_as<Doubles>(pairs >> 32 << 29);
@@ -148,95 +155,148 @@ class Guess {
   bool known_ = false;
 };
 
-// What a thread needs for a row, and what it remembers of those before.
+constexpr int64_t kStep = 16;
+
+// Writes f(from[i]) for `count` elements. In whole steps, as `from` and `to` have room for: a loop that ends within one does its last
+// elements one by one.
+template <typename To, typename From, typename F>
+inline void write_steps(const From* from, int64_t count, uint8_t* to, F&& f) {
+  for (int64_t i = 0; i < count; i += kStep) {
+    To step[kStep];
+    for (int64_t k = 0; k < kStep; ++k) step[k] = f(from[i + k]);
+    std::memcpy(to + i * int64_t(sizeof(To)), step, sizeof step);
+  }
+}
+
+// The entries of a row that may be kept.
 template <typename T>
-struct RowScratch {
+class Candidates {
+ public:
   using Key = typename Keys<T>::Key;
-  std::unique_ptr<T[]> values;
-  std::unique_ptr<uint16_t[]> places;
-  std::unique_ptr<Key[]> keys;
-  Guess<T> guess;
 
-  static constexpr int64_t kReadStep = 16;
+  explicit Candidates(int64_t width) : values_(new T[room(width)]), places_(new uint16_t[room(width)]()), keys_(new Key[room(width)]) {}
 
-  RowScratch(int64_t width, int64_t slots) : guess(slots) {
-    const size_t size = size_t(width + 2 * kGroup);
-    values.reset(new T[size]);
-    places.reset(new uint16_t[size]());
-    keys.reset(new Key[size]);
-  }
-
-  // Lists the places of the entries that may be kept: at least `slots`, if so many reach `least`. Neighbouring rows are cut at about the
-  // same magnitude, so most rows are listed once, with a few entries more than are kept. Returns their number; `low` becomes the key that
-  // all of them reach.
-  int64_t list(const T* row, int64_t width, int64_t slots, Key least, Key& low, const Ahead<T>& ahead) {
+  // Lists them: at least `slots`, if so many reach `least`. Neighbouring rows are cut at about the same magnitude, so most rows are listed
+  // once, with a few entries more than are kept.
+  void list(const T* row, int64_t width, int64_t slots, Key least, const Guess<T>& guess, const Ahead<T>& ahead) {
     int64_t step = 2 * guess.margin();
-    low = std::max(least, guess.low());
-    while (true) {
-      int64_t count = 0;
+    for (low_ = std::max(least, guess.low());; low_ = Key(std::max<int64_t>(least, int64_t(low_) - step)), step *= 4) {
+      count_ = 0;
       each_row_group(row, width, ahead, [&](int64_t base, const T* x) {
-        count += list_bits(reaching_key<kGroup>(x, low), uint32_t(base), places.get() + count);
+        count_ += list_bits(reaching_key<kGroup>(x, low_), uint32_t(base), places_.get() + count_);
       });
-      if (count >= slots || low == least) return count;
-      low = Key(std::max<int64_t>(least, int64_t(low) - step));
-      step *= 4;
+      if (count_ >= slots || low_ == least) break;
+    }
+    // In steps, so that the number of these can be foreseen for short lists; what lies behind is of no use.
+    for (int64_t i = 0; i < count_; i += kStep) {
+      for (int64_t k = i; k < i + kStep; ++k) values_[size_t(k)] = row[places_[size_t(k)]];
     }
   }
 
-  // Reads the listed entries. In steps, so that the number of these can be foreseen for short lists; what lies behind is of no use.
-  void read(const T* row, int64_t count) {
-    for (int64_t i = 0; i < count; i += kReadStep) {
-      for (int64_t k = i; k < i + kReadStep; ++k) values[size_t(k)] = row[places[size_t(k)]];
+  // Leaves the `slots` largest, of equal ones the first.
+  void cut(int64_t slots, Guess<T>& guess) {
+    if (count_ <= slots) return guess.add(low_);
+    const int64_t padded = ceil_div(count_, kGroup) * kGroup;
+    fill_keys(padded);
+    const Key* const keys = keys_.get();
+    const int64_t count = std::exchange(count_, 0);
+    if (count <= kGroup) {
+      Key cut;
+      constexpr int kFew = std::max(kGroup / 4, kLanesOf<Key>);
+      keep(0, count <= kFew         ? largest_in_group<kFew>(keys, count, slots, cut)
+              : count <= kGroup / 2 ? largest_in_group<kGroup / 2>(keys, count, slots, cut)
+                                    : largest_in_group<kGroup>(keys, count, slots, cut));
+      return guess.add(cut);
     }
-  }
-
-  // Of `count` listed entries leaves the `slots` largest, of equal ones the first.
-  void cut(int64_t count, int64_t slots, Key low) {
-    const int64_t padded = ceil_div(count, kGroup) * kGroup;
-    Key* const listed = keys.get();
-    const T* const entries = values.get();
-    for (int64_t i = 0; i < padded; ++i) listed[i] = i < count ? key_of(entries[i]) : Key(0);
-    Cut<Key> cut = count <= kKeyLanes<Key> ? find_cut_in_group<kKeyLanes<Key>>(listed, count, slots, low)
-                   : count <= kGroup       ? find_cut_in_group<kGroup>(listed, count, slots, low)
-                                           : find_cut<Key>(listed, padded, count, slots, low, guess.key());
-    guess.add(cut.key);
-    int64_t kept = 0;
+    Cut<Key> cut = find_cut<Key>(keys, padded, count, slots, low_, guess.key());
     for (int64_t base = 0; base < padded; base += kGroup) {
-      const uint64_t above = reaching_key<kGroup>(listed + base, Key(cut.key + 1));
-      const uint64_t ties = lowest_bits(reaching_key<kGroup>(listed + base, cut.key) ^ above, cut.ties);
+      const uint64_t above = reaching_key<kGroup>(keys + base, Key(cut.key + 1));
+      const uint64_t ties = lowest_bits(reaching_key<kGroup>(keys + base, cut.key) ^ above, cut.ties);
       cut.ties -= bit_count(ties);
-      list_elements(above | ties, values.get() + base, values.get() + kept);
-      list_elements(above | ties, places.get() + base, places.get() + kept);
-      kept += bit_count(above | ties);
+      keep(base, above | ties);
+    }
+    guess.add(cut.key);
+  }
+
+  template <typename V>
+  void write(const RowFormat& format, uint8_t* out) const {
+    uint8_t* const indices = out + format.slots * int64_t(sizeof(V));
+    write_steps<V>(values_.get(), count_, out, [](T x) { return saturate<V>(T::load(x)); });
+    std::memset(out + count_ * int64_t(sizeof(V)), 0, size_t(format.slots - count_) * sizeof(V));
+    if (format.index_bytes == 1) {
+      write_steps<uint8_t>(places_.get(), count_, indices, [](uint16_t place) { return uint8_t(place); });
+    } else {
+      write_steps<uint16_t>(places_.get(), count_, indices, [](uint16_t place) { return place; });
+    }
+    std::memset(indices + count_ * format.index_bytes, 0, size_t((format.slots - count_) * format.index_bytes));
+  }
+
+ private:
+  static size_t room(int64_t width) { return size_t(width + 2 * kGroup); }
+
+  // The keys of the entries, and zeros.
+  void fill_keys(int64_t padded) {
+    constexpr int kCount = kLanesOf<Key>;
+    using Lanes = Vector<Key, kCount>;
+    Lanes number = {};
+    for (int i = 0; i < kCount; ++i) number[i] = Key(i);
+    for (int64_t i = 0; i < padded; i += kCount) {
+      const Lanes key = smaller(read_as<Lanes>(values_.get() + i) & std::numeric_limits<Key>::max(), Lanes{} + Keys<T>::kInfinity);
+      write_as(number < Lanes{} + Key(std::min<int64_t>(count_ - i, kCount)) ? key : Lanes{}, keys_.get() + i);
     }
   }
+
+  // Moves those of a group that are kept behind the ones before.
+  void keep(int64_t base, uint64_t mask) {
+    list_elements(mask, values_.get() + base, values_.get() + count_);
+    list_elements(mask, places_.get() + base, places_.get() + count_);
+    count_ += bit_count(mask);
+  }
+
+  std::unique_ptr<T[]> values_;
+  std::unique_ptr<uint16_t[]> places_;
+  std::unique_ptr<Key[]> keys_;
+  int64_t count_ = 0;
+  Key low_ = 0;  // all of them reach it
 };
 
+// Packed rows are formed in the first-level cache, some at a time: what is written behind one is overwritten by the next. A row is listed
+// before the one before it is cut, so that neither waits for the other's result.
 template <typename T, typename V>
-void pack_row(const T* row, RowScratch<T>& scratch, const RowFormat& format, int64_t method, float parameter, uint8_t* out) {
-  using Key = typename Keys<T>::Key;
+void pack_rows(const T* x, int64_t rows, const RowFormat& format, int64_t method, float parameter, uint8_t* payload, int64_t threads) {
+  const int64_t width = format.width, slots = format.slots;
+  const int64_t tile_rows = std::max<int64_t>(kTileBytes / format.bytes(), 1);
+  const bool streamed = rows * format.bytes() >= kStreamedBytes;
   const int passes = method == kLaplace ? 2 : 1;
-  const Key least = least_key<T>(row, format.width, method, parameter, Ahead(row, format.width, 0, passes));
-  Key low;
-  int64_t count = scratch.list(row, format.width, format.slots, least, low, Ahead(row, format.width, passes - 1, passes));
-  scratch.read(row, count);
-  if (count > format.slots) {
-    scratch.cut(count, format.slots, low);
-    count = format.slots;
-  } else {
-    scratch.guess.add(low);
+#pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
+  {
+    Guess<T> guess(slots);
+    Candidates<T> candidates[2] = {Candidates<T>(width), Candidates<T>(width)};
+    std::vector<uint8_t> tile(size_t(tile_rows * format.bytes() + kStep * int64_t(sizeof(V))));
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < rows; first += tile_rows) {
+      const int64_t count = std::min(tile_rows, rows - first);
+      for (int64_t r = 0; r <= count; ++r) {
+        if (r < count) {
+          const T* const row = x + (first + r) * width;
+          const auto least = least_key<T>(row, width, method, parameter, Ahead(row, width, 0, passes));
+          candidates[r % 2].list(row, width, slots, least, guess, Ahead(row, width, passes - 1, passes));
+        }
+        if (r > 0) {
+          Candidates<T>& before = candidates[(r - 1) % 2];
+          before.cut(slots, guess);
+          before.template write<V>(format, tile.data() + (r - 1) * format.bytes());
+        }
+      }
+      uint8_t* const to = payload + first * format.bytes();
+      if (streamed) {
+        stream_out(to, tile.data(), count * format.bytes());
+      } else {
+        std::memcpy(to, tile.data(), size_t(count * format.bytes()));
+      }
+    }
+    stream_fence();
   }
-  const T* const values = scratch.values.get();
-  const uint16_t* const places = scratch.places.get();
-  for (int64_t i = 0; i < count; ++i) write_as(saturate<V>(T::load(values[i])), out + i * int64_t(sizeof(V)));
-  std::memset(out + count * int64_t(sizeof(V)), 0, size_t(format.slots - count) * sizeof(V));
-  uint8_t* const indices = out + format.slots * int64_t(sizeof(V));
-  if (format.index_bytes == 1) {
-    for (int64_t i = 0; i < count; ++i) indices[i] = uint8_t(places[i]);
-  } else {
-    std::memcpy(indices, places, size_t(count) * sizeof *places);
-  }
-  std::memset(indices + count * format.index_bytes, 0, size_t((format.slots - count) * format.index_bytes));
 }
 
 }  // namespace
@@ -246,16 +306,7 @@ DCT_EXPORT void dct_pack_rows(const void* x, int64_t dtype, int64_t rows, int64_
   const RowFormat format(width, slots, value_dtype);
   with_dtype(dtype, [&](auto t) {
     with_dtype(value_dtype, [&](auto v) {
-      using T = decltype(t);
-      using V = decltype(v);
-#pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
-      {
-        RowScratch<T> scratch(width, slots);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
-          pack_row<T, V>(static_cast<const T*>(x) + row * width, scratch, format, method, float(parameter), payload + row * format.bytes());
-        }
-      }
+      pack_rows<decltype(t), decltype(v)>(static_cast<const decltype(t)*>(x), rows, format, method, float(parameter), payload, threads);
     });
   });
 }

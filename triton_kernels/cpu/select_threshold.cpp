@@ -88,7 +88,7 @@ bool select_digit(const Samples<G>& samples, int shift, int width, int threads, 
     const int64_t team = omp_get_num_threads();
     const int64_t first = samples.count * thread / team;
     const int64_t last = samples.count * (thread + 1) / team;
-    Largest largest;
+    Largest<float> largest;
     samples.each_group(first, last, [&](const float* w) {
       largest.add(w);
       for (size_t i = 0; i < kGroup; ++i) {
@@ -151,7 +151,7 @@ struct Listed {
 
 // Lists the samples of [first, last) that lie in the bracket.
 template <typename G>
-void list_bracket(const Samples<G>& samples, int64_t first, int64_t last, const Bracket& bracket, Listed& listed, Largest& largest) {
+void list_bracket(const Samples<G>& samples, int64_t first, int64_t last, const Bracket& bracket, Listed& listed, Largest<float>& largest) {
   samples.each_group(first, last, [&](const float* w) {
     largest.add(w);
     const uint64_t larger = reaching_key<kGroup>(w, int32_t(bracket.high));
@@ -210,7 +210,7 @@ std::optional<float> rank_in_bracket(const Samples<G>& samples, int64_t rank, in
     const int64_t team = omp_get_num_threads();
     const int64_t end = samples.count * (thread + 1) / team;
     Listed listed{std::unique_ptr<float[]>(new float[size_t(room + kTile + kGroup)])};
-    Largest largest;
+    Largest<float> largest;
     for (int64_t first = samples.count * thread / team; first < end && !failed; first += kTile) {
       list_bracket(samples, first, std::min(first + kTile, end), bracket, listed, largest);
       if (listed.count > room) failed = true;

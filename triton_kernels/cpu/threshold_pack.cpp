@@ -109,7 +109,7 @@ bool scan(const Job& job, Source& source, Worker& worker, Run& run) {
     const auto* grad = source.tile(at.piece, tile);
     float* state = at.state(tile);
     const size_t first_listed = worker.used;
-    Largest largest;
+    Largest<float> largest;
     worker.reserve_tile();
     each_block(layout, at.piece, at.chunk, tile, [&](int64_t start, int64_t end) {
       int64_t count = 0;

@@ -32,13 +32,25 @@ void divide(float* total, int64_t n, float divisor) {
   }
 }
 
+// A tile is written, and cleared for the next one, in parts so short that stores to the cache come between the streamed lines: many of
+// these in a row fill the store buffer, and the core stands still.
+constexpr int64_t kPart = 256;
+
+// Rounds a part of a sum, and clears it. Apart: inlined, the constants of the rounding would be read from memory again and again.
+template <typename T>
+__attribute__((noinline)) void take(float* part, T* to) {
+  for (int64_t i = 0; i < kPart; i += 2 * kLanes) {
+    const Floats low = read_as<Floats>(part + i), high = read_as<Floats>(part + i + kLanes);
+    write_as(Floats{}, part + i);
+    write_as(Floats{}, part + i + kLanes);
+    store_lanes(low, high, to + i);
+  }
+}
+
 template <typename T>
 void unpack_share(const Layout& layout, PayloadSum sum, T* out, float divisor, bool streamed, int64_t thread, int64_t threads) {
-  // A tile is written, and cleared for the next one, in parts so short that stores to the cache come between the streamed lines: many of
-  // these in a row fill the store buffer, and the core stands still.
-  constexpr int64_t kPart = 256;
   alignas(64) float total[kSumSize];
-  alignas(64) T rounded[kPart];
+  alignas(64) T taken[kPart];
   clear_sum(total, kTile);
   for_each_share(layout, thread, threads, [&](int64_t p, int64_t first, int64_t last) {
     const Piece& piece = layout.piece[p];
@@ -51,17 +63,12 @@ void unpack_share(const Layout& layout, PayloadSum sum, T* out, float divisor, b
         const int64_t count = std::min(kPart, n - i);
         float* const part = total + i;
         if (divided) divide(part, count, divisor);
-        const void* from = part;
-        if constexpr (!std::is_same_v<T, Float32>) {
-          for (int64_t k = 0; k < count; ++k) rounded[k] = T::round(part[k]);
-          from = rounded;
-        }
+        take(part, taken);
         if (streamed) {
-          stream_out(place + i, from, count * int64_t(sizeof(T)));
+          stream_out(place + i, taken, count * int64_t(sizeof(T)));
         } else {
-          std::memcpy(static_cast<void*>(place + i), from, size_t(count) * sizeof(T));
+          std::memcpy(static_cast<void*>(place + i), taken, size_t(count) * sizeof(T));
         }
-        clear_sum(part, kPart);
       }
       if (n < kTile) clear_sum(total, kTile);  // also of what lies behind the elements
     }
