@@ -46,11 +46,11 @@ inline Numbers smaller(Numbers a, Numbers b) {
 #if defined(__AVX512BW__)
 inline Words load_words(const uint16_t* from) { return Words(_mm512_cvtepu16_epi32(read_as<__m256i>(from))); }
 inline Ints load_ints(const int8_t* from) { return Ints(_mm512_cvtepi8_epi32(read_as<__m128i>(from))); }
-inline Longs load_longs(const uint8_t* from) { return Longs(_mm512_cvtepu8_epi64(_mm_loadu_si64(from))); }
+inline Longs load_longs(const uint8_t* from) { return Longs(_mm512_cvtepu8_epi64(_mm_cvtsi64_si128(read_as<int64_t>(from)))); }
 #elif defined(__AVX2__)
 inline Words load_words(const uint16_t* from) { return Words(_mm256_cvtepu16_epi32(read_as<__m128i>(from))); }
-inline Ints load_ints(const int8_t* from) { return Ints(_mm256_cvtepi8_epi32(_mm_loadu_si64(from))); }
-inline Longs load_longs(const uint8_t* from) { return Longs(_mm256_cvtepu8_epi64(_mm_loadu_si32(from))); }
+inline Ints load_ints(const int8_t* from) { return Ints(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(read_as<int64_t>(from)))); }
+inline Longs load_longs(const uint8_t* from) { return Longs(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(read_as<int32_t>(from)))); }
 #else
 template <typename Wide, typename Narrow>
 inline Wide load_wide(const Narrow* from) {

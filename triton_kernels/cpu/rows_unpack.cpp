@@ -31,6 +31,44 @@ void gather(const Wanted<T>& now, const Wanted<T>& next, T* found) {
   }
 }
 
+// `rows` counts the payload's; the gradient has `grad_rows` and is read again for each block of so many.
+template <typename T, typename V>
+void gather_rows(const T* grad, int64_t grad_rows, const uint8_t* payload, int64_t rows, const RowFormat& format, V* out, int64_t threads) {
+  const int64_t width = format.width, slots = format.slots;
+  const int64_t block_rows = std::max<int64_t>(kBlockEntries / slots, 1);
+#pragma omp parallel num_threads(worthwhile_threads(rows * slots, threads))
+  {
+    const int64_t shares = omp_get_num_threads(), share = omp_get_thread_num();
+    const int64_t last = rows * (share + 1) / shares;
+    Wanted<T> now{grad, std::vector<int32_t>(size_t(block_rows * slots))}, next = now;
+    std::vector<T> found(now.places.size());
+    const auto read = [&](int64_t row, Wanted<T>& wanted) {
+      wanted.count = 0;
+      if (row == last) return row;
+      const int64_t grad_row = row % grad_rows, block = std::min({block_rows, last - row, grad_rows - grad_row});
+      wanted.from = grad + grad_row * width;
+      wanted.count = block * slots;
+      for (int64_t r = 0; r < block; ++r) {
+        int32_t* places = wanted.places.data() + r * slots;
+        format.each_slot(payload + (row + r) * format.bytes(), [&](int64_t slot, int64_t index) {
+          places[slot] = index >= 0 ? int32_t(r * width + index) : -1;
+        });
+      }
+      return row + block;
+    };
+    int64_t row = rows * share / shares;
+    V* values = out + row * slots;
+    row = read(row, now);
+    while (now.count > 0) {
+      row = read(row, next);
+      gather(now, next, found.data());
+      for (int64_t i = 0; i < now.count; ++i) values[i] = saturate<V>(T::load(found[size_t(i)]));
+      values += now.count;
+      std::swap(now, next);
+    }
+  }
+}
+
 // Adds the values of a row at its places in `sum`; the first addend finds zeros. The values are converted first, all at once.
 template <typename V, typename Sum>
 void add_row(const RowFormat& format, const uint8_t* values, const uint8_t* packed, bool first, Sum* converted, Sum* sum) {
@@ -99,46 +137,12 @@ DCT_EXPORT void dct_unpack_rows(const uint8_t* payload, int64_t value_dtype, int
   });
 }
 
-// `rows` counts the payload's; the gradient has `grad_rows` and is read again for each block of so many.
 DCT_EXPORT void dct_gather_rows(const void* grad, int64_t dtype, int64_t grad_rows, const uint8_t* payload, int64_t payload_dtype,
                                 int64_t rows, int64_t width, int64_t slots, int64_t value_dtype, void* out, int64_t threads) {
   const RowFormat format(width, slots, payload_dtype);
   with_dtype(dtype, [&](auto t) {
     with_dtype(value_dtype, [&](auto v) {
-      using T = decltype(t);
-      using V = decltype(v);
-      const int64_t block_rows = std::max<int64_t>(kBlockEntries / slots, 1);
-#pragma omp parallel num_threads(worthwhile_threads(rows * slots, threads))
-      {
-        const int64_t shares = omp_get_num_threads(), share = omp_get_thread_num();
-        const int64_t last = rows * (share + 1) / shares;
-        Wanted<T> now{static_cast<const T*>(grad), std::vector<int32_t>(size_t(block_rows * slots))}, next = now;
-        std::vector<T> found(now.places.size());
-        const auto read = [&](int64_t row, Wanted<T>& wanted) {
-          wanted.count = 0;
-          if (row == last) return row;
-          const int64_t grad_row = row % grad_rows, block = std::min({block_rows, last - row, grad_rows - grad_row});
-          wanted.from = static_cast<const T*>(grad) + grad_row * width;
-          wanted.count = block * slots;
-          for (int64_t r = 0; r < block; ++r) {
-            int32_t* places = wanted.places.data() + r * slots;
-            format.each_slot(payload + (row + r) * format.bytes(), [&](int64_t slot, int64_t index) {
-              places[slot] = index >= 0 ? int32_t(r * width + index) : -1;
-            });
-          }
-          return row + block;
-        };
-        int64_t row = rows * share / shares;
-        V* values = static_cast<V*>(out) + row * slots;
-        row = read(row, now);
-        while (now.count > 0) {
-          row = read(row, next);
-          gather(now, next, found.data());
-          for (int64_t i = 0; i < now.count; ++i) values[i] = saturate<V>(T::load(found[size_t(i)]));
-          values += now.count;
-          std::swap(now, next);
-        }
-      }
+      gather_rows(static_cast<const decltype(t)*>(grad), grad_rows, payload, rows, format, static_cast<decltype(v)*>(out), threads);
     });
   });
 }
