@@ -123,15 +123,15 @@ void decode_group(const uint8_t* from, float scale, O* to) {
 
 template <int kBits, typename O>
 void decode_row(const uint8_t* from, int64_t width, float scale, O* row) {
-  const bool clamped = !(std::fabs(scale) * 128.0f <= O::kLargest);
-  const auto decode = clamped ? decode_group<kBits, true, O> : decode_group<kBits, false, O>;
+  const bool clamped = !(std::fabs(scale) * 128.0f <= O::kLargest);  // hardly ever: else no code leaves the range
+  const auto group = clamped ? decode_group<kBits, true, O> : decode_group<kBits, false, O>;
   int64_t begin = 0;
-  for (; begin + kGroup <= width; begin += kGroup) decode(from + begin * kBits / 8, scale, row + begin);
+  for (; begin + kGroup <= width; begin += kGroup) group(from + begin * kBits / 8, scale, row + begin);
   if (begin == width) return;
   uint8_t codes[kGroup] = {};
   O last[kGroup];
   std::memcpy(codes, from + begin * kBits / 8, size_t(code_bytes(width - begin, kBits)));
-  decode(codes, scale, last);
+  group(codes, scale, last);
   std::memcpy(static_cast<void*>(row + begin), last, size_t(width - begin) * sizeof(O));
 }
 

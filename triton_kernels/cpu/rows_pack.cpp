@@ -288,12 +288,7 @@ void pack_rows(const T* x, int64_t rows, const RowFormat& format, int64_t method
           before.template write<V>(format, tile.data() + (r - 1) * format.bytes());
         }
       }
-      uint8_t* const to = payload + first * format.bytes();
-      if (streamed) {
-        stream_out(to, tile.data(), count * format.bytes());
-      } else {
-        std::memcpy(to, tile.data(), size_t(count * format.bytes()));
-      }
+      copy_out(payload + first * format.bytes(), tile.data(), count * format.bytes(), streamed);
     }
     stream_fence();
   }

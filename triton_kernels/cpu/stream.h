@@ -37,6 +37,15 @@ inline void stream_out(void* to, const void* from, int64_t bytes) {
 #endif
 }
 
+// Copies what has been formed in cache to where it stays, past the caches if it is part of an output that is `streamed`.
+inline void copy_out(void* to, const void* from, int64_t bytes, bool streamed) {
+  if (streamed) {
+    stream_out(to, from, bytes);
+  } else {
+    std::memcpy(to, from, size_t(bytes));
+  }
+}
+
 // Makes what a thread has streamed visible to others; to be called once per thread when its share is written.
 inline void stream_fence() {
 #ifdef __SSE2__

@@ -64,11 +64,7 @@ void unpack_share(const Layout& layout, PayloadSum sum, T* out, float divisor, b
         float* const part = total + i;
         if (divided) divide(part, count, divisor);
         take(part, taken);
-        if (streamed) {
-          stream_out(place + i, taken, count * int64_t(sizeof(T)));
-        } else {
-          std::memcpy(static_cast<void*>(place + i), taken, size_t(count) * sizeof(T));
-        }
+        copy_out(place + i, taken, count * int64_t(sizeof(T)), streamed);
       }
       if (n < kTile) clear_sum(total, kTile);  // also of what lies behind the elements
     }
