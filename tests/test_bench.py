@@ -225,7 +225,7 @@ FLOORS = [
     # op, variant, width, density, dtype, bytes of 2^16 elements
     ("select_threshold", "exact", 0, 0.01, torch.float32, 65536 * 8),
     ("select_threshold", "laplace", 0, 0.01, torch.bfloat16, 65536 * 6),
-    ("select_threshold", "sampled", 0, 0.01, torch.float32, 65536 * 4 * 2),  # every 15th element: every line
+    ("select_threshold", "sampled", 0, 0.01, torch.float32, 65536 * 8),  # small enough to look at all
     ("select_threshold", "not due", 0, 0.01, torch.float32, 32),
     # 721 entries of 2 + 1 bytes, 256 counts, padding to 4
     ("threshold_pack", "error feedback", 0, 0.01, torch.float32, 65536 * 12 + 2420),
@@ -253,6 +253,12 @@ FLOORS = [
 def test_floor_bytes(op: str, variant: str, width: int, density: float, dtype: torch.dtype, expected: int) -> None:
     problem = Problem(2**16, width or 2**16, density, dtype, CPU)
     assert _case(op, variant).floor_bytes(problem) == expected
+
+
+def test_floor_bytes_of_samples() -> None:
+    """Every 31st of 262,144 groups of 16."""
+    problem = Problem(2**22, 2**22, 0.01, torch.bfloat16, CPU)
+    assert _case("select_threshold", "sampled").floor_bytes(problem) == 8457 * 16 * 6
 
 
 def test_every_case_has_a_worked_floor() -> None:

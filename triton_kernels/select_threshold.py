@@ -10,13 +10,17 @@ from torch import Tensor
 from dct_compile.triton_kernels.layout import GradientLayout, gradient_layout
 from dct_compile.triton_kernels.schedule import is_refresh_step
 
-SAMPLE_NUMEL = 4096
-LARGEST_STRIDE = 61
+SAMPLE_GROUP = 16
+"""Neighbours that are sampled together: memory moves whole lines."""
+FEWEST_GROUPS = 4096
+"""Sampled groups of a parameter, at least; one that would have fewer is looked at as a whole."""
+STRIDES = (31, 13)
+"""Distances of sampled groups. Hardly any matrix has rows of so many groups, or a multiple, of which always the same would be sampled."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How one parameter's threshold is found: which elements, which rank among their magnitudes."""
+    """How one parameter's threshold is found: every ``stride``-th group of its elements, and which rank among their magnitudes."""
 
     segment: int
     grad_offset: int
@@ -27,9 +31,19 @@ class Selection:
 
 
 def sample_stride(numel: int) -> int:
-    """The distance of sampled elements: odd, so that every column of a matrix of even width is met, and small enough for 4096 samples."""
-    stride = max(1, min(LARGEST_STRIDE, numel // SAMPLE_NUMEL))
-    return stride - (stride + 1) % 2
+    """The distance of sampled groups, the largest that leaves enough of them."""
+    return next((stride for stride in STRIDES if numel >= stride * SAMPLE_GROUP * FEWEST_GROUPS), 1)
+
+
+def sample_numel(numel: int, stride: int) -> int:
+    """How many elements every ``stride``-th group of ``numel`` has."""
+    groups, rest = divmod(numel, SAMPLE_GROUP * stride)
+    return groups * SAMPLE_GROUP + min(rest, SAMPLE_GROUP)
+
+
+def sample(x: Tensor, stride: int) -> Tensor:
+    """Every ``stride``-th group of ``x`` [n]; the last may be shorter."""
+    return x if stride == 1 else torch.cat([part[:SAMPLE_GROUP] for part in x.split(SAMPLE_GROUP * stride)])
 
 
 @lru_cache(maxsize=4096)
@@ -44,7 +58,7 @@ def selections(layout: GradientLayout, density: float, method: str) -> tuple[Sel
     for segment, grad_offset, numel in regions:
         if numel:
             stride = sample_stride(numel) if method == "sampled" else 1
-            sampled = ceil(numel / stride)
+            sampled = sample_numel(numel, stride)
             rank = min(max(ceil(density * sampled), 1), sampled)
             found.append(Selection(segment, grad_offset, state_offset, numel, stride, rank))
         state_offset += numel
@@ -81,7 +95,7 @@ def select_threshold_reference(
     [S, 4] int64 (see ``layout.COUNTERS``), read. With W = grad + residual (grad alone without error feedback), over each parameter:
 
     - "exact": the ceil(density * n)-th largest abs(W);
-    - "sampled": the same over every ``sample_stride(n)``-th element;
+    - "sampled": the same over every ``sample_stride(n)``-th group of 16 neighbours;
     - "laplace": -mean(abs(W)) * ln(density), the quantile of a zero-mean Laplace distribution with that mean;
     - "fixed": ``fixed``, at every step.
 
@@ -98,7 +112,7 @@ def select_threshold_reference(
             w = grad[part.grad_offset : part.grad_offset + part.numel].float()
             if error_feedback:
                 w = w + residual[part.state_offset : part.state_offset + part.numel]
-            magnitudes = w[:: part.stride].abs()
+            magnitudes = sample(w, part.stride).abs()
             if not bool(magnitudes.isfinite().all()):
                 continue
             if method == "laplace":

@@ -6,7 +6,7 @@ pass, and the next pass over that parameter waits for it. No value is read on th
 
 from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
 
-from math import ceil, log
+from math import log
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from dct_compile.triton_kernels.gradient_checks import check_state
 from dct_compile.triton_kernels.gradient_tables import device_table, is_due, is_nonfinite
 from dct_compile.triton_kernels.layout import TILE, GradientLayout, gradient_layout
 from dct_compile.triton_kernels.number_formats_triton import CODES, as_float, as_stored
-from dct_compile.triton_kernels.select_threshold import constant_threshold, selections
+from dct_compile.triton_kernels.select_threshold import SAMPLE_GROUP, constant_threshold, sample_numel, selections
 from dct_compile.triton_kernels.tasks_triton import finish_task, take_task, wait_for
 
 PASSES = 4
@@ -39,8 +39,8 @@ histograms are cleared, and the tasks of each pass that have arrived, plus one w
 
 @jit
 def load_sum(grad_ptr, residual_ptr, selection, samples, inside, GRAD: tl.constexpr, FEEDBACK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """W at sample numbers ``samples``."""
-    offsets = samples * tl.load(selection + 4)
+    """W at sample numbers ``samples``, of groups of 16 elements with others between."""
+    offsets = samples + samples // 16 * tl.load(selection + 4)
     w = as_float(tl.load(grad_ptr + tl.load(selection + 1) + offsets, mask=inside, other=0), GRAD)
     if FEEDBACK:
         w += tl.load(residual_ptr + tl.load(selection + 2) + offsets, mask=inside, other=0.0)
@@ -196,17 +196,16 @@ def constant_kernel(selections_ptr, threshold_ptr, constant):  # type: ignore[no
 
 @device_table
 def _tables(layout: GradientLayout, density: float, method: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """On the device: selections (segment, offsets, elements, stride, samples, first run, runs, rank), runs, factors of the means."""
+    """On the device: selections (segment, offsets, elements, those between groups, samples, first run, runs, rank), runs, factors."""
     rows: list[list[int]] = []
     runs: list[Tensor] = []
     factors: list[float] = []
     first_run = 0
     for number, part in enumerate(selections(layout, density, method)):
-        samples = ceil(part.numel / part.stride)
+        samples = sample_numel(part.numel, part.stride)
+        between = SAMPLE_GROUP * (part.stride - 1)
         starts = torch.arange(0, samples, RUN)
-        rows.append(
-            [part.segment, part.grad_offset, part.state_offset, part.numel, part.stride, samples, first_run, starts.numel(), part.rank]
-        )
+        rows.append([part.segment, part.grad_offset, part.state_offset, part.numel, between, samples, first_run, starts.numel(), part.rank])
         runs.append(torch.stack([torch.full_like(starts, number), starts], dim=1))
         first_run += starts.numel()
         factors.append(-log(density) / samples)

@@ -9,21 +9,28 @@ import math
 import torch
 from torch import Tensor
 
+from dct_compile.triton_kernels.select_threshold import SAMPLE_GROUP
+
 
 def kthvalue_threshold(grad: Tensor, residual: Tensor, rank: int, stride: int) -> Tensor:
-    """The ``rank``-th largest abs(grad + residual) of every ``stride``-th element."""
-    magnitude = (grad[::stride] + residual[::stride]).abs()
+    """The ``rank``-th largest abs(grad + residual) of every ``stride``-th group, all of which are whole."""
+    magnitude = _magnitude(grad, residual, stride)
     return magnitude.kthvalue(magnitude.numel() - rank + 1).values
 
 
 def sort_threshold(grad: Tensor, residual: Tensor, rank: int, stride: int) -> Tensor:
     """The same from sorted magnitudes."""
-    return (grad[::stride] + residual[::stride]).abs().sort(descending=True).values[rank - 1]
+    return _magnitude(grad, residual, stride).sort(descending=True).values[rank - 1]
 
 
 def topk_threshold(grad: Tensor, residual: Tensor, rank: int, stride: int) -> Tensor:
     """The same as the least of the largest."""
-    return (grad[::stride] + residual[::stride]).abs().topk(rank, sorted=False).values.min()
+    return _magnitude(grad, residual, stride).topk(rank, sorted=False).values.min()
+
+
+def _magnitude(grad: Tensor, residual: Tensor, stride: int) -> Tensor:
+    grad, residual = (x.unfold(0, SAMPLE_GROUP, SAMPLE_GROUP * stride) for x in (grad, residual))
+    return (grad + residual).abs().flatten()
 
 
 def laplace_threshold(grad: Tensor, residual: Tensor, density: float) -> Tensor:

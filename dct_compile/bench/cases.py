@@ -14,7 +14,6 @@ All entries of a payload count, free ones too: they are written as zeros.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from math import ceil
 
 import torch
 from torch._ops import OpOverload
@@ -28,7 +27,7 @@ from dct_compile.triton_kernels.quantize import dequantize_rows_reference, quant
 from dct_compile.triton_kernels.repack import repack_reference
 from dct_compile.triton_kernels.rows_pack import pack_rows_reference
 from dct_compile.triton_kernels.rows_unpack import gather_rows_reference, scatter_rows_reference, unpack_rows_reference
-from dct_compile.triton_kernels.select_threshold import sample_stride, select_threshold_reference
+from dct_compile.triton_kernels.select_threshold import sample_numel, sample_stride, select_threshold_reference
 from dct_compile.triton_kernels.threshold_pack import threshold_pack_reference
 from dct_compile.triton_kernels.unpack_accumulate import unpack_accumulate_reference
 
@@ -87,10 +86,8 @@ def _touched_bytes(problem: Problem, itemsize: int, fraction: float) -> int:
 
 
 def _sampled_bytes(problem: Problem) -> int:
-    """The lines with a sample; samples are equally far from each other."""
-    line = line_bytes(problem.device)
-    stride = sample_stride(problem.numel)
-    return sum(min(problem.numel * size, ceil(problem.numel / stride) * line) for size in (problem.dtype.itemsize, STATE_BYTES))
+    """Groups of samples are whole lines."""
+    return sample_numel(problem.numel, sample_stride(problem.numel)) * (problem.dtype.itemsize + STATE_BYTES)
 
 
 def _pack_bytes(problem: Problem) -> int:
@@ -136,7 +133,7 @@ _SELECT = (
         reference=select_threshold_reference,
         make=partial(inputs.select_inputs, method="sampled"),
         floor_bytes=_sampled_bytes,
-        formula="lines of the samples",
+        formula="s (g + 4) for s samples",
         baselines=_RANKED,
     ),
     Case(

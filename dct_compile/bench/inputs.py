@@ -12,7 +12,7 @@ from dct_compile.bench import baselines
 from dct_compile.config import DCTConfig
 from dct_compile.triton_kernels.layout import COUNTERS, GradientLayout, choose_block, gradient_layout
 from dct_compile.triton_kernels.row_codec import decode_rows
-from dct_compile.triton_kernels.select_threshold import sample_stride
+from dct_compile.triton_kernels.select_threshold import sample_numel, sample_stride
 
 CONFIG = DCTConfig()
 """Whatever is not varied has the backend's default."""
@@ -125,7 +125,7 @@ def select_inputs(problem: Problem, source: Source, method: str, step: int = 0) 
     if method == "laplace":
         return Inputs(arguments, (*arguments[:2], problem.density))
     stride = sample_stride(problem.numel) if method == "sampled" else 1
-    return Inputs(arguments, (*arguments[:2], ceil(problem.density * ceil(problem.numel / stride)), stride))
+    return Inputs(arguments, (*arguments[:2], ceil(problem.density * sample_numel(problem.numel, stride)), stride))
 
 
 def pack_inputs(problem: Problem, source: Source) -> Inputs:

@@ -29,48 +29,59 @@ bool is_due(const Selecting& selecting, const State& state, int64_t s) {
   return selecting.method == kConstant || is_refresh_step(counters[0], selecting.interval, selecting.geometric, counters[3] > 0);
 }
 
-// The elements of one selection that are looked at.
+constexpr int64_t kSampleGroup = 16;  // select_threshold.SAMPLE_GROUP
+
+// The elements of one selection that are looked at: every `stride`-th of the groups of kSampleGroup; the last may be shorter.
 template <typename G>
 struct Samples {
   const G* grad;
   const float* residual;  // or null
-  int64_t count;
+  int64_t numel, stride;
 
-  float at(int64_t i) const { return residual != nullptr ? G::load(grad[i]) + residual[i] : G::load(grad[i]); }
+  int64_t count() const {
+    const int64_t groups = numel / (stride * kSampleGroup);
+    return groups * kSampleGroup + std::min(numel - groups * stride * kSampleGroup, kSampleGroup);
+  }
+  // Where the share of one of `parts` threads begins: a multiple of kGroup, or the end.
+  int64_t share(int64_t part, int64_t parts) const {
+    return std::min(ceil_div(count(), kGroup) * part / parts * kGroup, count());
+  }
+  float at(int64_t i) const {
+    const int64_t place = place_of(i);
+    return residual != nullptr ? G::load(grad[place]) + residual[place] : G::load(grad[place]);
+  }
 
-  // Calls visit(w) for the samples [first, last) in groups: float w[kGroup], filled up with zeros.
+  // Calls visit(w) for the samples [first, last) in groups, from a multiple of kGroup on: float w[kGroup], filled up with zeros.
   template <typename Visit>
   void each_group(int64_t first, int64_t last, Visit&& visit) const {
     alignas(64) float w[kGroup];
     for (int64_t i = first; i < last; i += kGroup) {
-      const int n = int(std::min<int64_t>(kGroup, last - i));
       if (residual != nullptr) {
-        load_group<true>(grad + i, residual + i, n, w);
+        load<true>(i, int(std::min<int64_t>(kGroup, last - i)), w);
       } else {
-        load_group<false>(grad + i, nullptr, n, w);
+        load<false>(i, int(std::min<int64_t>(kGroup, last - i)), w);
       }
       visit(w);
     }
   }
-};
 
-// Every `stride`-th of the elements, which are looked at several times, next to each other.
-template <typename G>
-std::vector<Float32> every(const Samples<G>& elements, int64_t stride, int64_t threads) {
-  constexpr int64_t kAhead = 12;    // samples, each in a cache line of its own
-  constexpr int64_t kPerLine = 16;  // neighbouring elements that are read in the time that one sample takes
-  std::vector<Float32> samples(size_t(ceil_div(elements.count, stride)));
-  const int64_t count = int64_t(samples.size());
-  const int team = worthwhile_threads(count * kPerLine, threads);
-#pragma omp parallel for num_threads(team) if (team > 1)
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t next = std::min((i + kAhead) * stride, elements.count - 1);
-    __builtin_prefetch(elements.grad + next);
-    if (elements.residual != nullptr) __builtin_prefetch(elements.residual + next);
-    samples[size_t(i)] = {elements.at(i * stride)};
+ private:
+  int64_t place_of(int64_t i) const { return i / kSampleGroup * (kSampleGroup * stride) + i % kSampleGroup; }
+
+  template <bool kAdd>
+  void load(int64_t first, int n, float* w) const {
+    if (stride == 1) return load_group<kAdd>(grad + first, residual + (kAdd ? first : 0), n, w);
+    constexpr int64_t kAhead = 256;  // samples: the hardware does not foresee them where others lie between
+    std::fill_n(w + n, kGroup - n, 0.0f);
+    for (int64_t start = 0; start < n; start += kSampleGroup) {
+      const int64_t place = place_of(first + start), next = place_of(first + start + kAhead);
+      prefetch(grad + next);
+      if (kAdd) prefetch(residual + next);
+      const int64_t count = std::min<int64_t>(kSampleGroup, n - start);
+      for (int64_t k = 0; k < count; ++k) w[start + k] = kAdd ? G::load(grad[place + k]) + residual[place + k] : G::load(grad[place + k]);
+    }
   }
-  return samples;
-}
+};
 
 // One digit of a radix selection: among samples whose bits above `shift + width` equal `prefix`, finds the digit of the rank-th largest,
 // appends it to the prefix and makes the rank one among those with that digit. False if a sample is not finite.
@@ -86,10 +97,8 @@ bool select_digit(const Samples<G>& samples, int shift, int width, int threads, 
     std::vector<uint32_t> counts(kCopies * bins);
     const int64_t thread = omp_get_thread_num();
     const int64_t team = omp_get_num_threads();
-    const int64_t first = samples.count * thread / team;
-    const int64_t last = samples.count * (thread + 1) / team;
     Largest<float> largest;
-    samples.each_group(first, last, [&](const float* w) {
+    samples.each_group(samples.share(thread, team), samples.share(thread + 1, team), [&](const float* w) {
       largest.add(w);
       for (size_t i = 0; i < kGroup; ++i) {
         const uint32_t bits = magnitude_bits(w[i]);
@@ -127,12 +136,12 @@ constexpr int64_t kFewestProbes = 1 << 11, kMostProbes = 1 << 13;
 // Found from every n-th sample; six standard deviations of the rank wide.
 template <typename G>
 Bracket guess_bracket(const Samples<G>& samples, int64_t rank) {
-  const int64_t wanted = std::clamp(samples.count >> 10, kFewestProbes, kMostProbes);
-  const int64_t step = std::max<int64_t>(samples.count / wanted, 16) | 1;
+  const int64_t all = samples.count();
+  const int64_t step = std::max<int64_t>(all / std::clamp(all >> 10, kFewestProbes, kMostProbes), 16) | 1;
   std::vector<uint32_t> probes;
-  for (int64_t i = step / 2; i < samples.count; i += step) probes.push_back(magnitude_bits(samples.at(i)));
+  for (int64_t i = step / 2; i < all; i += step) probes.push_back(magnitude_bits(samples.at(i)));
   const double count = double(probes.size());
-  const double fraction = double(rank) / double(samples.count);
+  const double fraction = double(rank) / double(all);
   const int64_t margin = int64_t(3 * std::sqrt(count * fraction * (1 - fraction))) + 2;
   const int64_t middle = int64_t(count * fraction);
   const auto probe = [&](int64_t place) {
@@ -200,7 +209,7 @@ std::optional<float> rank_in_bracket(const Samples<G>& samples, int64_t rank, in
   const Bracket bracket = guess_bracket(samples, rank);
   if (bracket.high > kInfinityBits) return std::nullopt;
   const Digits digits(bracket);
-  const int64_t room = samples.count / 8 / threads;
+  const int64_t room = samples.count() / 8 / threads;
   std::vector<Listed> lists(static_cast<size_t>(threads));
   std::vector<int64_t> counts(Digits::kBins);
   std::atomic<bool> failed{false};
@@ -208,10 +217,10 @@ std::optional<float> rank_in_bracket(const Samples<G>& samples, int64_t rank, in
   {
     const int64_t thread = omp_get_thread_num();
     const int64_t team = omp_get_num_threads();
-    const int64_t end = samples.count * (thread + 1) / team;
+    const int64_t end = samples.share(thread + 1, team);
     Listed listed{std::unique_ptr<float[]>(new float[size_t(room + kTile + kGroup)])};
     Largest<float> largest;
-    for (int64_t first = samples.count * thread / team; first < end && !failed; first += kTile) {
+    for (int64_t first = samples.share(thread, team); first < end && !failed; first += kTile) {
       list_bracket(samples, first, std::min(first + kTile, end), bracket, listed, largest);
       if (listed.count > room) failed = true;
     }
@@ -231,7 +240,7 @@ std::optional<float> rank_in_bracket(const Samples<G>& samples, int64_t rank, in
 
 template <typename G>
 std::optional<float> rank_threshold(const Samples<G>& samples, int64_t rank, int threads) {
-  if (samples.count >= kBracketedCount) {
+  if (samples.count() >= kBracketedCount) {
     if (const auto found = rank_in_bracket(samples, rank, threads)) return found;
   }
   return rank_by_digits(samples, rank, threads);
@@ -241,12 +250,12 @@ std::optional<float> rank_threshold(const Samples<G>& samples, int64_t rank, int
 template <typename G>
 double mean_magnitude(const Samples<G>& samples, int threads) {
   constexpr int64_t kPart = 16384;
-  const int64_t parts = ceil_div(samples.count, kPart);
+  const int64_t parts = ceil_div(samples.count(), kPart);
   std::vector<double> sums(static_cast<size_t>(parts));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < parts; ++part) {
     double lanes[8] = {};
-    samples.each_group(part * kPart, std::min(samples.count, (part + 1) * kPart), [&](const float* w) {
+    samples.each_group(part * kPart, std::min(samples.count(), (part + 1) * kPart), [&](const float* w) {
       for (int i = 0; i < kGroup; i += 8)
         for (int lane = 0; lane < 8; ++lane) lanes[lane] += double(std::fabs(w[i + lane]));
     });
@@ -254,23 +263,17 @@ double mean_magnitude(const Samples<G>& samples, int threads) {
   }
   double total = 0.0;
   for (const double sum : sums) total += sum;
-  return total / double(samples.count);
-}
-
-template <typename G>
-std::optional<float> select_from(const Selecting& selecting, const Samples<G>& samples, int64_t rank, int64_t threads) {
-  const int team = worthwhile_threads(samples.count, threads);
-  if (selecting.method == kRank) return rank_threshold(samples, rank, team);
-  const double mean = mean_magnitude(samples, team);
-  return std::isfinite(mean) ? std::optional<float>(float(mean * selecting.factor)) : std::nullopt;
+  return total / double(samples.count());
 }
 
 template <typename G>
 std::optional<float> select_one(const Selecting& selecting, const Selection& part, const G* grad, const float* residual, int64_t threads) {
-  const Samples<G> elements{grad + part.grad_offset, residual != nullptr ? residual + part.state_offset : nullptr, part.numel};
-  if (part.stride == 1) return select_from(selecting, elements, part.rank, threads);
-  const std::vector<Float32> samples = every(elements, part.stride, threads);
-  return select_from(selecting, Samples<Float32>{samples.data(), nullptr, int64_t(samples.size())}, part.rank, threads);
+  const float* const owed = residual != nullptr ? residual + part.state_offset : nullptr;
+  const Samples<G> samples{grad + part.grad_offset, owed, part.numel, part.stride};
+  const int team = worthwhile_threads(samples.count(), threads);
+  if (selecting.method == kRank) return rank_threshold(samples, part.rank, team);
+  const double mean = mean_magnitude(samples, team);
+  return std::isfinite(mean) ? std::optional<float>(float(mean * selecting.factor)) : std::nullopt;
 }
 
 }  // namespace
