@@ -135,11 +135,12 @@ constexpr int64_t kFewestProbes = 1 << 11, kMostProbes = 1 << 13;
 
 // Found from every n-th sample; six standard deviations of the rank wide.
 template <typename G>
-Bracket guess_bracket(const Samples<G>& samples, int64_t rank) {
+Bracket guess_bracket(const Samples<G>& samples, int64_t rank, int threads) {
   const int64_t all = samples.count();
   const int64_t step = std::max<int64_t>(all / std::clamp(all >> 10, kFewestProbes, kMostProbes), 16) | 1;
-  std::vector<uint32_t> probes;
-  for (int64_t i = step / 2; i < all; i += step) probes.push_back(magnitude_bits(samples.at(i)));
+  std::vector<uint32_t> probes(size_t(ceil_div(all - step / 2, step)));
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (size_t i = 0; i < probes.size(); ++i) probes[i] = magnitude_bits(samples.at(step / 2 + int64_t(i) * step));
   const double count = double(probes.size());
   const double fraction = double(rank) / double(all);
   const int64_t margin = int64_t(3 * std::sqrt(count * fraction * (1 - fraction))) + 2;
@@ -188,14 +189,13 @@ struct Digits {
 float nth_largest(const std::vector<Listed>& lists, const std::vector<int64_t>& counts, const Digits& digits, int64_t place) {
   size_t bin = Digits::kBins - 1;
   for (; counts[bin] <= place; --bin) place -= counts[bin];
-  std::vector<uint32_t> same;
+  std::vector<uint32_t> same(static_cast<size_t>(counts[bin]));
+  std::atomic<size_t> found{0};
 #pragma omp parallel for num_threads(lists.size()) if (lists.size() > 1)
   for (size_t thread = 0; thread < lists.size(); ++thread) {
     for (int64_t i = 0; i < lists[thread].count; ++i) {
       const float sample = lists[thread].samples[size_t(i)];
-      if (digits.of(sample) != bin) continue;
-#pragma omp critical
-      same.push_back(magnitude_bits(sample));
+      if (digits.of(sample) == bin) same[found++] = magnitude_bits(sample);
     }
   }
   std::nth_element(same.begin(), same.begin() + place, same.end(), std::greater<>());
@@ -206,13 +206,13 @@ float nth_largest(const std::vector<Listed>& lists, const std::vector<int64_t>& 
 // not in the bracket, or the bracket holds too many (equal magnitudes).
 template <typename G>
 std::optional<float> rank_in_bracket(const Samples<G>& samples, int64_t rank, int threads) {
-  const Bracket bracket = guess_bracket(samples, rank);
+  Bracket bracket = guess_bracket(samples, rank, threads);
   if (bracket.high > kInfinityBits) return std::nullopt;
-  const Digits digits(bracket);
   const int64_t room = samples.count() / 8 / threads;
   std::vector<Listed> lists(static_cast<size_t>(threads));
   std::vector<int64_t> counts(Digits::kBins);
   std::atomic<bool> failed{false};
+  uint32_t most = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int64_t thread = omp_get_thread_num();
@@ -224,7 +224,15 @@ std::optional<float> rank_in_bracket(const Samples<G>& samples, int64_t rank, in
       list_bracket(samples, first, std::min(first + kTile, end), bracket, listed, largest);
       if (listed.count > room) failed = true;
     }
-    if (largest.bits() >= kInfinityBits) failed = true;
+#pragma omp critical
+    most = std::max(most, largest.bits());
+#pragma omp barrier
+#pragma omp single
+    {
+      if (most >= kInfinityBits) failed = true;
+      bracket.high = std::clamp(most + 1, bracket.low, bracket.high);  // or few digits would be met, where the rank is among the largest
+    }
+    const Digits digits(bracket);
     std::vector<uint32_t> own(Digits::kBins);
     for (int64_t i = 0; i < listed.count && !failed; ++i) ++own[digits.of(listed.samples[size_t(i)])];
 #pragma omp critical
@@ -235,7 +243,7 @@ std::optional<float> rank_in_bracket(const Samples<G>& samples, int64_t rank, in
   for (const Listed& listed : lists) inside += listed.count, place -= listed.above;
   if (failed || place < 0) return std::nullopt;
   if (place >= inside) return bracket.low == 1 ? std::optional<float>(0.0f) : std::nullopt;  // all below 1 is zero
-  return nth_largest(lists, counts, digits, place);
+  return nth_largest(lists, counts, Digits(bracket), place);
 }
 
 template <typename G>
