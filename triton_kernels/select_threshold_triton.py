@@ -38,9 +38,10 @@ histograms are cleared, and the tasks of each pass that have arrived, plus one w
 
 
 @jit
-def load_sum(grad_ptr, residual_ptr, selection, samples, inside, GRAD: tl.constexpr, FEEDBACK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """W at sample numbers ``samples``, of groups of 16 elements with others between."""
-    offsets = samples + samples // 16 * tl.load(selection + 4)
+def load_sum(grad_ptr, residual_ptr, selection, start, lanes, inside, GRAD: tl.constexpr, FEEDBACK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """W at sample numbers ``start + lanes``, of groups of 16 elements with others between; ``start`` begins a group."""
+    between = tl.load(selection + 4)
+    offsets = start + start // 16 * between + (lanes + lanes // 16 * between.to(tl.int32))
     w = as_float(tl.load(grad_ptr + tl.load(selection + 1) + offsets, mask=inside, other=0), GRAD)
     if FEEDBACK:
         w += tl.load(residual_ptr + tl.load(selection + 2) + offsets, mask=inside, other=0.0)
@@ -80,12 +81,13 @@ def count_digit(  # type: ignore[no-untyped-def]
     wait_for(state + 3 + step, tl.where(step == 0, 1, runs + 1))
     prefix = tl.load(state + 1)
     bins = tl.arange(0, BINS)
+    lanes = tl.arange(0, TILE)
     counts = tl.zeros([BINS], dtype=tl.int32)
     nonfinite = tl.zeros([TILE], dtype=tl.int32)
     for part in range(0, RUN, TILE):
-        samples = tl.load(run + 1) + part + tl.arange(0, TILE)
-        inside = samples < tl.load(selection + 5)
-        bits = load_sum(grad_ptr, residual_ptr, selection, samples, inside, GRAD, FEEDBACK).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        start = tl.load(run + 1) + part
+        inside = start + lanes < tl.load(selection + 5)
+        bits = load_sum(grad_ptr, residual_ptr, selection, start, lanes, inside, GRAD, FEEDBACK).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         nonfinite |= (bits >= 0x7F800000).to(tl.int32)
         counted = inside & ((bits >> shift) >> width == prefix)
         counts += tl.histogram((bits >> shift) & ((1 << width) - 1), BINS, mask=counted)
@@ -175,9 +177,9 @@ def mean_kernel(  # type: ignore[no-untyped-def]
         lanes = tl.arange(0, PART)
         total = tl.zeros([PART], dtype=tl.float64)
         for part in range(0, RUN, PART):
-            samples = tl.load(runs_ptr + run * 2 + 1) + part + lanes
-            inside = samples < tl.load(selection + 5)
-            total += tl.abs(load_sum(grad_ptr, residual_ptr, selection, samples, inside, GRAD, FEEDBACK)).to(tl.float64)
+            start = tl.load(runs_ptr + run * 2 + 1) + part
+            inside = start + lanes < tl.load(selection + 5)
+            total += tl.abs(load_sum(grad_ptr, residual_ptr, selection, start, lanes, inside, GRAD, FEEDBACK)).to(tl.float64)
         tl.store(sums_ptr + run, tl.sum(total, axis=0))
         runs = tl.load(selection + 7)
         if finish_task(arrived_ptr + number) == runs - 1:
