@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.config import DCTConfig, split_options
-from dct_compile.integrations import ddp
+from dct_compile.integrations import ddp, gloo
 from dct_compile.passes.graph_utils import hint, output_node, resolve_group
 from dct_compile.passes.inline_kernels import InlineKernels
 from dct_compile.passes.manager import GraphInput, JointGraphPass, StateNeededError, StateRequest
@@ -47,6 +47,7 @@ def dct(
         RUNTIME.reports.called = True
         RUNTIME.tell(Note.NO_PROCESS_GROUP)
         return _compile(gm, example_inputs, patches)
+    gloo.shorten_names()
     modules = ddp.enclosing_modules()
     group = _gradient_group(config, bool(modules))
     for module in modules:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dct_compile.cli.replicas import check_replicas
 from dct_compile.cli.results import BackendResult, Results, Run, environment, gradient_density
 from dct_compile.cli.settings import Settings
+from dct_compile.integrations.gloo import shorten_names
 from dct_compile.models.datasets import Samples, batches
 from dct_compile.models.dlrm import DLRM
 from dct_compile.models.metrics import auc, log_loss
@@ -37,6 +38,7 @@ def work(rank: int, settings: Settings, port: int | None) -> None:
     ``port``: of the store on this machine where the ranks meet; ``None`` under torchrun. Raises ``ReplicaMismatch`` on all ranks.
     """
     torch.set_num_threads(1)
+    shorten_names()
     if "TORCH_LOGS" not in os.environ:
         set_logs(dynamo=logging.ERROR)
     if port is None:
