@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ for _ in range(2000):
 
 
 @pytest.fixture
-def gloo():
+def gloo() -> Iterator[str]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD.group_name
     dist.destroy_process_group()

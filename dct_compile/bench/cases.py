@@ -14,6 +14,7 @@ All entries of a payload count, free ones too: they are written as zeros.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import ceil
 
 import torch
 from torch._ops import OpOverload
@@ -27,7 +28,7 @@ from dct_compile.triton_kernels.quantize import dequantize_rows_reference, quant
 from dct_compile.triton_kernels.repack import repack_reference
 from dct_compile.triton_kernels.rows_pack import pack_rows_reference
 from dct_compile.triton_kernels.rows_unpack import gather_rows_reference, scatter_rows_reference, unpack_rows_reference
-from dct_compile.triton_kernels.select_threshold import sample_numel, sample_stride, select_threshold_reference
+from dct_compile.triton_kernels.select_threshold import SAMPLE_GROUP, sample_stride, select_threshold_reference
 from dct_compile.triton_kernels.threshold_pack import threshold_pack_reference
 from dct_compile.triton_kernels.unpack_accumulate import unpack_accumulate_reference
 
@@ -86,8 +87,10 @@ def _touched_bytes(problem: Problem, itemsize: int, fraction: float) -> int:
 
 
 def _sampled_bytes(problem: Problem) -> int:
-    """Groups of samples are whole lines."""
-    return sample_numel(problem.numel, sample_stride(problem.numel)) * (problem.dtype.itemsize + STATE_BYTES)
+    """The lines with a sample: a group lies in as few as it can."""
+    groups = ceil(problem.numel / (SAMPLE_GROUP * sample_stride(problem.numel)))
+    line = line_bytes(problem.device)
+    return sum(min(problem.numel * size, groups * max(SAMPLE_GROUP * size, line)) for size in (problem.dtype.itemsize, STATE_BYTES))
 
 
 def _pack_bytes(problem: Problem) -> int:
@@ -133,7 +136,7 @@ _SELECT = (
         reference=select_threshold_reference,
         make=partial(inputs.select_inputs, method="sampled"),
         floor_bytes=_sampled_bytes,
-        formula="s (g + 4) for s samples",
+        formula="lines of the samples",
         baselines=_RANKED,
     ),
     Case(

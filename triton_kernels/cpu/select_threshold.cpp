@@ -56,10 +56,11 @@ struct Samples {
   void each_group(int64_t first, int64_t last, Visit&& visit) const {
     alignas(64) float w[kGroup];
     for (int64_t i = first; i < last; i += kGroup) {
+      const int n = int(std::min<int64_t>(kGroup, last - i));
       if (residual != nullptr) {
-        load<true>(i, int(std::min<int64_t>(kGroup, last - i)), w);
+        load<true>(i, n, w);
       } else {
-        load<false>(i, int(std::min<int64_t>(kGroup, last - i)), w);
+        load<false>(i, n, w);
       }
       visit(w);
     }
