@@ -27,6 +27,7 @@ from dct_compile.config import DCTConfig
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.plan import Decision
 from dct_compile.passes.sites import Site
+from dct_compile.triton_kernels.layout import RowLayout
 
 aten, c10d, dct = torch.ops.aten, torch.ops._c10d_functional, torch.ops.dct
 
@@ -59,16 +60,15 @@ def _mask_forward(decision: Decision, config: DCTConfig) -> tuple[fx.Node, fx.No
     carrier = _carrier(site)
     payload = at.call(
         dct.pack_rows.default,
-        *(x, decision.slots, method, config.mp_density, config.fixed_threshold, config.mp_dtype),
+        *(x, _layout(tensor, decision, config), method, config.mp_density, config.fixed_threshold),
         site=site.label,
         sends=carrier,
     )
     received = _exchange(at, site, payload)
     addends = _addends(site)
-    row_shape = [int(size) for size in tensor.shape[1:]]
     y = at.call(
         dct.unpack_rows.default,
-        *(received, row_shape, decision.slots, addends, config.mp_dtype, tensor.dtype),
+        *(received, _layout(tensor, decision, config), addends, tensor.dtype),
         site=site.label,
         receives=carrier,
     )
@@ -80,16 +80,14 @@ def _mask_backward(site: Site, forward: Decision, payload: fx.Node, received: fx
     at = gu.Inserter(site.node.graph, site.node, site.node, label=site.label)
     gradient, tensor = _input(site)
     carrier = "all_to_all_single"
-    values = at.call(
-        dct.gather_rows.default, gradient, received, forward.slots, config.mp_dtype, config.mp_dtype, site=site.label, sends=carrier
-    )
+    layout = _layout(tensor, forward, config)
+    values = at.call(dct.gather_rows.default, gradient, received, layout, config.mp_dtype, site=site.label, sends=carrier)
     same_splits = site.collective == "all_to_all_single"
     returned = _exchange(at, site, values) if same_splits else _even_all_to_all(at, site, values)
     addends = site.group_size if site.collective in ("reduce_scatter_tensor", "all_reduce") else 1
-    row_shape = [int(size) for size in tensor.shape[1:]]
     dx = at.call(
         dct.scatter_rows.default,
-        *(returned, payload, row_shape, forward.slots, addends, config.mp_dtype, tensor.dtype),
+        *(returned, payload, layout, addends, tensor.dtype),
         site=site.label,
         receives=carrier,
     )
@@ -104,11 +102,15 @@ def _mask_local_gradient(decision: Decision, payload: fx.Node, config: DCTConfig
     label = f"{decision.site.label} backward"
     at = gu.Inserter(gradient.graph, first, decision.site.node, label=label)
     tensor = gradient.meta["val"]
-    values = at.call(dct.gather_rows.default, gradient, payload, decision.slots, config.mp_dtype, tensor.dtype, site=label)
-    row_shape = [int(size) for size in tensor.shape[1:]]
-    masked = at.call(dct.scatter_rows.default, values, payload, row_shape, decision.slots, 1, config.mp_dtype, tensor.dtype, site=label)
+    layout = _layout(tensor, decision, config)
+    values = at.call(dct.gather_rows.default, gradient, payload, layout, tensor.dtype, site=label)
+    masked = at.call(dct.scatter_rows.default, values, payload, layout, 1, tensor.dtype, site=label)
     for user in users:
         user.replace_input_with(gradient, masked)
+
+
+def _layout(tensor: torch.Tensor, decision: Decision, config: DCTConfig) -> RowLayout:
+    return RowLayout(tuple(int(size) for size in tensor.shape[1:]), decision.slots, config.mp_dtype)
 
 
 def _quantize(decision: Decision, ordinal: int) -> None:

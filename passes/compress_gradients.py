@@ -24,7 +24,7 @@ import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
 from dct_compile.config import DCTConfig
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.plan import Decision, GradientPlan
-from dct_compile.triton_kernels.layout import GradientLayout
+from dct_compile.triton_kernels.layout import GradientLayout, Selection
 
 aten, c10d, dct = torch.ops.aten, torch.ops._c10d_functional, torch.ops.dct
 
@@ -85,8 +85,7 @@ class _Rewrite:
         received = self.finish.call(gu.WAIT, started)
         chunk = self.finish.call(
             dct.repack.default,
-            *(received, *self.state[3:], *_geometry(layout), *_wire(layout)),
-            *(*self._selection, self.config.error_feedback),
+            *(received, *self.state[3:], layout, self._selection, self.config.error_feedback),
             site=self.site.label,
             receives="all_to_all_single",
             sends="all_gather_into_tensor",
@@ -94,22 +93,23 @@ class _Rewrite:
         return self.finish.call(c10d.all_gather_into_tensor.default, chunk, size, self.group)
 
     @property
-    def _selection(self) -> tuple[float, str, float, int, str]:
+    def _selection(self) -> Selection:
         config = self.config
-        return config.dp_density, config.threshold_method, config.fixed_threshold, config.refresh_interval, config.refresh_warmup
+        method, fixed = config.threshold_method, config.fixed_threshold
+        return Selection(config.dp_density, method, fixed, config.refresh_interval, config.refresh_warmup)
 
     def _select_and_pack(self, gradient: fx.Node) -> fx.Node:
-        state = (gradient, *self.state[:3], *_geometry(self.plan.layout))
+        state = (gradient, *self.state[:3], self.plan.layout)
         feedback, site = self.config.error_feedback, self.site.label
         sends = "all_gather_into_tensor" if self.plan.owner_layout is None else "all_to_all_single"
-        self.start.call(dct.select_threshold.default, *state, *self._selection, feedback, site=site)
-        return self.start.call(dct.threshold_pack.default, *state, *_wire(self.plan.layout), feedback, site=site, sends=sends)
+        self.start.call(dct.select_threshold.default, *state, self._selection, feedback, site=site)
+        return self.start.call(dct.threshold_pack.default, *state, feedback, site=site, sends=sends)
 
     def _unpack(self, payloads: fx.Node, dense: fx.Node | None, dtype: torch.dtype, divisor: int) -> fx.Node:
         layout = self.plan.layout
         return self.finish.call(
             dct.unpack_accumulate.default,
-            *(payloads, dense, self.plan.numel, dtype, *_geometry(layout), *_wire(layout), divisor),
+            *(payloads, dense, self.plan.numel, dtype, layout, divisor),
             site=self.site.label,
             receives="all_gather_into_tensor",
         )
@@ -126,11 +126,3 @@ class _Rewrite:
         reduce_op = gu.argument(self.site.node, "reduce_op")
         started = self.start.call(c10d.all_reduce.default, flat, reduce_op, self.group)
         return self.finish.call(gu.WAIT, started)
-
-
-def _geometry(layout: GradientLayout) -> tuple[list[int], int, int, int]:
-    return [number for segment in layout.segments for number in segment], layout.block, layout.chunks, layout.chunk
-
-
-def _wire(layout: GradientLayout) -> tuple[float, torch.dtype]:
-    return layout.capacity_fraction, layout.value_dtype

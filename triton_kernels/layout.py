@@ -1,7 +1,7 @@
 """Where every byte of a payload lies: the wire format, shared by kernels, fakes, plan and report.
 
 A *bucket* is a flat gradient buffer; its compressed parameters are *segments* ``(offset, numel)`` of it. Each segment is cut into
-*blocks*; a kept entry is known by its place in its block, which needs one byte (block 256), two (block 4096) or four (a block that is
+*blocks*; a kept entry is known by its index in its block, which needs one byte (block 256), two (block 4096) or four (a block that is
 the whole piece). For the "owner" scheme every segment is split over ``chunks`` ranks; the part of one segment in one chunk is a *piece*.
 Pieces are cut segment by segment, never across them, so what a parameter sends does not depend on its neighbours in the bucket. Kernels
 work on *tiles*: `TILE` elements of a piece, counted from its start.
@@ -11,16 +11,18 @@ One chunk of a payload (int8 values are multiples of a scale of their tile)::
     scales  [tiles_per_chunk]   float32                  only for int8 values: what a 1 stands for in each tile
     values  [capacity]          value dtype              kept entries, in order of piece, block, index
     counts  [blocks_per_chunk]  uint8 / uint16 / uint32  entries of each block; blocks past the last piece hold 0
-    indices [capacity]          uint8 / uint16 / uint32  place of each entry in its block
+    indices [capacity]          uint8 / uint16 / uint32  index of each entry in its block
 
 Counts begin at a multiple of their size; the chunk is padded to 4 bytes.
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from math import ceil
+from functools import cached_property
+from math import ceil, prod
 
 import torch
+
+from dct_compile.triton_kernels.values import Value
 
 SMALL_BLOCK = 256
 LARGE_BLOCK = 4096
@@ -65,7 +67,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class GradientLayout:
+class GradientLayout(Value):
     """Geometry of a bucket's payload.
 
     ``chunk == -1``: the gradient is the whole bucket and the payload holds all chunks one after the other.
@@ -85,6 +87,13 @@ class GradientLayout:
         if self.block == WHOLE_PIECE and largest > WHOLE_PIECE:
             raise ValueError(f"a segment of {largest} elements cannot be one block: at most {WHOLE_PIECE}, or blocks of {LARGE_BLOCK}")
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.segments, self.block, self.chunks, self.chunk, self.capacity_fraction, self.value_dtype))
+
+    def __hash__(self) -> int:
+        return self._hash  # a bucket may have hundreds of segments, and every step looks for its tables
+
     @property
     def index_bytes(self) -> int:
         return 1 if self.block <= SMALL_BLOCK else 2 if self.block <= LARGE_BLOCK else 4
@@ -100,14 +109,14 @@ class GradientLayout:
         pieces: list[Piece] = []
         for chunk in range(self.chunks):
             first_block = first_tile = state_offset = 0
-            for index, (offset, numel) in enumerate(self.segments):
+            for segment, (offset, numel) in enumerate(self.segments):
                 share = piece_share(numel, self.block, self.chunks)
                 start = min(chunk * share, numel)
                 size = min((chunk + 1) * share, numel) - start
                 blocks, tiles = ceil(size / self.block), ceil(size / TILE)
                 capacity = min(size, ceil(size * self.capacity_fraction))
-                place = (offset + start, state_offset + start, size)
-                pieces.append(Piece(index, chunk, *place, first_block, blocks, first_tile, tiles, capacity))
+                extent = (offset + start, state_offset + start, size)
+                pieces.append(Piece(segment, chunk, *extent, first_block, blocks, first_tile, tiles, capacity))
                 first_block += blocks
                 first_tile += tiles
                 state_offset += numel
@@ -179,18 +188,52 @@ class GradientLayout:
         return self.payload_chunks * self.chunk_bytes
 
 
-@lru_cache(maxsize=4096)
-def gradient_layout(
-    segments: tuple[int, ...], block: int, chunks: int, chunk: int, capacity_fraction: float, value_dtype: torch.dtype
-) -> GradientLayout:
-    """The layout for an op's arguments; ``segments`` is flat: offset, numel, offset, numel, ..."""
-    pairs = tuple(zip(segments[::2], segments[1::2], strict=True))
-    return GradientLayout(pairs, block, chunks, chunk, capacity_fraction, value_dtype)
+@dataclass(frozen=True)
+class Selection(Value):
+    """How and when a threshold is chosen.
+
+    ``density``: the fraction of elements to keep. ``method``: "exact", "sampled", "laplace" or "fixed". ``fixed``: the threshold itself,
+    for "fixed". ``refresh_interval``: steps between two choices at most. ``refresh_warmup``: "off" or "geometric", see `schedule`.
+    """
+
+    density: float
+    method: str
+    fixed: float
+    refresh_interval: int
+    refresh_warmup: str
 
 
-def row_bytes(width: int, slots: int, value_dtype: torch.dtype) -> int:
-    """Bytes of one row's payload: ``slots`` values, then ``slots`` indices of 1 byte (width <= 256) or 2 bytes."""
-    return slots * (value_dtype.itemsize + (1 if width <= 256 else 2))
+@dataclass(frozen=True)
+class RowLayout(Value):
+    """Geometry of the payload of rows [R, *row_shape]: each row, the last dimension, becomes ``capacity`` values and their indices."""
+
+    row_shape: tuple[int, ...]
+    capacity: int
+    value_dtype: torch.dtype
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return self.row_shape[-1]
+
+    @property
+    def inner(self) -> int:
+        """Rows in one leading index."""
+        return prod(self.row_shape[:-1])
+
+    @property
+    def index_bytes(self) -> int:
+        return 1 if self.width <= 256 else 2
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's payload."""
+        return row_bytes(self.width, self.capacity, self.value_dtype)
+
+
+def row_bytes(width: int, capacity: int, value_dtype: torch.dtype) -> int:
+    """Bytes of one row's payload: ``capacity`` values, then ``capacity`` indices of 1 byte (width <= 256) or 2 bytes."""
+    return capacity * (value_dtype.itemsize + (1 if width <= 256 else 2))
 
 
 def quantized_row_bytes(width: int, bits: int) -> int:

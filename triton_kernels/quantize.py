@@ -90,8 +90,8 @@ def quantize_rows_reference(x: Tensor, seed: Tensor, bits: int) -> Tensor:
     # A positive float32 is rounded up to bfloat16 by adding just less than one unit of the kept half to its bits.
     up = (scale.clamp(min=SMALLEST_SCALE).view(torch.int32) + 0xFFFF) & -0x10000
     scale = torch.where(amax > 0, up.view(torch.float32), 0).masked_fill(~amax.isfinite(), math.nan)
-    places = torch.arange(rows.shape[0], device=x.device)[:, None], torch.arange(width, device=x.device)
-    codes = (rows * scale.reciprocal() + uniform(seed, *places, width)).round().clamp(-qmax, qmax)
+    row, column = torch.arange(rows.shape[0], device=x.device)[:, None], torch.arange(width, device=x.device)
+    codes = (rows * scale.reciprocal() + uniform(seed, row, column, width)).round().clamp(-qmax, qmax)
     codes = torch.where(scale > 0, codes, 0).to(torch.int64)
     if bits == 4:
         codes = torch.nn.functional.pad(codes & 15, (0, width % 2))

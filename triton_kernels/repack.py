@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.layout import gradient_layout
+from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from dct_compile.triton_kernels.select_threshold import select_threshold_reference
 from dct_compile.triton_kernels.threshold_pack import threshold_pack_reference
 from dct_compile.triton_kernels.unpack_accumulate import unpack_accumulate_reference
@@ -15,17 +15,8 @@ def repack_reference(
     residual: Tensor,
     threshold: Tensor,
     counters: Tensor,
-    segments: list[int],
-    block: int,
-    chunks: int,
-    chunk: int,
-    capacity_fraction: float,
-    value_dtype: torch.dtype,
-    density: float,
-    method: str,
-    fixed: float,
-    refresh_interval: int,
-    refresh_warmup: str,
+    layout: GradientLayout,
+    selection: Selection,
     error_feedback: bool,
 ) -> Tensor:
     """The payload of the sum of payloads: uint8 [layout.chunk_bytes].
@@ -34,9 +25,6 @@ def repack_reference(
     sum is not divided. ``residual``, ``threshold`` and ``counters`` are those of the owner, and mutated as by `select_threshold_reference`
     and `threshold_pack_reference`, which say what the other arguments mean.
     """
-    geometry, wire = (segments, block, chunks, chunk), (capacity_fraction, value_dtype)
-    numel = gradient_layout(tuple(segments), block, chunks, chunk, capacity_fraction, value_dtype).state_numel
-    total = unpack_accumulate_reference(gathered, None, numel, torch.float32, *geometry, *wire, 1)
-    state = (total, residual, threshold, counters, *geometry)
-    select_threshold_reference(*state, density, method, fixed, refresh_interval, refresh_warmup, error_feedback)
-    return threshold_pack_reference(*state, *wire, error_feedback)
+    total = unpack_accumulate_reference(gathered, None, layout.state_numel, torch.float32, layout, 1)
+    select_threshold_reference(total, residual, threshold, counters, layout, selection, error_feedback)
+    return threshold_pack_reference(total, residual, threshold, counters, layout, error_feedback)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dct_compile.triton_kernels.compat import jit, launch, tl
 from dct_compile.triton_kernels.gradient_checks import check_gathered, check_state
 from dct_compile.triton_kernels.gradient_tables import is_due
-from dct_compile.triton_kernels.layout import gradient_layout
+from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from dct_compile.triton_kernels.pack_stage_triton import stage_tile
 from dct_compile.triton_kernels.select_threshold import constant_threshold
 from dct_compile.triton_kernels.select_threshold_triton import select_threshold_triton
@@ -119,38 +119,27 @@ def repack_triton(
     residual: Tensor,
     threshold: Tensor,
     counters: Tensor,
-    segments: list[int],
-    block: int,
-    chunks: int,
-    chunk: int,
-    capacity_fraction: float,
-    value_dtype: torch.dtype,
-    density: float,
-    method: str,
-    fixed: float,
-    refresh_interval: int,
-    refresh_warmup: str,
+    layout: GradientLayout,
+    selection: Selection,
     error_feedback: bool,
 ) -> Tensor:
     """`repack_reference` with Triton. No host sync; the same bytes in every run."""
-    layout = gradient_layout(tuple(segments), block, chunks, chunk, capacity_fraction, value_dtype)
     rounds = check_gathered(gathered, layout, None, layout.state_numel)
     total = torch.empty(layout.state_numel, dtype=torch.float32, device=gathered.device)
     check_state(total, residual, threshold, counters, layout, error_feedback)
     packer = Packer.create(layout, residual, threshold, counters, error_feedback)
     if not layout.segments:
         return packer.payload
-    state, geometry = (residual, threshold, counters), (segments, block, chunks, chunk)
-    selection = (total, *state, *geometry, density, method, fixed, refresh_interval, refresh_warmup, error_feedback)
-    constant = constant_threshold(density, method, fixed) is not None
+    state = (residual, threshold, counters)
+    constant = constant_threshold(selection) is not None
     if constant:
-        select_threshold_triton(*selection)
-    geometric = refresh_warmup != "off"
+        select_threshold_triton(total, *state, layout, selection, error_feedback)
+    geometric = selection.refresh_warmup != "off"
     if packer.tiles.shape[0]:
         gathered = gathered.contiguous()
-        source = (gathered, entries_reached(gathered, layout), rounds, total, *state, refresh_interval)
+        source = (gathered, entries_reached(gathered, layout), rounds, total, *state, selection.refresh_interval)
         options = {**payload_options(layout), **packer.stage_options(total), "CONSTANT": constant, "GEOMETRIC": geometric}
         launch(repack_kernel, (packer.tiles.shape[0],))(*source, *packer.stage_arguments, **options)
         if not constant:
-            select_threshold_triton(*selection)
-    return packer.pack(total, STAGE_NONE if constant else STAGE_DUE, refresh_interval, geometric)
+            select_threshold_triton(total, *state, layout, selection, error_feedback)
+    return packer.pack(total, STAGE_NONE if constant else STAGE_DUE, selection.refresh_interval, geometric)

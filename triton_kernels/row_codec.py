@@ -1,21 +1,21 @@
 """How the kept entries of a row become bytes and come back: shared by the PyTorch references of the row ops.
 
-One row of a payload (``row_bytes`` of layout.py)::
+One row of a payload (``RowLayout.row_bytes``)::
 
-    values  [slots]   value dtype      kept entries, by ascending place in the row
-    indices [slots]   uint8 / uint16   place of each entry, little-endian; uint8 up to a width of 256
+    values  [capacity]   value dtype      kept entries, by ascending index
+    indices [capacity]   uint8 / uint16   index of each entry in the row, little-endian; uint8 up to a width of 256
 
-Free slots stand at the end and are all zero bytes. Because places ascend, only slot 0 can hold place 0 with a meaning; therefore a slot is
-*valid* iff its index is not 0 or, for slot 0, iff its value is not zero. No count travels, and both ends of a link find the same slots.
+Free entries stand at the end and are all zero bytes. Because indices ascend, only the first entry can mean index 0; therefore an entry is
+*valid* iff its index is not 0 or, for the first one, iff its value is not zero. No count travels, and both ends of a link find the same
+entries.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.layout import row_bytes
+from dct_compile.triton_kernels.layout import RowLayout
 
 MAX_WIDTH = 65536
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,32 +34,39 @@ def check_rows(x: Tensor) -> None:
         raise ValueError(f"rows are {tuple(x.shape)}, expected [R, *row_shape]")
 
 
-def check_row_format(width: int, slots: int, value_dtype: torch.dtype) -> None:
+def check_row_layout(layout: RowLayout) -> None:
     """Raises ValueError for a row that the payload cannot express."""
-    if not 1 <= width <= MAX_WIDTH:
-        raise ValueError(f"row width {width} is outside 1..{MAX_WIDTH}")
-    if not 1 <= slots <= width:
-        raise ValueError(f"slots {slots} is outside 1..{width}, the width of the row")
-    check_dtype(value_dtype, "value dtype")
+    if not layout.row_shape:
+        raise ValueError("row_shape is empty, expected at least the width of the rows")
+    if not 1 <= layout.width <= MAX_WIDTH:
+        raise ValueError(f"row width {layout.width} is outside 1..{MAX_WIDTH}")
+    if not 1 <= layout.capacity <= layout.width:
+        raise ValueError(f"capacity {layout.capacity} is outside 1..{layout.width}, the width of the row")
+    check_dtype(layout.value_dtype, "value dtype")
 
 
-def check_row_payload(
-    payload: Tensor, row_shape: Sequence[int], slots: int, blocks_of: int, value_dtype: torch.dtype, dtype: torch.dtype
-) -> None:
+def check_dense_rows(x: Tensor, layout: RowLayout) -> None:
+    """Raises ValueError if ``x`` is not [R, *layout.row_shape] of a dtype that the row ops take, or for a layout that means nothing."""
+    check_rows(x)
+    check_row_layout(layout)
+    if tuple(x.shape[1:]) != tuple(layout.row_shape):
+        raise ValueError(f"rows are {list(x.shape)}, expected R by {list(layout.row_shape)}")
+
+
+def check_row_payload(payload: Tensor, layout: RowLayout, blocks_of: int, dtype: torch.dtype) -> None:
     """Raises ValueError if ``payload`` is not uint8 [a multiple of ``blocks_of``, inner * row_bytes], or for a dtype that is not known."""
-    width = row_shape[-1]
     check_dtype(dtype, "dtype of the rows")
-    check_row_format(width, slots, value_dtype)
-    columns = math.prod(row_shape[:-1]) * row_bytes(width, slots, value_dtype)
+    check_row_layout(layout)
+    columns = layout.inner * layout.row_bytes
     if payload.dtype != torch.uint8 or payload.dim() != 2 or payload.shape[1] != columns:
         raise ValueError(f"payload is {payload.dtype} {tuple(payload.shape)}, expected uint8 [rows, {columns}]")
     if payload.shape[0] != 0 and (blocks_of == 0 or payload.shape[0] % blocks_of != 0):
         raise ValueError(f"payload has {payload.shape[0]} rows, expected a multiple of {blocks_of}")
 
 
-def check_row_values(values: Tensor, payload: Tensor, row_shape: Sequence[int], slots: int, addends: int) -> None:
-    """Raises ValueError if ``values`` is not a value dtype [addends * the payload's rows, inner * slots]."""
-    expected = (addends * payload.shape[0], math.prod(row_shape[:-1]) * slots)
+def check_row_values(values: Tensor, payload: Tensor, layout: RowLayout, addends: int) -> None:
+    """Raises ValueError if ``values`` is not a value dtype [addends * the payload's rows, inner * capacity]."""
+    expected = (addends * payload.shape[0], layout.inner * layout.capacity)
     check_dtype(values.dtype, "value dtype")
     if tuple(values.shape) != expected:
         raise ValueError(f"values are {tuple(values.shape)}, expected {expected}")
@@ -75,25 +82,25 @@ def round_to_value(values: Tensor, value_dtype: torch.dtype) -> Tensor:
     return rounded.masked_fill(values.isnan(), math.nan)
 
 
-def encode_rows(values: Tensor, indices: Tensor, width: int) -> Tensor:
-    """Bytes of rows: ``values`` [N, slots] in the value dtype and ``indices`` int64 [N, slots] -> uint8 [N, row_bytes]."""
-    rows, slots = values.shape
-    value_bytes = values.contiguous().view(torch.uint8).reshape(rows, slots * values.element_size())
-    parts = [indices] if width <= 256 else [indices & 255, indices >> 8]
-    index_bytes = torch.stack(parts, dim=-1).to(torch.uint8).reshape(rows, slots * len(parts))
+def encode_rows(values: Tensor, indices: Tensor, layout: RowLayout) -> Tensor:
+    """Bytes of rows: ``values`` [N, capacity] in the value dtype and ``indices`` int64 [N, capacity] -> uint8 [N, row_bytes]."""
+    rows, capacity = values.shape
+    value_bytes = values.contiguous().view(torch.uint8).reshape(rows, capacity * values.element_size())
+    parts = [indices] if layout.index_bytes == 1 else [indices & 255, indices >> 8]
+    index_bytes = torch.stack(parts, dim=-1).to(torch.uint8).reshape(rows, capacity * len(parts))
     return torch.cat([value_bytes, index_bytes], dim=1)
 
 
-def decode_rows(payload: Tensor, width: int, slots: int, value_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Reads rows: ``payload`` uint8 [R, inner * row_bytes] -> (values [R * inner, slots], indices int64, valid bool, same shape).
+def decode_rows(payload: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Reads rows: ``payload`` uint8 [R, inner * row_bytes] -> (values [R * inner, capacity], indices int64, valid bool, same shape).
 
-    An index that is not less than ``width`` (a damaged payload) is not valid, so that nothing is read or written outside a row.
+    An index that is not less than the width (a damaged payload) is not valid, so that nothing is read or written outside a row.
     """
-    rows = payload.reshape(-1, row_bytes(width, slots, value_dtype))
-    split = slots * value_dtype.itemsize
-    values = rows[:, :split].clone(memory_format=torch.contiguous_format).view(value_dtype)
-    index_bytes = rows[:, split:].reshape(rows.shape[0], slots, 1 if width <= 256 else 2).long()
-    indices = index_bytes[:, :, 0] if width <= 256 else index_bytes[:, :, 0] | index_bytes[:, :, 1] << 8
+    rows = payload.reshape(-1, layout.row_bytes)
+    split = layout.capacity * layout.value_dtype.itemsize
+    values = rows[:, :split].clone(memory_format=torch.contiguous_format).view(layout.value_dtype)
+    index_bytes = rows[:, split:].reshape(rows.shape[0], layout.capacity, layout.index_bytes).long()
+    indices = index_bytes[:, :, 0] if layout.index_bytes == 1 else index_bytes[:, :, 0] | index_bytes[:, :, 1] << 8
     valid = indices != 0
     valid[:, 0] = values[:, 0] != 0
-    return values, indices, valid & (indices < width)
+    return values, indices, valid & (indices < layout.width)

@@ -5,73 +5,64 @@ the forward lets through: ``gather_rows`` on the side that unpacked, the transpo
 Both sides have the payload, so no index travels ([Gupta21]: the same mask for the gradient).
 """
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.row_codec import check_row_payload, check_row_values, check_rows, decode_rows, round_to_value
+from dct_compile.triton_kernels.layout import RowLayout
+from dct_compile.triton_kernels.row_codec import check_dense_rows, check_row_payload, check_row_values, decode_rows, round_to_value
 
 
 def _sum_rows(values: Tensor, indices: Tensor, valid: Tensor, width: int) -> Tensor:
-    """float32 [N, width]: for ``values`` [addends, N, slots] the sum over the addends, in their order, of each one's dense rows."""
+    """float32 [N, width]: for ``values`` [addends, N, capacity] the sum over the addends, in their order, of each one's dense rows."""
     addends, rows, _ = values.shape
     out = torch.zeros(rows, width, device=values.device)
     for a in range(addends):
-        # One more column takes what the invalid slots write.
+        # One more column takes what the invalid entries write.
         dense = torch.zeros(rows, width + 1, device=values.device)
         out += dense.scatter_(1, torch.where(valid[a], indices[a], width), values[a].float())[:, :width]
     return out
 
 
-def unpack_rows_reference(
-    payload: Tensor, row_shape: Sequence[int], slots: int, addends: int, value_dtype: torch.dtype, dtype: torch.dtype
-) -> Tensor:
+def unpack_rows_reference(payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
     """Dense rows of a payload, or the sum of ``addends`` payloads that stand one after the other.
 
     ``payload``: uint8 [addends * R, inner * row_bytes]. Returns ``dtype`` [R, *row_shape], contiguous: zeros and the valid entries; with
     several addends their sum, accumulated in float32 in the order of the addends, then cast.
     Raises ValueError for a payload of another shape.
     """
-    width = row_shape[-1]
-    check_row_payload(payload, row_shape, slots, addends, value_dtype, dtype)
-    values, indices, valid = (part.reshape(addends, -1, slots) for part in decode_rows(payload, width, slots, value_dtype))
-    return _sum_rows(values, indices, valid, width).to(dtype).reshape(payload.shape[0] // addends, *row_shape)
+    check_row_payload(payload, layout, addends, dtype)
+    values, indices, valid = (part.reshape(addends, -1, layout.capacity) for part in decode_rows(payload, layout))
+    return _sum_rows(values, indices, valid, layout.width).to(dtype).reshape(payload.shape[0] // addends, *layout.row_shape)
 
 
-def gather_rows_reference(grad: Tensor, payload: Tensor, slots: int, payload_dtype: torch.dtype, value_dtype: torch.dtype) -> Tensor:
-    """The entries of ``grad`` at a payload's valid places.
+def gather_rows_reference(grad: Tensor, payload: Tensor, layout: RowLayout, value_dtype: torch.dtype) -> Tensor:
+    """The entries of ``grad`` at a payload's valid indices.
 
-    ``grad``: float32, bfloat16 or float16 [R, *row_shape], any strides. ``payload``: uint8 [A * R, inner * row_bytes], values of
-    ``payload_dtype``; each of its A blocks of R rows reads the same gradient rows (the backward of a sum of A payloads). Returns
-    ``value_dtype`` [A * R, inner * slots], rounded as in ``round_to_value``, 0 in slots that are not valid.
-    Raises ValueError for a payload of another shape.
+    ``grad``: float32, bfloat16 or float16 [R, *row_shape], any strides. ``payload``: uint8 [A * R, inner * row_bytes]; each of its A
+    blocks of R rows reads the same gradient rows (the backward of a sum of A payloads). Returns ``value_dtype`` [A * R, inner * capacity],
+    rounded as in ``round_to_value``, 0 in entries that are not valid.
+    Raises ValueError for a gradient or a payload of another shape.
     """
-    check_rows(grad)
-    width = grad.shape[-1]
-    check_row_payload(payload, grad.shape[1:], slots, grad.shape[0], payload_dtype, value_dtype)
-    inner = math.prod(grad.shape[1:-1])
-    _, indices, valid = decode_rows(payload, width, slots, payload_dtype)
+    check_dense_rows(grad, layout)
+    check_row_payload(payload, layout, grad.shape[0], value_dtype)
+    _, indices, valid = decode_rows(payload, layout)
     blocks = payload.shape[0] // max(grad.shape[0], 1)
-    rows = grad.reshape(-1, width).float().repeat(blocks, 1)
+    rows = grad.reshape(-1, layout.width).float().repeat(blocks, 1)
     values = rows.gather(1, torch.where(valid, indices, 0))
-    return round_to_value(torch.where(valid, values, 0), value_dtype).reshape(payload.shape[0], inner * slots)
+    return round_to_value(torch.where(valid, values, 0), value_dtype).reshape(payload.shape[0], layout.inner * layout.capacity)
 
 
-def scatter_rows_reference(
-    values: Tensor, payload: Tensor, row_shape: Sequence[int], slots: int, addends: int, payload_dtype: torch.dtype, dtype: torch.dtype
-) -> Tensor:
-    """The counterpart of ``gather_rows``: dense rows with ``values`` at the payload's valid places.
+def scatter_rows_reference(values: Tensor, payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
+    """The counterpart of ``gather_rows``: dense rows with ``values`` at the payload's valid indices.
 
-    ``values``: float32, bfloat16 or float16 [addends * R, inner * slots]. ``payload``: uint8 [R, inner * row_bytes], values of
-    ``payload_dtype``. Returns ``dtype`` [R, *row_shape], contiguous: zeros and, at the valid places, the sum over the addends, accumulated
-    in float32 in their order, then cast. Raises ValueError for a payload or values of another shape.
+    ``values``: float32, bfloat16 or float16 [addends * R, inner * capacity]. ``payload``: uint8 [R, inner * row_bytes]. Returns ``dtype``
+    [R, *row_shape], contiguous: zeros and, at the valid indices, the sum over the addends, accumulated in float32 in their order, then
+    cast. Raises ValueError for a payload or values of another shape.
     """
-    width = row_shape[-1]
-    check_row_payload(payload, row_shape, slots, 1, payload_dtype, dtype)
-    check_row_values(values, payload, row_shape, slots, addends)
-    _, indices, valid = decode_rows(payload, width, slots, payload_dtype)
-    blocks = values.reshape(addends, -1, slots)
+    check_row_payload(payload, layout, 1, dtype)
+    check_row_values(values, payload, layout, addends)
+    _, indices, valid = decode_rows(payload, layout)
+    blocks = values.reshape(addends, -1, layout.capacity)
     shape = (addends, *indices.shape)
-    return _sum_rows(blocks, indices.expand(shape), valid.expand(shape), width).to(dtype).reshape(payload.shape[0], *row_shape)
+    total = _sum_rows(blocks, indices.expand(shape), valid.expand(shape), layout.width)
+    return total.to(dtype).reshape(payload.shape[0], *layout.row_shape)

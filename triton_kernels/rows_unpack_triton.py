@@ -6,44 +6,41 @@ thread, sums have one order, and a damaged payload cannot write outside its row.
 
 from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.compat import jit, launch, tl
-from dct_compile.triton_kernels.layout import row_bytes
+from dct_compile.triton_kernels.layout import RowLayout
 from dct_compile.triton_kernels.number_formats_triton import CODES, as_bits, as_float, as_stored, float_of_bits, rounded_bits
-from dct_compile.triton_kernels.row_codec import check_row_payload, check_row_values, check_rows
+from dct_compile.triton_kernels.row_codec import check_dense_rows, check_row_payload, check_row_values
 from dct_compile.triton_kernels.row_codec_triton import load_bytes, power_of_two, warps_for
 
 
 @jit
-def find_slots(packed, column, WIDTH: tl.constexpr, SLOTS: tl.constexpr, VALUE_BYTES: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
+def find_slots(packed, column, WIDTH: tl.constexpr, CAPACITY: tl.constexpr, VALUE_BYTES: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
     """For each place ``column`` of the row at ``packed``: its slot, and whether it has one (if not, the slot means nothing)."""
     INDEX_BYTES: tl.constexpr = 1 if WIDTH <= 256 else 2
-    indices = packed + SLOTS * VALUE_BYTES
+    indices = packed + CAPACITY * VALUE_BYTES
     slot = tl.zeros_like(column)
     for step in tl.static_range(STEPS):
         last = slot + (1 << (STEPS - 1 - step)) - 1
-        place = load_bytes(indices + last * INDEX_BYTES, last < SLOTS, INDEX_BYTES)
+        place = load_bytes(indices + last * INDEX_BYTES, last < CAPACITY, INDEX_BYTES)
         # Free slots hold place 0 behind the valid ones: past every column, as they are for this search.
-        before = (last < SLOTS) & (place < column) & ((place != 0) | (last == 0))
+        before = (last < CAPACITY) & (place < column) & ((place != 0) | (last == 0))
         slot = tl.where(before, last + 1, slot)
-    place = load_bytes(indices + slot * INDEX_BYTES, slot < SLOTS, INDEX_BYTES)
+    place = load_bytes(indices + slot * INDEX_BYTES, slot < CAPACITY, INDEX_BYTES)
     has_value = (slot != 0) | ((load_bytes(packed + slot * VALUE_BYTES, slot == 0, VALUE_BYTES) << (33 - 8 * VALUE_BYTES)) != 0)
-    return slot, (slot < SLOTS) & (place == column) & ((slot == 0) | (place != 0)) & has_value & (column < WIDTH)
+    return slot, (slot < CAPACITY) & (place == column) & ((slot == 0) | (place != 0)) & has_value & (column < WIDTH)
 
 
 @jit
 def dense_rows_kernel(  # type: ignore[no-untyped-def]
     payload_ptr,  # uint8 [ADDENDS * rows, ROW_BYTES], or [rows, ROW_BYTES] with VALUES_APART
-    values_ptr,  # with VALUES_APART: [ADDENDS * rows, SLOTS]
+    values_ptr,  # with VALUES_APART: [ADDENDS * rows, CAPACITY]
     out_ptr,  # integers of the output's size [rows, WIDTH]
     rows,
     WIDTH: tl.constexpr,
-    SLOTS: tl.constexpr,
+    CAPACITY: tl.constexpr,
     STEPS: tl.constexpr,
     ADDENDS: tl.constexpr,
     VALUES_APART: tl.constexpr,
@@ -59,14 +56,14 @@ def dense_rows_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([BLOCK], tl.float32)
     source = row
     if VALUES_APART:
-        slot, valid = find_slots(payload_ptr + row * ROW_BYTES, column, WIDTH, SLOTS, PAYLOAD_BYTES, STEPS)
+        slot, valid = find_slots(payload_ptr + row * ROW_BYTES, column, WIDTH, CAPACITY, PAYLOAD_BYTES, STEPS)
         for _ in range(ADDENDS):
-            total += as_float(tl.load(values_ptr + source * SLOTS + slot, mask=valid, other=0), VALUE)
+            total += as_float(tl.load(values_ptr + source * CAPACITY + slot, mask=valid, other=0), VALUE)
             source += rows
     else:
         for _ in range(ADDENDS):
             packed = payload_ptr + source * ROW_BYTES
-            slot, valid = find_slots(packed, column, WIDTH, SLOTS, PAYLOAD_BYTES, STEPS)
+            slot, valid = find_slots(packed, column, WIDTH, CAPACITY, PAYLOAD_BYTES, STEPS)
             total += float_of_bits(load_bytes(packed + slot * PAYLOAD_BYTES, valid, PAYLOAD_BYTES), VALUE)
             source += rows
     tl.store(out_ptr + row * WIDTH + column, rounded_bits(total, OUT, False), mask=column < WIDTH)
@@ -76,50 +73,47 @@ def dense_rows_kernel(  # type: ignore[no-untyped-def]
 def gather_rows_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,  # [grad_rows, WIDTH]
     payload_ptr,  # uint8 [rows, ROW_BYTES]
-    out_ptr,  # integers of the values' size [rows, SLOTS]
+    out_ptr,  # integers of the values' size [rows, CAPACITY]
     grad_rows,
     WIDTH: tl.constexpr,
-    SLOTS: tl.constexpr,
+    CAPACITY: tl.constexpr,
     PAYLOAD_BYTES: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     SOURCE: tl.constexpr,
     VALUE: tl.constexpr,
-    SLOT_BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):
     """The gradient at the valid places of one packed row."""
     INDEX_BYTES: tl.constexpr = 1 if WIDTH <= 256 else 2
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, SLOT_BLOCK)
-    inside = slot < SLOTS
+    slot = tl.arange(0, ENTRIES)
+    inside = slot < CAPACITY
     packed = payload_ptr + row * ROW_BYTES
-    place = load_bytes(packed + SLOTS * PAYLOAD_BYTES + slot * INDEX_BYTES, inside, INDEX_BYTES)
+    place = load_bytes(packed + CAPACITY * PAYLOAD_BYTES + slot * INDEX_BYTES, inside, INDEX_BYTES)
     first = load_bytes(packed + slot * PAYLOAD_BYTES, slot == 0, PAYLOAD_BYTES) << (33 - 8 * PAYLOAD_BYTES)  # its sign is shifted out
     valid = inside & tl.where(slot == 0, first != 0, place != 0) & (place < WIDTH)
     grad = as_float(tl.load(grad_ptr + row % grad_rows * WIDTH + place, mask=valid, other=0), SOURCE)
-    tl.store(out_ptr + row * SLOTS + slot, rounded_bits(grad, VALUE, True), mask=inside)
+    tl.store(out_ptr + row * CAPACITY + slot, rounded_bits(grad, VALUE, True), mask=inside)
 
 
-def _dense_rows(
-    payload: Tensor, values: Tensor | None, out: Tensor, slots: int, addends: int, payload_dtype: torch.dtype, value_dtype: torch.dtype
-) -> Tensor:
+def _dense_rows(payload: Tensor, values: Tensor | None, out: Tensor, layout: RowLayout, addends: int) -> Tensor:
     if out.numel() == 0:
         return out
-    width = out.shape[-1]
-    block = min(power_of_two(width), 1024)
-    rows = out.numel() // width
-    launch(dense_rows_kernel, (rows, -(-width // block)))(
+    block = min(power_of_two(layout.width), 1024)
+    rows = out.numel() // layout.width
+    launch(dense_rows_kernel, (rows, -(-layout.width // block)))(
         payload.contiguous(),
         payload if values is None else as_stored(values.contiguous()),
         as_bits(out),
         rows,
-        WIDTH=width,
-        SLOTS=slots,
-        STEPS=slots.bit_length(),
+        WIDTH=layout.width,
+        CAPACITY=layout.capacity,
+        STEPS=layout.capacity.bit_length(),
         ADDENDS=addends,
         VALUES_APART=values is not None,
-        PAYLOAD_BYTES=payload_dtype.itemsize,
-        ROW_BYTES=row_bytes(width, slots, payload_dtype),
-        VALUE=CODES[value_dtype],
+        PAYLOAD_BYTES=layout.value_dtype.itemsize,
+        ROW_BYTES=layout.row_bytes,
+        VALUE=CODES[layout.value_dtype if values is None else values.dtype],
         OUT=CODES[out.dtype],
         BLOCK=block,
         num_warps=warps_for(block),
@@ -128,48 +122,43 @@ def _dense_rows(
 
 
 @torch.no_grad()
-def unpack_rows_triton(
-    payload: Tensor, row_shape: Sequence[int], slots: int, addends: int, value_dtype: torch.dtype, dtype: torch.dtype
-) -> Tensor:
+def unpack_rows_triton(payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
     """`unpack_rows_reference` with Triton. No host sync."""
-    check_row_payload(payload, row_shape, slots, addends, value_dtype, dtype)
-    out = torch.empty(payload.shape[0] // addends, *row_shape, dtype=dtype, device=payload.device)
-    return _dense_rows(payload, None, out, slots, addends, value_dtype, value_dtype)
+    check_row_payload(payload, layout, addends, dtype)
+    out = torch.empty(payload.shape[0] // addends, *layout.row_shape, dtype=dtype, device=payload.device)
+    return _dense_rows(payload, None, out, layout, addends)
 
 
 @torch.no_grad()
-def scatter_rows_triton(
-    values: Tensor, payload: Tensor, row_shape: Sequence[int], slots: int, addends: int, payload_dtype: torch.dtype, dtype: torch.dtype
-) -> Tensor:
+def scatter_rows_triton(values: Tensor, payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
     """`scatter_rows_reference` with Triton. No host sync."""
-    check_row_payload(payload, row_shape, slots, 1, payload_dtype, dtype)
-    check_row_values(values, payload, row_shape, slots, addends)
-    out = torch.empty(payload.shape[0], *row_shape, dtype=dtype, device=payload.device)
-    return _dense_rows(payload, values, out, slots, addends, payload_dtype, values.dtype)
+    check_row_payload(payload, layout, 1, dtype)
+    check_row_values(values, payload, layout, addends)
+    out = torch.empty(payload.shape[0], *layout.row_shape, dtype=dtype, device=payload.device)
+    return _dense_rows(payload, values, out, layout, addends)
 
 
 @torch.no_grad()
-def gather_rows_triton(grad: Tensor, payload: Tensor, slots: int, payload_dtype: torch.dtype, value_dtype: torch.dtype) -> Tensor:
+def gather_rows_triton(grad: Tensor, payload: Tensor, layout: RowLayout, value_dtype: torch.dtype) -> Tensor:
     """`gather_rows_reference` with Triton. No host sync."""
-    check_rows(grad)
-    check_row_payload(payload, grad.shape[1:], slots, grad.shape[0], payload_dtype, value_dtype)
-    width, inner = grad.shape[-1], math.prod(grad.shape[1:-1])
-    out = torch.empty(payload.shape[0], inner * slots, dtype=value_dtype, device=payload.device)
+    check_dense_rows(grad, layout)
+    check_row_payload(payload, layout, grad.shape[0], value_dtype)
+    out = torch.empty(payload.shape[0], layout.inner * layout.capacity, dtype=value_dtype, device=payload.device)
     if out.numel() == 0:
         return out
-    block = power_of_two(slots)
-    launch(gather_rows_kernel, (payload.shape[0] * inner,))(
+    block = power_of_two(layout.capacity)
+    launch(gather_rows_kernel, (payload.shape[0] * layout.inner,))(
         as_stored(grad.contiguous()),
         payload.contiguous(),
         as_bits(out),
-        grad.shape[0] * inner,
-        WIDTH=width,
-        SLOTS=slots,
-        PAYLOAD_BYTES=payload_dtype.itemsize,
-        ROW_BYTES=row_bytes(width, slots, payload_dtype),
+        grad.shape[0] * layout.inner,
+        WIDTH=layout.width,
+        CAPACITY=layout.capacity,
+        PAYLOAD_BYTES=layout.value_dtype.itemsize,
+        ROW_BYTES=layout.row_bytes,
         SOURCE=CODES[grad.dtype],
         VALUE=CODES[value_dtype],
-        SLOT_BLOCK=block,
+        ENTRIES=block,
         num_warps=warps_for(block),
     )
     return out

@@ -7,7 +7,7 @@ from math import ceil, log
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.layout import GradientLayout, gradient_layout
+from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from dct_compile.triton_kernels.schedule import is_refresh_step
 
 SAMPLE_GROUP = 16
@@ -19,8 +19,8 @@ STRIDES = (31, 13)
 
 
 @dataclass(frozen=True)
-class Selection:
-    """How one parameter's threshold is found: every ``stride``-th group of its elements, and which rank among their magnitudes."""
+class Region:
+    """The elements of one parameter that are looked at, every ``stride``-th group, and the rank of the threshold among their magnitudes."""
 
     segment: int
     grad_offset: int
@@ -47,29 +47,29 @@ def sample(x: Tensor, stride: int) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def selections(layout: GradientLayout, density: float, method: str) -> tuple[Selection, ...]:
-    """One selection for each parameter that has elements here: the whole segment (``chunk == -1``) or the owner's piece of it."""
-    found: list[Selection] = []
+def regions(layout: GradientLayout, selection: Selection) -> tuple[Region, ...]:
+    """The region of each parameter that has elements here: of the whole segment (``chunk == -1``) or of the owner's piece of it."""
+    found: list[Region] = []
     state_offset = 0
     if layout.chunk < 0:
-        regions = [(index, offset, numel) for index, (offset, numel) in enumerate(layout.segments)]
+        parameters = [(segment, offset, numel) for segment, (offset, numel) in enumerate(layout.segments)]
     else:
-        regions = [(piece.segment, piece.grad_offset, piece.numel) for piece in layout.pieces]
-    for segment, grad_offset, numel in regions:
+        parameters = [(piece.segment, piece.grad_offset, piece.numel) for piece in layout.pieces]
+    for segment, grad_offset, numel in parameters:
         if numel:
-            stride = sample_stride(numel) if method == "sampled" else 1
+            stride = sample_stride(numel) if selection.method == "sampled" else 1
             sampled = sample_numel(numel, stride)
-            rank = min(max(ceil(density * sampled), 1), sampled)
-            found.append(Selection(segment, grad_offset, state_offset, numel, stride, rank))
+            rank = min(max(ceil(selection.density * sampled), 1), sampled)
+            found.append(Region(segment, grad_offset, state_offset, numel, stride, rank))
         state_offset += numel
     return tuple(found)
 
 
-def constant_threshold(density: float, method: str, fixed: float) -> float | None:
+def constant_threshold(selection: Selection) -> float | None:
     """The threshold that needs no look at the gradient: 0 if everything is kept, the given one for "fixed", else None."""
-    if density >= 1:
+    if selection.density >= 1:
         return 0.0
-    return fixed if method == "fixed" else None
+    return selection.fixed if selection.method == "fixed" else None
 
 
 @torch.no_grad()
@@ -78,15 +78,8 @@ def select_threshold_reference(
     residual: Tensor,
     threshold: Tensor,
     counters: Tensor,
-    segments: list[int],
-    block: int,
-    chunks: int,
-    chunk: int,
-    density: float,
-    method: str,
-    fixed: float,
-    refresh_interval: int,
-    refresh_warmup: str,
+    layout: GradientLayout,
+    selection: Selection,
     error_feedback: bool,
 ) -> None:
     """Choose the thresholds that are due at this step ([Gupta21] Alg. 1: every ``refresh_interval`` steps).
@@ -101,21 +94,19 @@ def select_threshold_reference(
 
     A density of 1 or more gives 0 at every step. Where one of the elements that are looked at is not finite the threshold stays.
     """
-    layout = gradient_layout(tuple(segments), block, chunks, chunk, 1.0, torch.float32)
-    chosen = selections(layout, density, method)
-    constant = constant_threshold(density, method, fixed)
-    for part in chosen:
-        step, _, _, overflow = counters[part.segment].tolist()
+    constant = constant_threshold(selection)
+    for region in regions(layout, selection):
+        step, _, _, overflow = counters[region.segment].tolist()
         if constant is not None:
-            threshold.data[part.segment] = constant
-        elif is_refresh_step(step, refresh_interval, refresh_warmup, overflow > 0):
-            w = grad[part.grad_offset : part.grad_offset + part.numel].float()
+            threshold.data[region.segment] = constant
+        elif is_refresh_step(step, selection.refresh_interval, selection.refresh_warmup, overflow > 0):
+            w = grad[region.grad_offset : region.grad_offset + region.numel].float()
             if error_feedback:
-                w = w + residual[part.state_offset : part.state_offset + part.numel]
-            magnitudes = sample(w, part.stride).abs()
+                w = w + residual[region.state_offset : region.state_offset + region.numel]
+            magnitudes = sample(w, region.stride).abs()
             if not bool(magnitudes.isfinite().all()):
                 continue
-            if method == "laplace":
-                threshold.data[part.segment] = -magnitudes.double().mean() * log(density)
+            if selection.method == "laplace":
+                threshold.data[region.segment] = -magnitudes.double().mean() * log(selection.density)
             else:
-                threshold.data[part.segment] = magnitudes.topk(part.rank, sorted=False).values.min()
+                threshold.data[region.segment] = magnitudes.topk(region.rank, sorted=False).values.min()

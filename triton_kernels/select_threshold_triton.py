@@ -14,9 +14,9 @@ from torch import Tensor
 from dct_compile.triton_kernels.compat import jit, launch, tl
 from dct_compile.triton_kernels.gradient_checks import check_state
 from dct_compile.triton_kernels.gradient_tables import device_table, is_due, is_nonfinite
-from dct_compile.triton_kernels.layout import TILE, GradientLayout, gradient_layout
+from dct_compile.triton_kernels.layout import TILE, GradientLayout, Selection
 from dct_compile.triton_kernels.number_formats_triton import CODES, as_float, as_stored
-from dct_compile.triton_kernels.select_threshold import SAMPLE_GROUP, constant_threshold, sample_numel, selections
+from dct_compile.triton_kernels.select_threshold import SAMPLE_GROUP, constant_threshold, regions, sample_numel
 from dct_compile.triton_kernels.tasks_triton import finish_task, take_task, wait_for
 
 PASSES = 4
@@ -197,20 +197,20 @@ def constant_kernel(selections_ptr, threshold_ptr, constant):  # type: ignore[no
 
 
 @device_table
-def _tables(layout: GradientLayout, density: float, method: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _tables(layout: GradientLayout, selection: Selection, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """On the device: selections (segment, offsets, elements, those between groups, samples, first run, runs, rank), runs, factors."""
     rows: list[list[int]] = []
     runs: list[Tensor] = []
     factors: list[float] = []
     first_run = 0
-    for number, part in enumerate(selections(layout, density, method)):
+    for number, part in enumerate(regions(layout, selection)):
         samples = sample_numel(part.numel, part.stride)
         between = SAMPLE_GROUP * (part.stride - 1)
         starts = torch.arange(0, samples, RUN)
         rows.append([part.segment, part.grad_offset, part.state_offset, part.numel, between, samples, first_run, starts.numel(), part.rank])
         runs.append(torch.stack([torch.full_like(starts, number), starts], dim=1))
         first_run += starts.numel()
-        factors.append(-log(density) / samples)
+        factors.append(-log(selection.density) / samples)
     table = torch.tensor(rows, dtype=torch.int64).view(-1, SELECTION_COLUMNS)
     run_table = torch.cat(runs or [torch.empty(0, 2, dtype=torch.int64)])
     return table.to(device), run_table.to(device), torch.tensor(factors, dtype=torch.float64).to(device)
@@ -222,31 +222,23 @@ def select_threshold_triton(
     residual: Tensor,
     threshold: Tensor,
     counters: Tensor,
-    segments: list[int],
-    block: int,
-    chunks: int,
-    chunk: int,
-    density: float,
-    method: str,
-    fixed: float,
-    refresh_interval: int,
-    refresh_warmup: str,
+    layout: GradientLayout,
+    selection: Selection,
     error_feedback: bool,
 ) -> None:
     """`select_threshold_reference` in one launch, without a host sync: whether a threshold is due is decided on the device."""
-    layout = gradient_layout(tuple(segments), block, chunks, chunk, 1.0, torch.float32)
     check_state(grad, residual, threshold, counters, layout, error_feedback)
-    table, runs, factors = _tables(layout, density, method, grad.device)
+    table, runs, factors = _tables(layout, selection, grad.device)
     count = table.shape[0]
     if count == 0:
         return
-    constant = constant_threshold(density, method, fixed)
+    constant = constant_threshold(selection)
     if constant is not None:
         launch(constant_kernel, (count,))(table, threshold, constant)
         return
-    source = (as_stored(grad.contiguous()), residual, counters, table, runs, threshold, refresh_interval)
-    options = {"GEOMETRIC": refresh_warmup != "off", "GRAD": CODES[grad.dtype], "RUN": RUN, "FEEDBACK": error_feedback}
-    if method == "laplace":
+    source = (as_stored(grad.contiguous()), residual, counters, table, runs, threshold, selection.refresh_interval)
+    options = {"GEOMETRIC": selection.refresh_warmup != "off", "GRAD": CODES[grad.dtype], "RUN": RUN, "FEEDBACK": error_feedback}
+    if selection.method == "laplace":
         sums = torch.empty(runs.shape[0], dtype=torch.float64, device=grad.device)
         arrived = torch.zeros(count, dtype=torch.int64, device=grad.device)
         launch(mean_kernel, (runs.shape[0],))(*source, factors, sums, arrived, **options, PART=PART, num_warps=WARPS)

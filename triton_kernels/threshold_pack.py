@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.layout import TILE, GradientLayout, Piece, gradient_layout
+from dct_compile.triton_kernels.layout import TILE, GradientLayout, Piece
 
 INDEX_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 LARGEST_CODE = 127
@@ -88,13 +88,13 @@ def encode(w: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def _write_piece(w: Tensor, candidates: Tensor, kept: Tensor, piece: Piece, base: int, layout: GradientLayout, chunk: ChunkView) -> Tensor:
-    """Write one piece's kept entries from slot ``base`` on; returns what was sent, as float32 [kept entries]."""
-    places = kept.nonzero().view(-1)
+    """Write one piece's kept entries behind the ``base`` earlier ones; returns what was sent, as float32 [kept entries]."""
+    positions = kept.nonzero().view(-1)
     scales = tile_scales(w, candidates)
-    values, sent = encode(w[places], scales[places // TILE], layout.value_dtype)
-    chunk.values[base : base + places.numel()] = values
-    chunk.indices[base : base + places.numel()] = (places % layout.block).to(chunk.indices.dtype)
-    in_block = torch.bincount(places // layout.block, minlength=piece.blocks)
+    values, sent = encode(w[positions], scales[positions // TILE], layout.value_dtype)
+    chunk.values[base : base + positions.numel()] = values
+    chunk.indices[base : base + positions.numel()] = (positions % layout.block).to(chunk.indices.dtype)
+    in_block = torch.bincount(positions // layout.block, minlength=piece.blocks)
     chunk.counts[piece.first_block : piece.first_block + piece.blocks] = in_block.to(chunk.counts.dtype)
     if layout.value_dtype == torch.int8:
         chunk.scales[piece.first_tile : piece.first_tile + piece.tiles] = scales
@@ -111,17 +111,7 @@ def _state(residual: Tensor, piece: Piece) -> Tensor:
 
 @torch.no_grad()
 def threshold_pack_reference(
-    grad: Tensor,
-    residual: Tensor,
-    threshold: Tensor,
-    counters: Tensor,
-    segments: list[int],
-    block: int,
-    chunks: int,
-    chunk: int,
-    capacity_fraction: float,
-    value_dtype: torch.dtype,
-    error_feedback: bool,
+    grad: Tensor, residual: Tensor, threshold: Tensor, counters: Tensor, layout: GradientLayout, error_feedback: bool
 ) -> Tensor:
     """Hard threshold with error feedback ([Gupta21] Alg. 1) into a payload of fixed size: uint8 [layout.payload_bytes].
 
@@ -134,7 +124,6 @@ def threshold_pack_reference(
     If a W of the bucket is not finite the step is *held*: only such elements are sent, as they are, and counters and residual stay, the
     latter but for one rounding of the sum: it becomes W - grad, wherever adding the gradient once more gives a finite number.
     """
-    layout = gradient_layout(tuple(segments), block, chunks, chunk, capacity_fraction, value_dtype)
     payload = grad.new_zeros(layout.payload_bytes, dtype=torch.uint8)
     views = [chunk_view(payload[number * layout.chunk_bytes :][: layout.chunk_bytes], layout) for number in range(layout.payload_chunks)]
     sums = [_gradient(grad, piece) + (_state(residual, piece) if error_feedback else 0.0) for piece in layout.pieces]

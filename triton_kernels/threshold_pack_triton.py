@@ -17,7 +17,7 @@ from torch import Tensor
 from dct_compile.triton_kernels.compat import jit, launch, tl, triton
 from dct_compile.triton_kernels.gradient_checks import check_state
 from dct_compile.triton_kernels.gradient_tables import INDEX_TYPES, VALUE_TYPES, is_due, piece_table, tile_table
-from dct_compile.triton_kernels.layout import TILE, WHOLE_PIECE, GradientLayout, gradient_layout
+from dct_compile.triton_kernels.layout import TILE, WHOLE_PIECE, GradientLayout
 from dct_compile.triton_kernels.number_formats_triton import CODES, as_stored
 from dct_compile.triton_kernels.pack_place_triton import place_group, settle, tally_group
 from dct_compile.triton_kernels.pack_stage_triton import stage_tile, undo_tile
@@ -281,20 +281,9 @@ class Packer:
 
 @torch.no_grad()
 def threshold_pack_triton(
-    grad: Tensor,
-    residual: Tensor,
-    threshold: Tensor,
-    counters: Tensor,
-    segments: list[int],
-    block: int,
-    chunks: int,
-    chunk: int,
-    capacity_fraction: float,
-    value_dtype: torch.dtype,
-    error_feedback: bool,
+    grad: Tensor, residual: Tensor, threshold: Tensor, counters: Tensor, layout: GradientLayout, error_feedback: bool
 ) -> Tensor:
     """`threshold_pack_reference` in one launch and one pass over memory. No host sync; the same bytes in every run."""
-    layout = gradient_layout(tuple(segments), block, chunks, chunk, capacity_fraction, value_dtype)
     check_state(grad, residual, threshold, counters, layout, error_feedback)
     packer = Packer.create(layout, residual, threshold, counters, error_feedback)
     return packer.pack(grad.contiguous(), STAGE_ALL) if layout.segments else packer.payload

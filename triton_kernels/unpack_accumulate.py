@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.layout import TILE, GradientLayout, gradient_layout
+from dct_compile.triton_kernels.layout import TILE, GradientLayout
 from dct_compile.triton_kernels.threshold_pack import chunk_view, unsigned
 
 
@@ -29,9 +29,9 @@ def _add_chunk(total: Tensor, payload: Tensor, layout: GradientLayout, chunk: in
     first_tiles = torch.zeros_like(in_block)
     for piece in layout.pieces:
         if piece.chunk == chunk:
-            places = torch.arange(piece.blocks, device=starts.device) * layout.block
-            starts[piece.first_block : piece.first_block + piece.blocks] = places + piece.grad_offset
-            first_tiles[piece.first_block : piece.first_block + piece.blocks] = piece.first_tile + places // TILE
+            offsets = torch.arange(piece.blocks, device=starts.device) * layout.block
+            starts[piece.first_block : piece.first_block + piece.blocks] = offsets + piece.grad_offset
+            first_tiles[piece.first_block : piece.first_block + piece.blocks] = piece.first_tile + offsets // TILE
     indices = unsigned(view.indices[: int(in_block.sum())], layout)
     values = view.values[: indices.numel()].float()
     if layout.value_dtype == torch.int8:
@@ -52,17 +52,7 @@ def finish(total: Tensor, dense: Tensor | None, dtype: torch.dtype, layout: Grad
 
 @torch.no_grad()
 def unpack_accumulate_reference(
-    gathered: Tensor,
-    dense: Tensor | None,
-    numel: int,
-    dtype: torch.dtype,
-    segments: list[int],
-    block: int,
-    chunks: int,
-    chunk: int,
-    capacity_fraction: float,
-    value_dtype: torch.dtype,
-    divisor: int,
+    gathered: Tensor, dense: Tensor | None, numel: int, dtype: torch.dtype, layout: GradientLayout, divisor: int
 ) -> Tensor:
     """The bucket ``dtype`` [numel] that the gathered payloads stand for: entries summed in float32 in payload order, over ``divisor``.
 
@@ -70,7 +60,6 @@ def unpack_accumulate_reference(
     for ``chunk >= 0`` every one covers the owner's compact buffer, which is what is returned. ``dense``: the elements of the bucket that
     no segment covers, in order, of any float dtype, copied to their places; without it they are 0.
     """
-    layout = gradient_layout(tuple(segments), block, chunks, chunk, capacity_fraction, value_dtype)
     total = torch.zeros(numel, dtype=torch.float32, device=gathered.device)
     for j in range(gathered.numel() // max(layout.chunk_bytes, 1)):
         _add_chunk(total, gathered[j * layout.chunk_bytes : (j + 1) * layout.chunk_bytes], layout, j % layout.payload_chunks)

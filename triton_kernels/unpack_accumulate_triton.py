@@ -8,7 +8,7 @@ from torch import Tensor
 from dct_compile.triton_kernels.compat import jit, launch, tl
 from dct_compile.triton_kernels.gradient_checks import check_gathered
 from dct_compile.triton_kernels.gradient_tables import INDEX_TYPES, VALUE_TYPES, device_table, piece_table, tile_table
-from dct_compile.triton_kernels.layout import TILE, WHOLE_PIECE, GradientLayout, gradient_layout
+from dct_compile.triton_kernels.layout import TILE, WHOLE_PIECE, GradientLayout
 from dct_compile.triton_kernels.number_formats_triton import (
     CODES,
     as_bits,
@@ -237,20 +237,9 @@ def payload_options(layout: GradientLayout) -> dict[str, object]:
 
 @torch.no_grad()
 def unpack_accumulate_triton(
-    gathered: Tensor,
-    dense: Tensor | None,
-    numel: int,
-    dtype: torch.dtype,
-    segments: list[int],
-    block: int,
-    chunks: int,
-    chunk: int,
-    capacity_fraction: float,
-    value_dtype: torch.dtype,
-    divisor: int,
+    gathered: Tensor, dense: Tensor | None, numel: int, dtype: torch.dtype, layout: GradientLayout, divisor: int
 ) -> Tensor:
     """`unpack_accumulate_reference` with Triton. No host sync; the order of the additions is that of the payloads."""
-    layout = gradient_layout(tuple(segments), block, chunks, chunk, capacity_fraction, value_dtype)
     payloads = check_gathered(gathered, layout, dense, numel)
     device = gathered.device
     out = torch.empty(numel, dtype=dtype, device=device)

@@ -2,6 +2,7 @@
 
 from dct_compile.ops.gradient import repack, select_threshold, threshold_pack, unpack_accumulate
 from dct_compile.ops.rows import dequantize_rows, gather_rows, pack_rows, quantize_rows, scatter_rows, unpack_rows
+from dct_compile.ops.state import store
 
 __all__ = [
     "dequantize_rows",
@@ -11,6 +12,7 @@ __all__ = [
     "repack",
     "scatter_rows",
     "select_threshold",
+    "store",
     "threshold_pack",
     "unpack_accumulate",
     "unpack_rows",

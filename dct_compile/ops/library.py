@@ -1,4 +1,7 @@
-"""The namespace `dct` of custom operators, how one is defined, and the ranges that a profiler shows of them."""
+"""The namespace `dct` of custom operators, how one is defined, and the ranges that a profiler shows of them.
+
+Geometry is one argument: a `Value`, which a graph holds as a constant and generated code makes again from its printed form.
+"""
 
 import threading
 from collections import defaultdict
@@ -7,12 +10,18 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch._library import opaque_object
 from torch.profiler import record_function
+
+from dct_compile.triton_kernels.compat import HAS_TRITON
+from dct_compile.triton_kernels.cpu.build import load_library
+from dct_compile.triton_kernels.layout import GradientLayout, RowLayout, Selection
+from dct_compile.triton_kernels.values import Value
 
 LIBRARY = torch.library.Library("dct", "DEF")
 """Kept for the life of the process: its end would unregister the operators."""
 CUDA_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
-"""What each operator does on CUDA, for a graph that is to show its launches instead of the operator."""
+"""The Triton implementation of each operator, for a graph that is to show its launches instead of the operator."""
 _RANGE_ARGUMENTS = ', *, str site="", str receives="", str sends=""'
 
 
@@ -72,24 +81,63 @@ def _on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def define_op(schema: str, *, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any]) -> torch._ops.OpOverload:
+def _where_compiled(compiled: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls ``compiled`` where the C++ kernels could be compiled, else ``reference``."""
+
+    @wraps(compiled)
+    def call(*args: Any) -> Any:
+        return reference(*args) if load_library() is None else compiled(*args)
+
+    return call
+
+
+def _value_type(cls: type[Value]) -> str:
+    """Lets operators take values of ``cls``; returns the name of that type in a schema."""
+    if hasattr(opaque_object, "register_custom_class"):  # torch 2.14 and later
+        opaque_object.register_custom_class(cls, typ="constant")
+    else:
+        opaque_object.register_opaque_type(cls, typ="value")
+    return opaque_object.get_opaque_type_name(cls)
+
+
+LAYOUT, SELECTION, ROWS = _value_type(GradientLayout), _value_type(Selection), _value_type(RowLayout)
+"""The types of values in schemas."""
+
+
+def define_op(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
+    triton: Callable[..., Any] | None = None,
+) -> torch._ops.OpOverload:
     """Defines ``dct::name`` from its schema ``"name(...) -> ..."`` and returns its one overload.
 
-    ``fake`` gives shape, dtype and stride of the result without touching data. ``cpu`` and ``cuda`` do the work; they must leave the
-    version counters of the tensors they mutate alone (write through ``.data`` or raw pointers): a residual is saved for the backward
-    of the step before, and changing it by then is intended.
+    The implementations must leave the version counters of the tensors that they mutate alone (write through ``.data`` or raw pointers): a
+    residual is saved for the backward of the step before, and changing it by then is intended.
 
     Every operator also takes three keyword arguments that only name things, in generated code and in a profiler, and never reach the
     functions above. ``site``: whose work it is. ``receives``, ``sends``: the collective that brought its input, or that carries its
     result away. While a profiler runs, the operator is a range ``dct::name site``, and the exchange one named by its collective: from
     the end of the operator that sends to the start of the one that receives, so it holds all that runs in between.
+
+    Args:
+        schema: Name, arguments and results, without the keyword arguments that only name things.
+        fake: Returns a result of the right shape, dtype and strides without touching data.
+        reference: Does the work in PyTorch, on any device: the specification, and the fallback of the others.
+        cpu: Does the same by the C++ kernels; the reference takes its place where these cannot be compiled.
+        triton: Does the same by Triton kernels on CUDA; the reference takes its place where there is no Triton.
     """
     name = schema.split("(", 1)[0]
     arguments, result = schema.rsplit(") -> ", 1)
     LIBRARY.define(f"{arguments}{_RANGE_ARGUMENTS}) -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, _in_range(name, cpu), "CPU")
-    LIBRARY.impl(name, _in_range(name, _on_device_of_first(cuda)), "CUDA")
+    on_cpu = reference if cpu is None else _where_compiled(cpu, reference)
+    on_cuda = triton if triton is not None and HAS_TRITON else reference
+    LIBRARY.impl(name, _in_range(name, on_cpu), "CPU")
+    LIBRARY.impl(name, _in_range(name, _on_device_of_first(on_cuda)), "CUDA")
     torch.library.register_fake(f"dct::{name}", _without_range(fake), lib=LIBRARY)
     overload: torch._ops.OpOverload = getattr(torch.ops.dct, name).default
-    CUDA_IMPLEMENTATIONS[overload] = cuda
+    if triton is not None:
+        CUDA_IMPLEMENTATIONS[overload] = on_cuda
     return overload

@@ -1,7 +1,8 @@
 """The operators of model parallelism: rows packed by threshold (`[Gupta21]`'s DCT-MP) and the codec of embedding exchanges.
 
 A row is the last dimension of a tensor [R, *row_shape]. R may be symbolic; ``row_shape`` is static. Results keep R (or a whole multiple of
-it) as leading dimension, so that the splits of a collective keep their meaning. What each operator means is said by its PyTorch reference.
+it) as leading dimension, so that the splits of a collective keep their meaning. The meaning of each operator is specified by its PyTorch
+reference.
 """
 
 import math
@@ -9,8 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from dct_compile.ops.library import define_op
-from dct_compile.triton_kernels.compat import HAS_TRITON
+from dct_compile.ops.library import ROWS, define_op
 from dct_compile.triton_kernels.cpu.rows import (
     dequantize_rows_cpu,
     gather_rows_cpu,
@@ -19,7 +19,7 @@ from dct_compile.triton_kernels.cpu.rows import (
     scatter_rows_cpu,
     unpack_rows_cpu,
 )
-from dct_compile.triton_kernels.layout import quantized_row_bytes, row_bytes
+from dct_compile.triton_kernels.layout import RowLayout, quantized_row_bytes
 from dct_compile.triton_kernels.quantize import check_quantize_arguments, dequantize_rows_reference, quantize_rows_reference
 from dct_compile.triton_kernels.quantize_triton import dequantize_rows_triton, quantize_rows_triton
 from dct_compile.triton_kernels.rows_pack import check_pack_arguments, pack_rows_reference
@@ -28,26 +28,22 @@ from dct_compile.triton_kernels.rows_unpack import gather_rows_reference, scatte
 from dct_compile.triton_kernels.rows_unpack_triton import gather_rows_triton, scatter_rows_triton, unpack_rows_triton
 
 
-def _pack_rows_fake(x: Tensor, slots: int, method: str, density: float, fixed: float, value_dtype: torch.dtype) -> Tensor:
-    check_pack_arguments(x, slots, method, density, fixed, value_dtype)
-    return x.new_empty((x.shape[0], math.prod(x.shape[1:-1]) * row_bytes(x.shape[-1], slots, value_dtype)), dtype=torch.uint8)
+def _pack_rows_fake(x: Tensor, layout: RowLayout, method: str, density: float, fixed: float) -> Tensor:
+    check_pack_arguments(x, layout, method, density, fixed)
+    return x.new_empty((x.shape[0], layout.inner * layout.row_bytes), dtype=torch.uint8)
 
 
-def _unpack_rows_fake(
-    payload: Tensor, row_shape: list[int], slots: int, addends: int, value_dtype: torch.dtype, dtype: torch.dtype
-) -> Tensor:
+def _unpack_rows_fake(payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
     rows = payload.shape[0] if addends == 1 else payload.shape[0] // addends
-    return payload.new_empty((rows, *row_shape), dtype=dtype)
+    return payload.new_empty((rows, *layout.row_shape), dtype=dtype)
 
 
-def _gather_rows_fake(grad: Tensor, payload: Tensor, slots: int, payload_dtype: torch.dtype, value_dtype: torch.dtype) -> Tensor:
-    return grad.new_empty((payload.shape[0], math.prod(grad.shape[1:-1]) * slots), dtype=value_dtype)
+def _gather_rows_fake(grad: Tensor, payload: Tensor, layout: RowLayout, value_dtype: torch.dtype) -> Tensor:
+    return grad.new_empty((payload.shape[0], layout.inner * layout.capacity), dtype=value_dtype)
 
 
-def _scatter_rows_fake(
-    values: Tensor, payload: Tensor, row_shape: list[int], slots: int, addends: int, payload_dtype: torch.dtype, dtype: torch.dtype
-) -> Tensor:
-    return payload.new_empty((payload.shape[0], *row_shape), dtype=dtype)
+def _scatter_rows_fake(values: Tensor, payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
+    return payload.new_empty((payload.shape[0], *layout.row_shape), dtype=dtype)
 
 
 def _quantize_rows_fake(x: Tensor, seed: Tensor, bits: int) -> Tensor:
@@ -60,39 +56,44 @@ def _dequantize_rows_fake(payload: Tensor, row_shape: list[int], bits: int, dtyp
 
 
 pack_rows = define_op(
-    "pack_rows(Tensor x, int slots, str method, float density, float fixed, ScalarType value_dtype) -> Tensor",
+    f"pack_rows(Tensor x, {ROWS} layout, str method, float density, float fixed) -> Tensor",
     fake=_pack_rows_fake,
+    reference=pack_rows_reference,
     cpu=pack_rows_cpu,
-    cuda=pack_rows_triton if HAS_TRITON else pack_rows_reference,
+    triton=pack_rows_triton,
 )
 unpack_rows = define_op(
-    "unpack_rows(Tensor payload, int[] row_shape, int slots, int addends, ScalarType value_dtype, ScalarType dtype) -> Tensor",
+    f"unpack_rows(Tensor payload, {ROWS} layout, int addends, ScalarType dtype) -> Tensor",
     fake=_unpack_rows_fake,
+    reference=unpack_rows_reference,
     cpu=unpack_rows_cpu,
-    cuda=unpack_rows_triton if HAS_TRITON else unpack_rows_reference,
+    triton=unpack_rows_triton,
 )
 gather_rows = define_op(
-    "gather_rows(Tensor grad, Tensor payload, int slots, ScalarType payload_dtype, ScalarType value_dtype) -> Tensor",
+    f"gather_rows(Tensor grad, Tensor payload, {ROWS} layout, ScalarType value_dtype) -> Tensor",
     fake=_gather_rows_fake,
+    reference=gather_rows_reference,
     cpu=gather_rows_cpu,
-    cuda=gather_rows_triton if HAS_TRITON else gather_rows_reference,
+    triton=gather_rows_triton,
 )
 scatter_rows = define_op(
-    "scatter_rows(Tensor values, Tensor payload, int[] row_shape, int slots, int addends, ScalarType payload_dtype, ScalarType dtype)"
-    " -> Tensor",
+    f"scatter_rows(Tensor values, Tensor payload, {ROWS} layout, int addends, ScalarType dtype) -> Tensor",
     fake=_scatter_rows_fake,
+    reference=scatter_rows_reference,
     cpu=scatter_rows_cpu,
-    cuda=scatter_rows_triton if HAS_TRITON else scatter_rows_reference,
+    triton=scatter_rows_triton,
 )
 quantize_rows = define_op(
     "quantize_rows(Tensor x, Tensor seed, int bits) -> Tensor",
     fake=_quantize_rows_fake,
+    reference=quantize_rows_reference,
     cpu=quantize_rows_cpu,
-    cuda=quantize_rows_triton if HAS_TRITON else quantize_rows_reference,
+    triton=quantize_rows_triton,
 )
 dequantize_rows = define_op(
     "dequantize_rows(Tensor payload, int[] row_shape, int bits, ScalarType dtype) -> Tensor",
     fake=_dequantize_rows_fake,
+    reference=dequantize_rows_reference,
     cpu=dequantize_rows_cpu,
-    cuda=dequantize_rows_triton if HAS_TRITON else dequantize_rows_reference,
+    triton=dequantize_rows_triton,
 )

@@ -22,11 +22,11 @@ def dtype_code(name: str, dtype: torch.dtype, codes: dict[torch.dtype, int]) -> 
 
 
 @cache
-def cpu_function(name: str, parameters: tuple[type, ...]) -> Callable[..., None] | None:
-    """The C function `name` with the given ctypes parameter types and no result, or None where the library cannot be built."""
+def cpu_function(name: str, parameters: tuple[type, ...]) -> Callable[..., None]:
+    """The C function ``name`` with the given ctypes parameter types and no result. Raises RuntimeError where there is no library."""
     library = load_library()
     if library is None:
-        return None
+        raise RuntimeError(f"there is no {name}: the C++ kernels could not be compiled")
     function = getattr(library, name)
     function.argtypes = parameters
     function.restype = None

@@ -27,8 +27,8 @@ struct Layout {
   Piece piece[1];  // [pieces]
 
   bool blocks_in_tiles() const { return block <= kTile; }
-  int64_t block_of(int64_t place) const { return place >> __builtin_ctzll(uint64_t(block)); }
-  int64_t index_of(int64_t place) const { return place & (block - 1); }
+  int64_t block_of(int64_t element) const { return element >> __builtin_ctzll(uint64_t(block)); }
+  int64_t index_of(int64_t element) const { return element & (block - 1); }
 };
 
 struct Int8 {

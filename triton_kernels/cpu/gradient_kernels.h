@@ -28,20 +28,20 @@ struct Uncovered {
   int64_t count;
 };
 
-// As in select_threshold.py.
-struct Selection {
+// As in select_threshold.py. The other structs: as in structs.py.
+struct Region {
   int64_t segment, grad_offset, state_offset, numel, stride, rank;
 };
 
 enum Method : int64_t { kRank = 0, kMean = 1, kConstant = 2 };
 
 struct Selecting {
-  const Selection* selections;
+  const Region* regions;
   int64_t count;
   int64_t method;
   double factor;  // of the mean (kMean), or the threshold itself (kConstant)
   int64_t interval;
-  bool geometric;
+  int64_t geometric;  // whether refreshes are so spaced at first
 };
 
 struct State {
@@ -53,12 +53,13 @@ struct State {
 // Whether select_threshold would look at the gradient in this step.
 bool reads_gradient(const Selecting& selecting, const State& state);
 
-void select_threshold(const Selecting& selecting, const void* grad, int64_t grad_dtype, const State& state, int64_t threads);
+// `grad.start` is not looked at where `reads_gradient` is false.
+void select_threshold(const Selecting& selecting, const Bucket& grad, const State& state, int64_t threads);
 
 void unpack_accumulate(const Layout& layout, const Gathered& gathered, const Uncovered& uncovered, const Bucket& out, int64_t divisor,
                        int64_t threads);
 
-void threshold_pack(const Layout& layout, const void* grad, int64_t grad_dtype, const State& state, uint8_t* payload, int64_t threads);
+void threshold_pack(const Layout& layout, const Bucket& grad, const State& state, uint8_t* payload, int64_t threads);
 
 // The same, where the gradient is the sum of payloads.
 void threshold_pack(const Layout& layout, const Gathered& gathered, const State& state, uint8_t* payload, int64_t threads);

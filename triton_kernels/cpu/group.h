@@ -129,9 +129,9 @@ inline void each_bit(uint64_t mask, Visit&& visit) {
 
 inline int64_t bit_count(uint64_t mask) { return __builtin_popcountll(mask); }
 
-// Writes the numbers of the set bits, counted from `first`, from the lowest on; `places` has room for 64. Returns how many they are.
-template <typename Place>
-inline int64_t list_bits(uint64_t mask, uint32_t first, Place* places) {
+// Writes the numbers of the set bits, counted from `first`, from the lowest on; `indices` has room for 64. Returns how many they are.
+template <typename Index>
+inline int64_t list_bits(uint64_t mask, uint32_t first, Index* indices) {
   const int64_t count = bit_count(mask);
 #if defined(__AVX512VBMI2__)
   alignas(64) static constexpr uint8_t kNumbers[kGroup] = {
@@ -139,21 +139,21 @@ inline int64_t list_bits(uint64_t mask, uint32_t first, Place* places) {
       32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
   const __m512i numbers = _mm512_maskz_compress_epi8(mask, _mm512_load_si512(kNumbers));
   // Without a branch for the first ones: whether a group has candidates cannot be predicted.
-  if constexpr (sizeof(Place) == 2) {
+  if constexpr (sizeof(Index) == 2) {
     const __m512i start = _mm512_set1_epi16(short(first));
-    _mm512_storeu_si512(places, _mm512_add_epi16(start, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(numbers))));
-    if (count > 32) _mm512_storeu_si512(places + 32, _mm512_add_epi16(start, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(numbers, 1))));
+    _mm512_storeu_si512(indices, _mm512_add_epi16(start, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(numbers))));
+    if (count > 32) _mm512_storeu_si512(indices + 32, _mm512_add_epi16(start, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(numbers, 1))));
   } else {
     const __m512i start = _mm512_set1_epi32(int(first));
-    _mm512_storeu_si512(places, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_castsi512_si128(numbers))));
+    _mm512_storeu_si512(indices, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_castsi512_si128(numbers))));
     if (count > 16) {
-      _mm512_storeu_si512(places + 16, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(numbers, 1))));
-      _mm512_storeu_si512(places + 32, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(numbers, 2))));
-      _mm512_storeu_si512(places + 48, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(numbers, 3))));
+      _mm512_storeu_si512(indices + 16, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(numbers, 1))));
+      _mm512_storeu_si512(indices + 32, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(numbers, 2))));
+      _mm512_storeu_si512(indices + 48, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(numbers, 3))));
     }
   }
 #else
-  each_bit(mask, [&](int i) { *places++ = Place(first + uint32_t(i)); });
+  each_bit(mask, [&](int i) { *indices++ = Index(first + uint32_t(i)); });
 #endif
   return count;
 }

@@ -28,33 +28,33 @@ struct Run {
   size_t tiles_start;          // in the worker's counts
 };
 
-// What a thread has listed of the candidates: how many of each tile, their places in it, and their W.
+// What a thread has listed of the candidates: how many of each tile, their indices in it, and their W.
 struct Worker {
   std::vector<Run> runs;
   std::vector<uint16_t> counts;
-  std::vector<uint16_t> places;
+  std::vector<uint16_t> indices;
   std::vector<float> values;
-  size_t used = 0;  // of places and values
+  size_t used = 0;  // of indices and values
 
   void start_run(int64_t piece, int64_t first, int64_t last) { runs.push_back({piece, first, last, 0, 0, 0, used, counts.size()}); }
   void reserve_tile() {
-    if (used + kTile + kGroup > places.size()) {  // groups are listed in steps of kGroup
-      const size_t size = 2 * places.size() + kTile + kGroup;
-      places.resize(size);
+    if (used + kTile + kGroup > indices.size()) {  // groups are listed in steps of kGroup
+      const size_t size = 2 * indices.size() + kTile + kGroup;
+      indices.resize(size);
       values.resize(size);
     }
   }
   void list_group(uint64_t mask, uint32_t first, const float* w) {
     list_elements(mask, w, values.data() + used);
-    used += size_t(list_bits(mask, first, places.data() + used));
+    used += size_t(list_bits(mask, first, indices.data() + used));
   }
-  // Calls visit(tile, candidates, their places, their W) for the tiles of a run.
+  // Calls visit(tile, candidates, their indices, their W) for the tiles of a run.
   template <typename Visit>
   void each_tile(const Run& run, Visit&& visit) const {
     size_t start = run.list_start;
     for (int64_t tile = run.first; tile < run.last; ++tile) {
       const size_t n = counts[run.tiles_start + size_t(tile - run.first)];
-      visit(tile, int64_t(n), places.data() + start, values.data() + start);
+      visit(tile, int64_t(n), indices.data() + start, values.data() + start);
       start += n;
     }
   }
@@ -62,8 +62,8 @@ struct Worker {
     runs.clear();
     counts.clear();
     used = 0;
-    if (places.size() > kKeptScratch) {
-      places = {};
+    if (indices.size() > kKeptScratch) {
+      indices = {};
       values = {};
     }
   }

@@ -43,16 +43,16 @@ class PayloadReader {
   template <typename I>
   void seek_as(const Piece& piece, int64_t tile) {
     const Layout& layout = *chunk_.layout;
-    const int64_t place = tile * kTile;
-    const int64_t block = piece.first_block + layout.block_of(place);
+    const int64_t offset = tile * kTile;
+    const int64_t block = piece.first_block + layout.block_of(offset);
     int64_t before = 0;
     for (int64_t b = 0; b < block; ++b) before += read_at<I>(chunk_.counts(), b);
     next_ = end_ = std::min(before, layout.capacity);
-    if (layout.index_of(place) == 0) return;  // `add` enters the block
+    if (layout.index_of(offset) == 0) return;  // `add` enters the block
     enter_block<I>(block);
     for (int64_t after = end_; next_ < after;) {  // the first entry of this block that does not lie before the tile
       const int64_t middle = next_ + (after - next_) / 2;
-      if (int64_t(read_at<I>(chunk_.indices(), middle)) < layout.index_of(place)) {
+      if (int64_t(read_at<I>(chunk_.indices(), middle)) < layout.index_of(offset)) {
         next_ = middle + 1;
       } else {
         after = middle;
@@ -62,11 +62,11 @@ class PayloadReader {
 
   // Where in their tile `count` entries of a block go that starts at `start`. In whole steps, one at least: the last takes in some more.
   template <typename I>
-  static void list_places(const uint8_t* indices, int64_t count, int64_t start, uint16_t* places) {
+  static void list_in_tile(const uint8_t* indices, int64_t count, int64_t start, uint16_t* in_tile) {
     int64_t i = 0;
     do {
       for (const int64_t stop = i + kStep; i < stop; ++i) {
-        places[i] = std::min(uint16_t(uint16_t(start) + read_at<I>(indices, i)), uint16_t(kNowhere));
+        in_tile[i] = std::min(uint16_t(uint16_t(start) + read_at<I>(indices, i)), uint16_t(kNowhere));
       }
     } while (i < count);
   }
@@ -81,7 +81,7 @@ class PayloadReader {
     const int64_t block = piece.first_block + layout.block_of(tile * kTile);
     const int64_t first = end_;
     constexpr int64_t kListed = kTile + kStep;  // at most
-    uint16_t places[kListed];
+    uint16_t in_tile[kListed];
     const uint8_t* indices = chunk_.indices() + first * int64_t(sizeof(I));
     uint8_t last[kListed * sizeof(I)];  // so that no step reads beyond the payload
     if (first + kListed > layout.capacity) {
@@ -92,7 +92,7 @@ class PayloadReader {
     }
     for (int64_t start = 0, b = block; start < numel; start += layout.block, ++b) {
       const int64_t count = std::min({int64_t(read_at<I>(chunk_.counts(), b)), layout.block, layout.capacity - end_});
-      list_places<I>(indices + (end_ - first) * int64_t(sizeof(I)), count, start, places + (end_ - first));
+      list_in_tile<I>(indices + (end_ - first) * int64_t(sizeof(I)), count, start, in_tile + (end_ - first));
       end_ += count;
     }
     const int64_t entries = end_ - first;
@@ -103,7 +103,7 @@ class PayloadReader {
       prefetch(values + i * int64_t(sizeof(V)) + kAhead);
     }
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < entries; ++i) total[places[i]] += decode(read_at<V>(values, i), scale);
+    for (int64_t i = 0; i < entries; ++i) total[in_tile[i]] += decode(read_at<V>(values, i), scale);
     return entries > 0;
   }
 
@@ -115,10 +115,10 @@ class PayloadReader {
     const uint8_t* const indices = chunk_.indices();
     const float scale = chunk_.scale(piece.first_tile + tile);
     const int64_t numel = piece.tile_numel(tile);
-    const int64_t place = tile * kTile;
-    const int64_t first = layout.index_of(place);
+    const int64_t offset = tile * kTile;
+    const int64_t first = layout.index_of(offset);
     const int64_t last = first + numel;
-    if (first == 0) enter_block<I>(piece.first_block + layout.block_of(place));
+    if (first == 0) enter_block<I>(piece.first_block + layout.block_of(offset));
     const bool any = next_ < end_;
     for (; next_ < end_; ++next_) {
       const int64_t index = read_at<I>(indices, next_);

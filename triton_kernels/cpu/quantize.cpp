@@ -173,19 +173,17 @@ void dequantize(const uint8_t* payload, int64_t rows, int64_t width, O* out, int
 
 }  // namespace
 
-DCT_EXPORT void dct_quantize_rows(const void* x, int64_t dtype, int64_t rows, int64_t width, const int64_t* seed, int64_t bits,
-                                  uint8_t* payload, int64_t threads) {
-  with_dtype(dtype, [&](auto t) {
-    const auto* from = static_cast<const decltype(t)*>(x);
-    (bits == 8 ? quantize<8, decltype(t)> : quantize<4, decltype(t)>)(from, rows, width, uint64_t(*seed), payload, threads);
+DCT_EXPORT void dct_quantize_rows(const dct::Rows* x, int64_t width, const int64_t* seed, int64_t bits, uint8_t* payload, int64_t threads) {
+  with_dtype(x->dtype, [&](auto t) {
+    const auto* from = static_cast<const decltype(t)*>(x->start);
+    (bits == 8 ? quantize<8, decltype(t)> : quantize<4, decltype(t)>)(from, x->rows, width, uint64_t(*seed), payload, threads);
   });
 }
 
-DCT_EXPORT void dct_dequantize_rows(const uint8_t* payload, int64_t rows, int64_t width, int64_t bits, int64_t dtype, void* out,
-                                    int64_t threads) {
-  with_dtype(dtype, [&](auto o) {
-    auto* to = static_cast<decltype(o)*>(out);
-    (bits == 8 ? dequantize<8, decltype(o)> : dequantize<4, decltype(o)>)(payload, rows, width, to, threads);
+DCT_EXPORT void dct_dequantize_rows(const uint8_t* payload, int64_t width, int64_t bits, const dct::Rows* out, int64_t threads) {
+  with_dtype(out->dtype, [&](auto o) {
+    auto* to = static_cast<decltype(o)*>(out->start);
+    (bits == 8 ? dequantize<8, decltype(o)> : dequantize<4, decltype(o)>)(payload, out->rows, width, to, threads);
   });
 }
 

@@ -9,32 +9,37 @@
 
 namespace dct {
 
+// Dense rows, or values without their indices.
+struct Rows {
+  void* start;
+  int64_t rows;
+  int64_t dtype;
+};
+
+// As in structs.py.
 struct RowFormat {
-  int64_t width, slots, value_bytes, index_bytes;
+  int64_t width, capacity, value_bytes, index_bytes, value_dtype;
 
-  RowFormat(int64_t width, int64_t slots, int64_t dtype)
-      : width(width), slots(slots), value_bytes(dtype == kFloat32 ? 4 : 2), index_bytes(width <= 256 ? 1 : 2) {}
+  int64_t bytes() const { return capacity * (value_bytes + index_bytes); }
 
-  int64_t bytes() const { return slots * (value_bytes + index_bytes); }
-
-  // Calls visit(slot, index) for every slot of a row: the place that its value belongs to, or -1 if the slot is not valid.
+  // Calls visit(entry, index) for every entry of a row: the index that its value belongs to, or -1 if the entry is not valid.
   template <typename Visit>
-  void each_slot(const uint8_t* row, Visit&& visit) const {
+  void each_entry(const uint8_t* row, Visit&& visit) const {
     if (index_bytes == 1) {
-      each_slot_of<uint8_t>(row, visit);
+      each_entry_of<uint8_t>(row, visit);
     } else {
-      each_slot_of<uint16_t>(row, visit);
+      each_entry_of<uint16_t>(row, visit);
     }
   }
 
  private:
   template <typename Index, typename Visit>
-  void each_slot_of(const uint8_t* row, Visit&& visit) const {
-    const uint8_t* indices = row + slots * value_bytes;
-    const auto at = [&](int64_t slot) { return int64_t(read_as<Index>(indices + slot * int64_t(sizeof(Index)))); };
+  void each_entry_of(const uint8_t* row, Visit&& visit) const {
+    const uint8_t* indices = row + capacity * value_bytes;
+    const auto at = [&](int64_t entry) { return int64_t(read_as<Index>(indices + entry * int64_t(sizeof(Index)))); };
     visit(0, holds_value(row) && at(0) < width ? at(0) : -1);
-    // Places ascend: only the first can be 0.
-    for (int64_t slot = 1; slot < slots; ++slot) visit(slot, uint64_t(at(slot) - 1) < uint64_t(width - 1) ? at(slot) : -1);
+    // Indices ascend: only the first can be 0.
+    for (int64_t entry = 1; entry < capacity; ++entry) visit(entry, uint64_t(at(entry) - 1) < uint64_t(width - 1) ? at(entry) : -1);
   }
 
   // Every value dtype is zero iff its bits but the sign are.

@@ -46,12 +46,12 @@ int64_t count_reaching(const Key* keys, int64_t padded, Key least) {
   return count;
 }
 
-// Where to cut so that the `slots` largest of `count` keys, all >= low, are kept; count > slots. Keys are padded with zeros to whole
+// Where to cut so that the `capacity` largest of `count` keys, all >= low, are kept; count > capacity. Keys are padded with zeros to whole
 // groups. The first probe is the guess, the next ones follow the line through the last two counts, and each third halves the gap. On most
-// rows a probe meets exactly `slots` entries long before the gap is one.
+// rows a probe meets exactly `capacity` entries long before the gap is one.
 template <typename Key>
-Cut<Key> find_cut(const Key* keys, int64_t padded, int64_t count, int64_t slots, Key low, Key guess) {
-  int64_t below = low;                                                  // more than `slots` keys reach it;
+Cut<Key> find_cut(const Key* keys, int64_t padded, int64_t count, int64_t capacity, Key low, Key guess) {
+  int64_t below = low;                                                  // more than `capacity` keys reach it;
   int64_t above = int64_t(*std::max_element(keys, keys + padded)) + 1;  // fewer reach it:
   int64_t count_above = 0;
   int64_t last = low, last_count = count;
@@ -60,8 +60,8 @@ Cut<Key> find_cut(const Key* keys, int64_t padded, int64_t count, int64_t slots,
   for (int round = 1; above - below > 1; ++round) {
     probe = std::clamp(probe, below + 1, above - 1);
     const int64_t met = count_reaching(keys, padded, Key(probe));
-    if (met == slots) return {Key(probe), slots};
-    if (met > slots) {
+    if (met == capacity) return {Key(probe), capacity};
+    if (met > capacity) {
       below = probe;
     } else {
       above = probe;
@@ -70,19 +70,19 @@ Cut<Key> find_cut(const Key* keys, int64_t padded, int64_t count, int64_t slots,
     if (met != last_count) keys_per_entry = double(probe - last) / double(last_count - met);
     last = probe;
     last_count = met;
-    probe = round % 3 == 0 ? below + (above - below) / 2 : probe + int64_t(keys_per_entry * double(met - slots));
+    probe = round % 3 == 0 ? below + (above - below) / 2 : probe + int64_t(keys_per_entry * double(met - capacity));
   }
-  return {Key(below), slots - count_above};
+  return {Key(below), capacity - count_above};
 }
 
 // The same for `count` of kCount keys, with zeros behind: the bits of those kept; `cut` becomes the least of them. Each key is compared with
 // all: a search would cost more in mispredicted branches.
 template <int kCount, typename Key>
-uint64_t largest_in_group(const Key* keys, int64_t count, int64_t slots, Key& cut) {
+uint64_t largest_in_group(const Key* keys, int64_t count, int64_t capacity, Key& cut) {
   constexpr int kVectors = kCount / kLanesOf<Key>;
   using Lanes = Vector<Key, kLanesOf<Key>>;
   const auto vector = [](const Key* from, int v) { return read_as<Lanes>(from + v * kLanesOf<Key>); };
-  Lanes rank[kVectors];  // how many keys a key reaches: of those kept more than count - slots
+  Lanes rank[kVectors];  // how many keys a key reaches: of those kept more than count - capacity
   for (Lanes& lanes : rank) lanes = Lanes{} + Key(count);
   for (int64_t i = 0; i < count; i += 8) {  // zeros behind the keys change nothing
     for (int64_t k = i; k < i + 8; ++k) {
@@ -90,12 +90,12 @@ uint64_t largest_in_group(const Key* keys, int64_t count, int64_t slots, Key& cu
       for (int v = 0; v < kVectors; ++v) rank[v] = vector(keys, v) < key ? rank[v] - 1 : rank[v];
     }
   }
-  const Key least_rank = Key(count - slots + 1);
+  const Key least_rank = Key(count - capacity + 1);
   Lanes least = Lanes{} + std::numeric_limits<Key>::max();
   for (int v = 0; v < kVectors; ++v) least = rank[v] < Lanes{} + least_rank ? least : smaller(least, vector(keys, v));
   cut = reduce<kLanesOf<Key>, Key>(least, [](auto a, auto b) { return smaller(a, b); });
   const uint64_t reaching = reaching_key<kCount>(reinterpret_cast<const Key*>(rank), least_rank);
-  const int64_t extra = bit_count(reaching) - slots;
+  const int64_t extra = bit_count(reaching) - capacity;
   if (extra == 0) return reaching;
   const uint64_t ties = reaching & ~reaching_key<kCount>(keys, Key(cut + 1));
   return (reaching ^ ties) | lowest_bits(ties, bit_count(ties) - extra);
@@ -142,7 +142,7 @@ class Guess {
   using Key = typename Keys<T>::Key;
 
   // The more entries are kept, the less do the cuts differ.
-  explicit Guess(int64_t slots) : margin_(1 + int64_t(Keys<T>::kBinade * std::min(0.18, 0.7 / std::sqrt(double(slots))))) {}
+  explicit Guess(int64_t capacity) : margin_(1 + int64_t(Keys<T>::kBinade * std::min(0.18, 0.7 / std::sqrt(double(capacity))))) {}
 
   Key key() const { return Key(key_); }
   Key low() const { return Key(std::max<int64_t>(key_ - margin_, 1)); }
@@ -174,28 +174,28 @@ class Candidates {
  public:
   using Key = typename Keys<T>::Key;
 
-  explicit Candidates(int64_t width) : values_(new T[room(width)]), places_(new uint16_t[room(width)]()), keys_(new Key[room(width)]) {}
+  explicit Candidates(int64_t width) : values_(new T[room(width)]), indices_(new uint16_t[room(width)]()), keys_(new Key[room(width)]) {}
 
-  // Lists them: at least `slots`, if so many reach `least`. Neighbouring rows are cut at about the same magnitude, so most rows are listed
+  // Lists them: at least `capacity`, if so many reach `least`. Neighbouring rows are cut at about the same magnitude, so most rows are listed
   // once, with a few entries more than are kept.
-  void list(const T* row, int64_t width, int64_t slots, Key least, const Guess<T>& guess, const Ahead<T>& ahead) {
+  void list(const T* row, int64_t width, int64_t capacity, Key least, const Guess<T>& guess, const Ahead<T>& ahead) {
     int64_t step = 2 * guess.margin();
     for (low_ = std::max(least, guess.low());; low_ = Key(std::max<int64_t>(least, int64_t(low_) - step)), step *= 4) {
       count_ = 0;
       each_row_group(row, width, ahead, [&](int64_t base, const T* x) {
-        count_ += list_bits(reaching_key<kGroup>(x, low_), uint32_t(base), places_.get() + count_);
+        count_ += list_bits(reaching_key<kGroup>(x, low_), uint32_t(base), indices_.get() + count_);
       });
-      if (count_ >= slots || low_ == least) break;
+      if (count_ >= capacity || low_ == least) break;
     }
     // In steps, so that the number of these can be foreseen for short lists; what lies behind is of no use.
     for (int64_t i = 0; i < count_; i += kStep) {
-      for (int64_t k = i; k < i + kStep; ++k) values_[size_t(k)] = row[places_[size_t(k)]];
+      for (int64_t k = i; k < i + kStep; ++k) values_[size_t(k)] = row[indices_[size_t(k)]];
     }
   }
 
-  // Leaves the `slots` largest, of equal ones the first.
-  void cut(int64_t slots, Guess<T>& guess) {
-    if (count_ <= slots) return guess.add(low_);
+  // Leaves the `capacity` largest, of equal ones the first.
+  void cut(int64_t capacity, Guess<T>& guess) {
+    if (count_ <= capacity) return guess.add(low_);
     const int64_t padded = ceil_div(count_, kGroup) * kGroup;
     fill_keys(padded);
     const Key* const keys = keys_.get();
@@ -203,12 +203,12 @@ class Candidates {
     if (count <= kGroup) {
       Key cut;
       constexpr int kFew = std::max(kGroup / 4, kLanesOf<Key>);
-      keep(0, count <= kFew         ? largest_in_group<kFew>(keys, count, slots, cut)
-              : count <= kGroup / 2 ? largest_in_group<kGroup / 2>(keys, count, slots, cut)
-                                    : largest_in_group<kGroup>(keys, count, slots, cut));
+      keep(0, count <= kFew         ? largest_in_group<kFew>(keys, count, capacity, cut)
+              : count <= kGroup / 2 ? largest_in_group<kGroup / 2>(keys, count, capacity, cut)
+                                    : largest_in_group<kGroup>(keys, count, capacity, cut));
       return guess.add(cut);
     }
-    Cut<Key> cut = find_cut<Key>(keys, padded, count, slots, low_, guess.key());
+    Cut<Key> cut = find_cut<Key>(keys, padded, count, capacity, low_, guess.key());
     for (int64_t base = 0; base < padded; base += kGroup) {
       const uint64_t above = reaching_key<kGroup>(keys + base, Key(cut.key + 1));
       const uint64_t ties = lowest_bits(reaching_key<kGroup>(keys + base, cut.key) ^ above, cut.ties);
@@ -220,15 +220,15 @@ class Candidates {
 
   template <typename V>
   void write(const RowFormat& format, uint8_t* out) const {
-    uint8_t* const indices = out + format.slots * int64_t(sizeof(V));
+    uint8_t* const indices = out + format.capacity * int64_t(sizeof(V));
     write_steps<V>(values_.get(), count_, out, [](T x) { return saturate<V>(T::load(x)); });
-    std::memset(out + count_ * int64_t(sizeof(V)), 0, size_t(format.slots - count_) * sizeof(V));
+    std::memset(out + count_ * int64_t(sizeof(V)), 0, size_t(format.capacity - count_) * sizeof(V));
     if (format.index_bytes == 1) {
-      write_steps<uint8_t>(places_.get(), count_, indices, [](uint16_t place) { return uint8_t(place); });
+      write_steps<uint8_t>(indices_.get(), count_, indices, [](uint16_t index) { return uint8_t(index); });
     } else {
-      write_steps<uint16_t>(places_.get(), count_, indices, [](uint16_t place) { return place; });
+      write_steps<uint16_t>(indices_.get(), count_, indices, [](uint16_t index) { return index; });
     }
-    std::memset(indices + count_ * format.index_bytes, 0, size_t((format.slots - count_) * format.index_bytes));
+    std::memset(indices + count_ * format.index_bytes, 0, size_t((format.capacity - count_) * format.index_bytes));
   }
 
  private:
@@ -249,12 +249,12 @@ class Candidates {
   // Moves those of a group that are kept behind the ones before.
   void keep(int64_t base, uint64_t mask) {
     list_elements(mask, values_.get() + base, values_.get() + count_);
-    list_elements(mask, places_.get() + base, places_.get() + count_);
+    list_elements(mask, indices_.get() + base, indices_.get() + count_);
     count_ += bit_count(mask);
   }
 
   std::unique_ptr<T[]> values_;
-  std::unique_ptr<uint16_t[]> places_;
+  std::unique_ptr<uint16_t[]> indices_;
   std::unique_ptr<Key[]> keys_;
   int64_t count_ = 0;
   Key low_ = 0;  // all of them reach it
@@ -264,13 +264,13 @@ class Candidates {
 // before the one before it is cut, so that neither waits for the other's result.
 template <typename T, typename V>
 void pack_rows(const T* x, int64_t rows, const RowFormat& format, int64_t method, float parameter, uint8_t* payload, int64_t threads) {
-  const int64_t width = format.width, slots = format.slots;
+  const int64_t width = format.width, capacity = format.capacity;
   const int64_t tile_rows = std::max<int64_t>(kTileBytes / format.bytes(), 1);
   const bool streamed = rows * format.bytes() >= kStreamedBytes;
   const int passes = method == kLaplace ? 2 : 1;
 #pragma omp parallel num_threads(worthwhile_threads(rows * width, threads))
   {
-    Guess<T> guess(slots);
+    Guess<T> guess(capacity);
     Candidates<T> candidates[2] = {Candidates<T>(width), Candidates<T>(width)};
     std::vector<uint8_t> tile(size_t(tile_rows * format.bytes() + kStep * int64_t(sizeof(V))));
 #pragma omp for schedule(static)
@@ -280,11 +280,11 @@ void pack_rows(const T* x, int64_t rows, const RowFormat& format, int64_t method
         if (r < count) {
           const T* const row = x + (first + r) * width;
           const auto least = least_key<T>(row, width, method, parameter, Ahead(row, width, 0, passes));
-          candidates[r % 2].list(row, width, slots, least, guess, Ahead(row, width, passes - 1, passes));
+          candidates[r % 2].list(row, width, capacity, least, guess, Ahead(row, width, passes - 1, passes));
         }
         if (r > 0) {
           Candidates<T>& before = candidates[(r - 1) % 2];
-          before.cut(slots, guess);
+          before.cut(capacity, guess);
           before.template write<V>(format, tile.data() + (r - 1) * format.bytes());
         }
       }
@@ -296,12 +296,12 @@ void pack_rows(const T* x, int64_t rows, const RowFormat& format, int64_t method
 
 }  // namespace
 
-DCT_EXPORT void dct_pack_rows(const void* x, int64_t dtype, int64_t rows, int64_t width, int64_t slots, int64_t method, double parameter,
-                              int64_t value_dtype, uint8_t* payload, int64_t threads) {
-  const RowFormat format(width, slots, value_dtype);
-  with_dtype(dtype, [&](auto t) {
-    with_dtype(value_dtype, [&](auto v) {
-      pack_rows<decltype(t), decltype(v)>(static_cast<const decltype(t)*>(x), rows, format, method, float(parameter), payload, threads);
+DCT_EXPORT void dct_pack_rows(const dct::Rows* x, const dct::RowFormat* layout, int64_t method, double parameter, uint8_t* payload,
+                              int64_t threads) {
+  with_dtype(x->dtype, [&](auto t) {
+    with_dtype(layout->value_dtype, [&](auto v) {
+      const auto* from = static_cast<const decltype(t)*>(x->start);
+      pack_rows<decltype(t), decltype(v)>(from, x->rows, *layout, method, float(parameter), payload, threads);
     });
   });
 }

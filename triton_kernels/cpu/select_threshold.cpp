@@ -25,13 +25,13 @@ bool is_refresh_step(int64_t step, int64_t interval, bool geometric, bool overfl
 }
 
 bool is_due(const Selecting& selecting, const State& state, int64_t s) {
-  const int64_t* counters = state.counters + 4 * selecting.selections[s].segment;
-  return selecting.method == kConstant || is_refresh_step(counters[0], selecting.interval, selecting.geometric, counters[3] > 0);
+  const int64_t* counters = state.counters + 4 * selecting.regions[s].segment;
+  return selecting.method == kConstant || is_refresh_step(counters[0], selecting.interval, selecting.geometric != 0, counters[3] > 0);
 }
 
 constexpr int64_t kSampleGroup = 16;  // select_threshold.SAMPLE_GROUP
 
-// The elements of one selection that are looked at: every `stride`-th of the groups of kSampleGroup; the last may be shorter.
+// The elements of one region that are looked at: every `stride`-th of the groups of kSampleGroup; the last may be shorter.
 template <typename G>
 struct Samples {
   const G* grad;
@@ -276,11 +276,11 @@ double mean_magnitude(const Samples<G>& samples, int threads) {
 }
 
 template <typename G>
-std::optional<float> select_one(const Selecting& selecting, const Selection& part, const G* grad, const float* residual, int64_t threads) {
-  const float* const owed = residual != nullptr ? residual + part.state_offset : nullptr;
-  const Samples<G> samples{grad + part.grad_offset, owed, part.numel, part.stride};
+std::optional<float> select_one(const Selecting& selecting, const Region& region, const G* grad, const float* residual, int64_t threads) {
+  const float* const owed = residual != nullptr ? residual + region.state_offset : nullptr;
+  const Samples<G> samples{grad + region.grad_offset, owed, region.numel, region.stride};
   const int team = worthwhile_threads(samples.count(), threads);
-  if (selecting.method == kRank) return rank_threshold(samples, part.rank, team);
+  if (selecting.method == kRank) return rank_threshold(samples, region.rank, team);
   const double mean = mean_magnitude(samples, team);
   return std::isfinite(mean) ? std::optional<float>(float(mean * selecting.factor)) : std::nullopt;
 }
@@ -295,28 +295,23 @@ bool reads_gradient(const Selecting& selecting, const State& state) {
   return false;
 }
 
-void select_threshold(const Selecting& selecting, const void* grad, int64_t grad_dtype, const State& state, int64_t threads) {
+void select_threshold(const Selecting& selecting, const Bucket& grad, const State& state, int64_t threads) {
   for (int64_t s = 0; s < selecting.count; ++s) {
     if (!is_due(selecting, state, s)) continue;
-    const Selection& part = selecting.selections[s];
-    float& threshold = state.threshold[part.segment];
+    const Region& region = selecting.regions[s];
+    float& threshold = state.threshold[region.segment];
     if (selecting.method == kConstant) {
       threshold = float(selecting.factor);
       continue;
     }
-    with_dtype(grad_dtype, [&](auto type) {
-      threshold = select_one(selecting, part, static_cast<const decltype(type)*>(grad), state.residual, threads).value_or(threshold);
+    with_dtype(grad.dtype, [&](auto type) {
+      threshold = select_one(selecting, region, static_cast<const decltype(type)*>(grad.start), state.residual, threads).value_or(threshold);
     });
   }
 }
 
 }  // namespace dct
 
-// `residual` is null without error feedback.
-DCT_EXPORT void dct_select_threshold(const void* grad, int64_t grad_dtype, float* residual, float* threshold, int64_t* counters,
-                                     const dct::Selection* selections, int64_t count, int64_t method, double factor, int64_t interval,
-                                     int64_t geometric, int64_t threads) {
-  using namespace dct;
-  const Selecting selecting{selections, count, method, factor, interval, geometric != 0};
-  select_threshold(selecting, grad, grad_dtype, {residual, threshold, counters}, threads);
+DCT_EXPORT void dct_select_threshold(const dct::Bucket* grad, const dct::State* state, const dct::Selecting* selecting, int64_t threads) {
+  dct::select_threshold(*selecting, *grad, *state, threads);
 }

@@ -35,13 +35,13 @@ struct SumSource {
 
 // What a pass needs to know of the run that it goes over.
 template <bool kFeedback>
-struct Place {
+struct RunView {
   const Layout& layout;
   const Piece& piece;
   ChunkView chunk;
   float tau;
 
-  Place(const Job& job, const Run& run, bool held)
+  RunView(const Job& job, const Run& run, bool held)
       : layout(job.layout), piece(layout.piece[run.piece]), chunk(job.chunk(piece.chunk)), tau(job.state.threshold[piece.segment]),
         residual_(job.state.residual) {
     if (held || tau != tau) tau = kInfinity;  // a threshold that is NaN is reached by nothing
@@ -84,12 +84,12 @@ inline uint64_t take_group(const G* grad, float* state, int n, float tau, float*
 inline void take_listed(const Layout& layout, const Worker& worker, size_t first, float scale, float* state) {
   with_value_dtype(layout.value_dtype, [&](auto type) {
     for (size_t start = first; start < worker.used; start += kGroup) {
-      const uint16_t* places = worker.places.data() + start;
+      const uint16_t* indices = worker.indices.data() + start;
       const float* w = worker.values.data() + start;
       float rest[kGroup];
       for (int i = 0; i < kGroup; ++i) rest[i] = w[i] - decode(encode<decltype(type)>(w[i], scale), scale);  // of whole groups: by vectors
       const size_t n = std::min<size_t>(kGroup, worker.used - start);
-      for (size_t i = 0; i < n; ++i) state[places[i]] = rest[i];
+      for (size_t i = 0; i < n; ++i) state[indices[i]] = rest[i];
     }
   });
 }
@@ -98,7 +98,7 @@ inline void take_listed(const Layout& layout, const Worker& worker, size_t first
 // run whose candidates alone overflow the piece stops listing: `write_window` will go over it again. Whether a W is not finite.
 template <bool kFeedback, typename Source>
 bool scan(const Job& job, Source& source, Worker& worker, Run& run) {
-  const Place<kFeedback> at(job, run, false);
+  const RunView<kFeedback> at(job, run, false);
   const Layout& layout = job.layout;
   bool held = false;
   bool listing = true;
@@ -138,15 +138,15 @@ bool scan(const Job& job, Source& source, Worker& worker, Run& run) {
 // Puts back into the residual what the first pass took out of it.
 void restore(const Job& job, const Worker& worker, const Run& run) {
   float* residual = job.state.residual + job.layout.piece[run.piece].state_offset;
-  worker.each_tile(run, [&](int64_t tile, int64_t n, const uint16_t* places, const float* w) {
-    for (int64_t i = 0; i < n; ++i) residual[tile * kTile + places[i]] = w[i];
+  worker.each_tile(run, [&](int64_t tile, int64_t n, const uint16_t* indices, const float* w) {
+    for (int64_t i = 0; i < n; ++i) residual[tile * kTile + indices[i]] = w[i];
   });
 }
 
 // First pass of a held step, over what `scan` and `restore` left: counts what is still not finite when the gradient is added again.
 template <bool kFeedback, typename Source>
 void recount(const Job& job, Source& source, Run& run) {
-  const Place<kFeedback> at(job, run, true);
+  const RunView<kFeedback> at(job, run, true);
   alignas(64) float w[kGroup];
   run.entries = 0;
   source.seek(at.piece, run.first);
@@ -174,7 +174,7 @@ void recount(const Job& job, Source& source, Run& run) {
 template <bool kFeedback, bool kHeld, typename Source>
 void write_window(const Job& job, Source& source, const Run& run, const Window& window, int64_t slot) {
   constexpr bool kReadsGradient = kHeld || !kFeedback;
-  const Place<kFeedback> at(job, run, kHeld);
+  const RunView<kFeedback> at(job, run, kHeld);
   const Layout& layout = job.layout;
   int64_t rank = run.base;
   slot += window.held_before(rank);
@@ -234,11 +234,11 @@ void write_list(const Job& job, const Worker& worker, const Run& run, int64_t sl
   const Piece& piece = job.layout.piece[run.piece];
   const ChunkView chunk = job.chunk(piece.chunk);
   const uint32_t last_index = uint32_t(job.layout.block - 1);
-  worker.each_tile(run, [&](int64_t tile, int64_t n, const uint16_t* places, const float* w) {
+  worker.each_tile(run, [&](int64_t tile, int64_t n, const uint16_t* indices, const float* w) {
     const float scale = chunk.scale(piece.first_tile + tile);
     const uint32_t first = uint32_t(tile * kTile);
     write_groups<V>(chunk.values() + slot * int64_t(sizeof(V)), n, [&](int64_t i) { return encode<V>(w[i], scale); });
-    write_groups<I>(chunk.indices() + slot * int64_t(sizeof(I)), n, [&](int64_t i) { return I((first + places[i]) & last_index); });
+    write_groups<I>(chunk.indices() + slot * int64_t(sizeof(I)), n, [&](int64_t i) { return I((first + indices[i]) & last_index); });
     slot += n;
   });
 }
@@ -299,10 +299,10 @@ void pack(const Job& job, const Source& gradient, int64_t threads) {
 
 }  // namespace
 
-void threshold_pack(const Layout& layout, const void* grad, int64_t grad_dtype, const State& state, uint8_t* payload, int64_t threads) {
-  with_dtype(grad_dtype, [&](auto type) {
+void threshold_pack(const Layout& layout, const Bucket& grad, const State& state, uint8_t* payload, int64_t threads) {
+  with_dtype(grad.dtype, [&](auto type) {
     using G = decltype(type);
-    pack(Job{layout, state, payload}, MemorySource<G>{static_cast<const G*>(grad)}, threads);
+    pack(Job{layout, state, payload}, MemorySource<G>{static_cast<const G*>(grad.start)}, threads);
   });
 }
 
@@ -312,8 +312,7 @@ void threshold_pack(const Layout& layout, const Gathered& gathered, const State&
 
 }  // namespace dct
 
-// `residual` is null without error feedback.
-DCT_EXPORT void dct_threshold_pack(const void* grad, int64_t grad_dtype, float* residual, float* threshold, int64_t* counters,
-                                   const dct::Layout* layout, uint8_t* payload, int64_t threads) {
-  dct::threshold_pack(*layout, grad, grad_dtype, {residual, threshold, counters}, payload, threads);
+DCT_EXPORT void dct_threshold_pack(const dct::Layout* layout, const dct::Bucket* grad, const dct::State* state, uint8_t* payload,
+                                   int64_t threads) {
+  dct::threshold_pack(*layout, *grad, *state, payload, threads);
 }

@@ -95,9 +95,8 @@ void unpack_accumulate(const Layout& layout, const Gathered& gathered, const Unc
 
 }  // namespace dct
 
-// `dense` (of the dtype of `out`) may be null. Every element of `out` that a piece or a range covers is written.
-DCT_EXPORT void dct_unpack_accumulate(uint8_t* gathered, int64_t payloads, const void* dense, const dct::Range* ranges, int64_t range_count,
-                                      void* out, int64_t numel, int64_t out_dtype, const dct::Layout* layout, int64_t divisor,
-                                      int64_t threads) {
-  dct::unpack_accumulate(*layout, {gathered, payloads}, {dense, ranges, range_count}, {out, numel, out_dtype}, divisor, threads);
+// Every element of `out` that a piece or a range covers is written.
+DCT_EXPORT void dct_unpack_accumulate(const dct::Layout* layout, const dct::Gathered* gathered, const dct::Uncovered* uncovered,
+                                      const dct::Bucket* out, int64_t divisor, int64_t threads) {
+  dct::unpack_accumulate(*layout, *gathered, *uncovered, *out, divisor, threads);
 }
