@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from dct_compile.state import BucketState
-from dct_compile.triton_kernels.layout import GradientLayout, gradient_layout
+from dct_compile.triton_kernels.layout import GradientLayout
 
 
 def make_layout(numels: Sequence[int], chunks: int = 1, chunk: int = -1, block: int = 256) -> GradientLayout:
     """A bucket of parameters of these sizes, end to end."""
-    segments = [number for i, numel in enumerate(numels) for number in (sum(numels[:i]), numel)]
-    return gradient_layout(tuple(segments), block, chunks, chunk, 0.1, torch.bfloat16)
+    segments = tuple((sum(numels[:i]), numel) for i, numel in enumerate(numels))
+    return GradientLayout(segments, block, chunks, chunk, 0.1, torch.bfloat16)
 
 
 def geometry(numels: Sequence[int], ranks: int = 0, rank: int = 0, block: int = 256) -> tuple[GradientLayout, GradientLayout | None]:

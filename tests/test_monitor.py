@@ -17,7 +17,7 @@ from dct_compile.monitor import Monitor, SiteStats
 from dct_compile.report import GraphReport, SiteReport
 from dct_compile.runtime import Runtime
 from dct_compile.state import BucketState
-from dct_compile.triton_kernels.layout import gradient_layout
+from dct_compile.triton_kernels.layout import GradientLayout
 from tests.ranks import fresh_compiler, run_ranks
 from tests.ranks_ddp import Net, batch, ddp_of, loss_of
 from tests.test_ranks_inspection import Exchanging
@@ -29,9 +29,9 @@ EXCHANGE = SiteReport(
 
 
 def bucket_of(*numels: int, owner: bool = False) -> BucketState:
-    segments = tuple(number for index, numel in enumerate(numels) for number in (sum(numels[:index]), numel))
-    layout = gradient_layout(segments, 256, 2 if owner else 1, -1, 0.5, torch.float32)
-    owned = gradient_layout(segments, 256, 2, 0, 0.5, torch.float32) if owner else None
+    segments = tuple((sum(numels[:index]), numel) for index, numel in enumerate(numels))
+    layout = GradientLayout(segments, 256, 2 if owner else 1, -1, 0.5, torch.float32)
+    owned = GradientLayout(segments, 256, 2, 0, 0.5, torch.float32) if owner else None
     return BucketState([], layout, owned, torch.device("cpu"))
 
 

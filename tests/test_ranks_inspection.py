@@ -17,8 +17,11 @@ from torch._inductor.utils import run_and_get_code
 from torch.profiler import ProfilerActivity, profile
 
 from dct_compile.backend import dct
+from dct_compile.triton_kernels.layout import RowLayout
 from tests.ranks import fresh_compiler, run_ranks
 from tests.ranks_ddp import Net, batch, ddp_of, loss_of
+
+ROW_LAYOUT = RowLayout((32,), 4, torch.float32)
 
 
 class Exchanging(nn.Module):
@@ -117,10 +120,10 @@ def test_exchanges_may_overlap() -> None:
     x = torch.randn(4, 32)
 
     def pack(site: str) -> Tensor:
-        return torch.ops.dct.pack_rows(x, 4, "exact", 0.1, 0.0, torch.float32, site=site, sends="all_to_all_single")
+        return torch.ops.dct.pack_rows(x, ROW_LAYOUT, "exact", 0.1, 0.0, site=site, sends="all_to_all_single")
 
     def unpack(payload: Tensor, site: str) -> Tensor:
-        return torch.ops.dct.unpack_rows(payload, [32], 4, 1, torch.float32, torch.float32, site=site, receives="all_to_all_single")
+        return torch.ops.dct.unpack_rows(payload, ROW_LAYOUT, 1, torch.float32, site=site, receives="all_to_all_single")
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         first, second = pack("a"), pack("b")
@@ -133,7 +136,7 @@ def test_exchanges_may_overlap() -> None:
 
 
 def test_a_profiler_that_starts_in_the_middle_sees_no_half_exchange() -> None:
-    payload = torch.ops.dct.pack_rows(torch.randn(4, 32), 4, "exact", 0.1, 0.0, torch.float32, site="a", sends="all_to_all_single")
+    payload = torch.ops.dct.pack_rows(torch.randn(4, 32), ROW_LAYOUT, "exact", 0.1, 0.0, site="a", sends="all_to_all_single")
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        torch.ops.dct.unpack_rows(payload, [32], 4, 1, torch.float32, torch.float32, site="a", receives="all_to_all_single")
+        torch.ops.dct.unpack_rows(payload, ROW_LAYOUT, 1, torch.float32, site="a", receives="all_to_all_single")
     assert [name for name, _, _ in ranges(profiler)] == ["dct::unpack_rows a"]

@@ -153,16 +153,17 @@ import logging, sys
 import torch
 import dct_compile.ops
 from dct_compile.triton_kernels.cpu import build
+from dct_compile.triton_kernels.layout import GradientLayout, RowLayout, Selection
 logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
 torch.manual_seed(0)
 grad, residual = torch.randn(5000), torch.zeros(5000)
 threshold, counters = torch.full((1,), float("inf")), torch.zeros(1, 4, dtype=torch.int64)
-geometry = [0, 5000], 256, 1, -1
+layout, selection = GradientLayout(((0, 5000),), 256, 1, -1, 0.055, torch.bfloat16), Selection(0.05, "exact", 0.0, 1000, "geometric")
 for _ in range(3):
-    torch.ops.dct.select_threshold(grad, residual, threshold, counters, *geometry, 0.05, "exact", 0.0, 1000, "geometric", True)
-    payload = torch.ops.dct.threshold_pack(grad, residual, threshold, counters, *geometry, 0.055, torch.bfloat16, True)
-    result = torch.ops.dct.unpack_accumulate(payload, None, 5000, torch.float32, *geometry, 0.055, torch.bfloat16, 1)
-rows = torch.ops.dct.pack_rows(grad.view(50, 100), 5, "exact", 0.05, 0.0, torch.float32)
+    torch.ops.dct.select_threshold(grad, residual, threshold, counters, layout, selection, True)
+    payload = torch.ops.dct.threshold_pack(grad, residual, threshold, counters, layout, True)
+    result = torch.ops.dct.unpack_accumulate(payload, None, 5000, torch.float32, layout, 1)
+rows = torch.ops.dct.pack_rows(grad.view(50, 100), RowLayout((100,), 5, torch.float32), "exact", 0.05, 0.0)
 codes = torch.ops.dct.quantize_rows(grad.view(50, 100), torch.tensor([7]), 8)
 torch.save([payload, result, residual, threshold, counters, rows, codes], sys.argv[1])
 print(build.load_library() is not None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dct_compile.state import STATE_INPUTS, BucketState, StateStore
-from dct_compile.triton_kernels.layout import gradient_layout
+from dct_compile.triton_kernels.layout import GradientLayout
 from tests.states import assert_same, fill, geometry, make_model
 
 
@@ -33,7 +33,7 @@ def test_the_same_parameters_find_the_same_bucket() -> None:
     store, model = StateStore(), make_model(300, 100)
     bucket = store.bucket(list(model.values()), *geometry([300, 100]))
     assert store.bucket(list(model.values()), *geometry([300, 100])) is bucket
-    other_capacity = gradient_layout((0, 300, 300, 100), 4096, 1, -1, 0.5, torch.float32)
+    other_capacity = GradientLayout(((0, 300), (300, 100)), 4096, 1, -1, 0.5, torch.float32)
     assert store.bucket(list(model.values()), other_capacity, None) is bucket
 
 
@@ -41,7 +41,7 @@ def test_offsets_in_the_buffer_do_not_matter() -> None:
     """The same parameters with a dense one between them keep their state."""
     store, model = StateStore(), make_model(300, 100)
     bucket = store.bucket(list(model.values()), *geometry([300, 100]))
-    moved = gradient_layout((0, 300, 364, 100), 256, 1, -1, 0.1, torch.bfloat16)
+    moved = GradientLayout(((0, 300), (364, 100)), 256, 1, -1, 0.1, torch.bfloat16)
     assert store.bucket(list(model.values()), moved, None) is bucket
 
 

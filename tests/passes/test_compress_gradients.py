@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dct_compile.passes.graph_utils import WAIT, argument
-from dct_compile.triton_kernels.layout import gradient_layout
+from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from tests.lockstep import make_inputs, run_in_lockstep, trace_all
 from tests.small_models import Averaged, AveragedFlat, Layers, SummedAndDivided, Weighted, all_reduce, c10d, world
 from tests.tracing import Trace, communication, dct, nodes_of, outputs, placeholders, trace
@@ -52,19 +52,18 @@ def test_operators_carry_the_options() -> None:
         capacity_factor=1.5,
     )
     select, pack = nodes_of(traced.after, SELECT)[0], nodes_of(traced.after, PACK)[0]
-    names = ("density", "method", "fixed", "refresh_interval", "refresh_warmup", "error_feedback")
-    assert [argument(select, name) for name in names] == [0.02, "fixed", 0.25, 7, "off", False]
-    names = ("segments", "block", "chunks", "chunk", "capacity_fraction", "value_dtype", "error_feedback")
-    assert [argument(pack, name) for name in names] == [[0, 4096], 256, 1, -1, pytest.approx(0.03), torch.int8, False]
+    assert argument(select, "selection") == Selection(0.02, "fixed", 0.25, 7, "off")
+    assert argument(select, "layout") == argument(pack, "layout") == GradientLayout(((0, 4096),), 256, 1, -1, 0.02 * 1.5, torch.int8)
+    assert [argument(node, "error_feedback") for node in (select, pack)] == [False, False]
 
 
 def test_owner_sends_each_chunk_to_its_owner() -> None:
     traced = trace(Weighted(), torch.randn(16, 64), all_reduce="owner", rank=2)
     exchange = nodes_of(traced.after, A2A)[0]
-    layout = gradient_layout((0, 4096), 256, 4, -1, 0.01 * 1.1, torch.bfloat16)
+    layout = GradientLayout(((0, 4096),), 256, 4, -1, 0.01 * 1.1, torch.bfloat16)
     assert argument(exchange, "input_split_sizes") == argument(exchange, "output_split_sizes") == [layout.chunk_bytes] * 4
     pack, repack, unpack = (nodes_of(traced.after, op)[0] for op in (PACK, REPACK, UNPACK))
-    assert [argument(node, "chunk") for node in (pack, repack, unpack)] == [-1, 2, -1]
+    assert [argument(node, "layout").chunk for node in (pack, repack, unpack)] == [-1, 2, -1]
     assert argument(unpack, "divisor") == 4, "the owner's sum is not divided"
     state = placeholders(traced.after)[len(traced.inputs) :][:6]
     assert [argument(node, name) for node in (pack, repack) for name in ("residual", "threshold", "counters")] == state

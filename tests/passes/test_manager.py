@@ -13,7 +13,7 @@ from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRe
 from dct_compile.report import NOTHING_COMPILED
 from dct_compile.runtime import Runtime
 from dct_compile.state import BucketState
-from dct_compile.triton_kernels.layout import gradient_layout
+from dct_compile.triton_kernels.layout import GradientLayout
 from tests.lockstep import make_inputs, run_in_lockstep
 from tests.small_models import Layers, Weighted, exchange, leaf
 from tests.tracing import Tracer, backward, fake_group, placeholders, trace
@@ -88,7 +88,7 @@ def test_density_is_measured_once_it_has_run() -> None:
 
 
 def test_measure_adds_up_buckets() -> None:
-    layout = gradient_layout((0, 100, 100, 300), 256, 1, -1, 0.5, torch.float32)
+    layout = GradientLayout(((0, 100), (100, 300)), 256, 1, -1, 0.5, torch.float32)
     bucket = BucketState([], layout, None, torch.device("cpu"))
     assert BucketMeasure([bucket])() is None
     bucket.local.counters[:] = torch.tensor([[2, 10, 1, 0], [2, 30, 4, 4]])
@@ -96,8 +96,8 @@ def test_measure_adds_up_buckets() -> None:
 
 
 def test_measure_counts_the_owners_overflow() -> None:
-    layout = gradient_layout((0, 100), 256, 2, -1, 0.5, torch.float32)
-    bucket = BucketState([], layout, gradient_layout((0, 100), 256, 2, 0, 0.5, torch.float32), torch.device("cpu"))
+    layout = GradientLayout(((0, 100),), 256, 2, -1, 0.5, torch.float32)
+    bucket = BucketState([], layout, GradientLayout(((0, 100),), 256, 2, 0, 0.5, torch.float32), torch.device("cpu"))
     assert bucket.owner is not None
     bucket.local.counters[0] = torch.tensor([1, 10, 2, 0])
     bucket.owner.counters[0] = torch.tensor([1, 5, 3, 0])
@@ -117,7 +117,7 @@ def test_state_is_asked_for_and_then_found() -> None:
 
 
 def test_requests_differ_by_parameter_and_geometry() -> None:
-    layouts = [gradient_layout((0, numel), 256, 1, -1, 0.5, torch.float32) for numel in (100, 200)]
+    layouts = [GradientLayout(((0, numel),), 256, 1, -1, 0.5, torch.float32) for numel in (100, 200)]
     request = StateRequest((1,), layouts[0], None)
     assert request.matches(StateRequest((1,), layouts[0], None))
     assert not request.matches(StateRequest((2,), layouts[0], None))
