@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dct_compile.triton_kernels.layout import WHOLE_PIECE, gradient_layout
+from dct_compile.triton_kernels.layout import WHOLE_PIECE, GradientLayout, Selection
 from dct_compile.triton_kernels.repack_triton import repack_triton
 from dct_compile.triton_kernels.select_threshold_triton import select_threshold_triton
 from dct_compile.triton_kernels.threshold_pack_triton import threshold_pack_triton
@@ -57,22 +57,21 @@ def launch(kernel, grid):
 
 
 JITFunction.__getitem__ = launch
-SEGMENTS = [3, 700, 703, 0, 800, 9000]
+SEGMENTS = ((3, 700), (703, 0), (800, 9000))
 
 
 def run(block, grad_dtype, value_dtype, chunks, chunk):
-    geometry = (SEGMENTS, block, chunks, chunk)
-    layout = gradient_layout(tuple(SEGMENTS), *geometry[1:], 0.1, value_dtype)
+    layout = GradientLayout(SEGMENTS, block, chunks, chunk, 0.1, value_dtype)
     numel = layout.state_numel if chunk >= 0 else 10000
     state = (torch.zeros(layout.state_numel), torch.zeros(3), torch.zeros(3, 4, dtype=torch.int64))
     grad = torch.zeros(numel, dtype=grad_dtype)
     for method in ("exact", "sampled", "laplace", "fixed"):
-        select_threshold_triton(grad, *state, *geometry, 0.05, method, 0.0, 10, "geometric", True)
-    payload = threshold_pack_triton(grad, *state, *geometry, 0.1, value_dtype, True)
-    unpack_accumulate_triton(payload.repeat(2), None, numel, grad_dtype, *geometry, 0.1, value_dtype, 2)
+        select_threshold_triton(grad, *state, layout, Selection(0.05, method, 0.0, 10, "geometric"), True)
+    payload = threshold_pack_triton(grad, *state, layout, True)
+    unpack_accumulate_triton(payload.repeat(2), None, numel, grad_dtype, layout, 2)
     if chunk >= 0:
         for method in ("exact", "fixed"):
-            repack_triton(payload.repeat(3), *state, *geometry, 0.1, value_dtype, 0.05, method, 0.0, 10, "off", True)
+            repack_triton(payload.repeat(3), *state, layout, Selection(0.05, method, 0.0, 10, "off"), True)
 
 
 mode = FakeTensorMode()

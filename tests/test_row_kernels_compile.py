@@ -28,14 +28,14 @@ FLOATS = {0: "*fp32", 1: "*i16", 2: "*fp16"}
 BYTES = {0: 4, 1: 2, 2: 2}
 for code in FLOATS:
     bits = "*i32" if code == 0 else "*i16"
-    sizes = dict(WIDTH=1000, SLOTS=50, ROW_BYTES=50 * (BYTES[code] + 2))
-    pack = dict(sizes, SOURCE=code, VALUE=code, VALUE_BYTES=BYTES[code], INDEX_BYTES=2, INFINITY=0x7F800000, BLOCK=1024, SLOT_BLOCK=64)
+    sizes = dict(WIDTH=1000, CAPACITY=50, ROW_BYTES=50 * (BYTES[code] + 2))
+    pack = dict(sizes, SOURCE=code, VALUE=code, VALUE_BYTES=BYTES[code], INDEX_BYTES=2, INFINITY=0x7F800000, BLOCK=1024, ENTRIES=64)
     for laplace in (False, True):
         ptx(pack_rows_kernel, WIRE | {"x_ptr": FLOATS[code], "bound": "fp32"}, LAPLACE=laplace, **pack)
     dense = dict(sizes, STEPS=6, ADDENDS=2, PAYLOAD_BYTES=BYTES[code], VALUE=code, OUT=code, BLOCK=1024)
     for apart in (False, True):
         ptx(dense_rows_kernel, WIRE | {"values_ptr": FLOATS[code], "out_ptr": bits, "rows": "i32"}, VALUES_APART=apart, **dense)
-    gather = dict(sizes, PAYLOAD_BYTES=BYTES[code], SOURCE=code, VALUE=code, SLOT_BLOCK=64)
+    gather = dict(sizes, PAYLOAD_BYTES=BYTES[code], SOURCE=code, VALUE=code, ENTRIES=64)
     ptx(gather_rows_kernel, WIRE | {"grad_ptr": FLOATS[code], "out_ptr": bits, "grad_rows": "i32"}, **gather)
     for entries, qmax in ((1, 127), (2, 7)):
         codec = dict(WIDTH=1001, ENTRIES=entries, ROW_BYTES=1003)

@@ -31,6 +31,11 @@ def jit(function: Callable[..., Any]) -> Any:
     return triton.jit(function, do_not_specialize=[name for name in sizes if not name.endswith("_ptr")])
 
 
+def constexpr_function(function: Callable[..., Any]) -> Any:
+    """``triton.constexpr_function`` where there is Triton: a function that kernels call while they are compiled."""
+    return function if triton is None else triton.constexpr_function(function)
+
+
 class _Recording(threading.local):
     """Whether this thread traces a graph that is to show the launches."""
 
@@ -55,4 +60,4 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     return (torch.library.wrap_triton(kernel) if _RECORDING.active else kernel)[grid]  # type: ignore[no-any-return]
 
 
-__all__ = ["HAS_TRITON", "jit", "launch", "recorded_launches", "tl", "triton"]
+__all__ = ["HAS_TRITON", "constexpr_function", "jit", "launch", "recorded_launches", "tl", "triton"]

@@ -10,13 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.compat import HAS_TRITON, jit, tl
+from dct_compile.triton_kernels.compat import jit, tl
 from dct_compile.triton_kernels.layout import TILE, GradientLayout
 
-INDEX_TYPES = {1: tl.uint8, 2: tl.uint16, 4: tl.int32} if HAS_TRITON else {}
-"""Triton's types of counts and indices, by their bytes."""
-VALUE_TYPES = {1: tl.int8, 2: tl.int16, 4: tl.int32} if HAS_TRITON else {}
-"""Triton's types of the bits of values, by their bytes."""
 TILE_COLUMNS = 4
 PIECE_COLUMNS = 7
 _T = TypeVar("_T")

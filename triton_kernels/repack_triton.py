@@ -11,106 +11,82 @@ from torch import Tensor
 
 from dct_compile.triton_kernels.compat import jit, launch, tl
 from dct_compile.triton_kernels.gradient_checks import check_gathered, check_state
-from dct_compile.triton_kernels.gradient_tables import is_due
 from dct_compile.triton_kernels.layout import GradientLayout, Selection
+from dct_compile.triton_kernels.pack_kernel_triton import STAGE_DUE, STAGE_NONE, is_piece_due
 from dct_compile.triton_kernels.pack_stage_triton import stage_tile
 from dct_compile.triton_kernels.select_threshold import constant_threshold
 from dct_compile.triton_kernels.select_threshold_triton import select_threshold_triton
-from dct_compile.triton_kernels.threshold_pack_triton import STAGE_DUE, STAGE_NONE, Packer
-from dct_compile.triton_kernels.unpack_accumulate_triton import accumulate_tile, entries_reached, payload_options
+from dct_compile.triton_kernels.threshold_pack_triton import Packer
+from dct_compile.triton_kernels.tuples_triton import named
+from dct_compile.triton_kernels.unpack_accumulate_triton import STEP, gathered_arguments
+from dct_compile.triton_kernels.unpack_kernels_triton import accumulate_tile
+
+
+@jit
+def repack_tile(grad, gathered, state, schedule, tables, staging, payload, wire, form, STEP: tl.constexpr, CONSTANT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of the owner's sum, and what `stage_tile` makes of it where the threshold is known."""
+    accumulate_tile(gathered, tables, grad, wire, form.PART, form.TILE, STEP)
+    tile = tl.program_id(0).to(tl.int64)
+    due = False
+    if not CONSTANT:
+        due = is_piece_due(tile, state.counters, tables, schedule)
+    if not due:
+        stage_tile(tile, grad, state, tables, staging, payload, wire, form)
 
 
 @jit
 def repack_kernel(  # type: ignore[no-untyped-def]
-    gathered_ptr,  # uint8 [rounds, chunk_bytes]
-    reached_ptr,  # int64 [rounds, blocks_per_chunk]: entries up to the end of each block
-    rounds,
-    total_ptr,  # float32 [state_numel]: out, the sum
-    residual_ptr,  # float32 [state_numel]
-    threshold_ptr,  # float32 [S]
-    counters_ptr,  # int64 [S, 4]
+    grad_ptr,  # float32 [state_numel]: out, the sum; from here on to the control as in `pack_kernel`
+    residual_ptr,
+    threshold_ptr,
+    counters_ptr,
     interval,
-    tiles_ptr,  # int64 [tiles, 4]
-    tiles,
-    pieces_ptr,  # int64 [pieces, 7]
+    tiles_ptr,
+    tile_count,
+    pieces_ptr,
     payload_ptr,  # uint8 [chunk_bytes]: the scales are written
-    staged_ptr,  # as in pack_kernel, from here to control_ptr
-    places_ptr,
+    staged_ptr,
+    indices_ptr,
     counts_ptr,
     found_ptr,
     control_ptr,
-    CONSTANT: tl.constexpr,  # no threshold is ever due
-    GEOMETRIC: tl.constexpr,
-    chunk_bytes,
+    payloads_ptr,  # from here on the fields of `Gathered`
+    reached_ptr,
+    rounds,
     chunks,
-    values_offset,
-    indices_offset,
     blocks_per_chunk,
     capacity,
-    VALUE_TYPE: tl.constexpr,
-    INDEX_TYPE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    STEP: tl.constexpr,
-    MAX_COUNT: tl.constexpr,
-    GRAD: tl.constexpr,
+    CONSTANT: tl.constexpr,  # no threshold is ever due
+    GEOMETRIC: tl.constexpr,
+    chunk_bytes,  # from here on the fields of `Wire` and `Format`
+    values_offset,
+    counts_offset,
+    indices_offset,
     VALUE: tl.constexpr,
+    INDEX_BYTES: tl.constexpr,
+    MAX_COUNT: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
+    GRAD: tl.constexpr,
     PART: tl.constexpr,
     TILE: tl.constexpr,
     FEEDBACK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """A tile of the owner's sum, and what `stage_tile` makes of it where the threshold is known."""
-    accumulate_tile(
-        gathered_ptr,
-        reached_ptr,
-        tiles_ptr,
-        pieces_ptr,
-        total_ptr,
-        rounds,
-        chunk_bytes,
-        chunks,
-        values_offset,
-        indices_offset,
-        blocks_per_chunk,
-        capacity,
-        VALUE_TYPE,
-        VALUE,
-        INDEX_TYPE,
-        WHOLE,
-        BLOCK,
-        PART,
-        TILE,
+    """`repack_tile` of tuples."""
+    repack_tile(
+        grad_ptr,
+        named("Gathered")(payloads_ptr, reached_ptr, rounds, chunks, blocks_per_chunk, capacity),
+        named("State")(residual_ptr, threshold_ptr, counters_ptr),
+        named("Schedule")(interval, GEOMETRIC),
+        named("Tables")(tiles_ptr, tile_count, pieces_ptr),
+        named("Staging")(staged_ptr, indices_ptr, counts_ptr, found_ptr, control_ptr + 4),
+        payload_ptr,
+        named("Wire")(chunk_bytes, values_offset, counts_offset, indices_offset, VALUE, INDEX_BYTES, MAX_COUNT, WHOLE, BLOCK),
+        named("Format")(GRAD, PART, TILE, FEEDBACK),
         STEP,
+        CONSTANT,
     )
-    tile = tl.program_id(0).to(tl.int64)
-    due = False
-    if not CONSTANT:
-        segment = tl.load(pieces_ptr + tl.load(tiles_ptr + tile * 4 + 3) * 7)
-        due = is_due(counters_ptr + segment * 4, interval, GEOMETRIC)
-    if not due:
-        stage_tile(
-            tile,
-            total_ptr,
-            residual_ptr,
-            threshold_ptr,
-            tiles_ptr,
-            tiles,
-            pieces_ptr,
-            payload_ptr,
-            staged_ptr,
-            places_ptr,
-            counts_ptr,
-            found_ptr,
-            control_ptr + 4,
-            chunk_bytes,
-            MAX_COUNT,
-            GRAD,
-            VALUE,
-            BLOCK,
-            PART,
-            TILE,
-            FEEDBACK,
-        )
 
 
 @torch.no_grad()
@@ -124,22 +100,26 @@ def repack_triton(
     error_feedback: bool,
 ) -> Tensor:
     """`repack_reference` with Triton. No host sync; the same bytes in every run."""
-    rounds = check_gathered(gathered, layout, None, layout.state_numel)
+    check_gathered(gathered, layout, None, layout.state_numel)
     total = torch.empty(layout.state_numel, dtype=torch.float32, device=gathered.device)
-    check_state(total, residual, threshold, counters, layout, error_feedback)
-    packer = Packer.create(layout, residual, threshold, counters, error_feedback)
+    state = (residual, threshold, counters)
+    check_state(total, *state, layout, error_feedback)
+    packer = Packer.create(layout, state, error_feedback)
     if not layout.segments:
         return packer.payload
-    state = (residual, threshold, counters)
     constant = constant_threshold(selection) is not None
     if constant:
         select_threshold_triton(total, *state, layout, selection, error_feedback)
-    geometric = selection.refresh_warmup != "off"
+    interval, geometric = selection.refresh_interval, selection.refresh_warmup != "off"
     if packer.tiles.shape[0]:
-        gathered = gathered.contiguous()
-        source = (gathered, entries_reached(gathered, layout), rounds, total, *state, selection.refresh_interval)
-        options = {**payload_options(layout), **packer.stage_options(total), "CONSTANT": constant, "GEOMETRIC": geometric}
-        launch(repack_kernel, (packer.tiles.shape[0],))(*source, *packer.stage_arguments, **options)
+        launch(repack_kernel, (packer.tiles.shape[0],))(
+            *packer.stage_arguments(total, interval),
+            **gathered_arguments(gathered, layout),
+            CONSTANT=constant,
+            GEOMETRIC=geometric,
+            STEP=STEP,
+            **packer.stage_options(total),
+        )
         if not constant:
             select_threshold_triton(total, *state, layout, selection, error_feedback)
-    return packer.pack(total, STAGE_NONE if constant else STAGE_DUE, selection.refresh_interval, geometric)
+    return packer.pack(total, STAGE_NONE if constant else STAGE_DUE, interval, geometric)

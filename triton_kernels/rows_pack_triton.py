@@ -40,8 +40,8 @@ def pack_rows_kernel(  # type: ignore[no-untyped-def]
         mean = (tl.sum(key.to(tl.float32, bitcast=True).to(tl.float64), axis=0) / WIDTH).to(tl.float32)
         bound = mean * bound
     low = tl.minimum(tl.maximum(bound.to(tl.int32, bitcast=True), 1), INFINITY)
-    # Halve [low, high) until at least CAPACITY keys reach low and fewer reach high, or until exactly CAPACITY reach low. Nothing to do where
-    # all that is eligible fits.
+    # Halve [low, high) until at least CAPACITY keys reach low and fewer reach high, or until exactly CAPACITY reach low. Nothing to do
+    # where all that is eligible fits.
     high = tl.max(key, axis=0) + 1
     high = tl.where(tl.sum((key >= low).to(tl.int32), axis=0) <= CAPACITY, low + 1, high)
     while high - low > 1:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.cpu.dispatch import DOUBLE, DTYPE_CODES, INT, POINTER, cpu_function
+from dct_compile.triton_kernels.cpu.dispatch import DOUBLE, INT, POINTER, cpu_function
 from dct_compile.triton_kernels.cpu.structs import ROW_FORMAT, ROWS, RowFormat, Rows
 from dct_compile.triton_kernels.layout import RowLayout, quantized_row_bytes
 from dct_compile.triton_kernels.quantize import check_quantize_arguments, check_quantized
