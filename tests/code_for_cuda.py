@@ -27,27 +27,28 @@ from triton.compiler import ASTSource
 
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
 from dct_compile.passes.inline_kernels import InlineKernels
-from dct_compile.triton_kernels.layout import gradient_layout
+from dct_compile.triton_kernels.layout import GradientLayout, RowLayout, Selection
 from tests.fake_cuda import TARGET, fake_device, fake_tables
 from tests.tracing import fake_group
 
 dct = torch.ops.dct
-SEGMENTS, NUMEL, CHUNKS = [3, 300, 303, 0, 310, 5000], 5320, 2
-SELECTION = (0.05, "exact", 0.0, 10, "geometric")
+NUMEL, CHUNKS = 5320, 2
+LOCAL, OWNED = (GradientLayout(((3, 300), (303, 0), (310, 5000)), 256, CHUNKS, chunk, 0.1, torch.int8) for chunk in (-1, 1))
+SELECTION = Selection(0.05, "exact", 0.0, 10, "geometric")
 MODE = FakeTensorMode()
 
 
 def step(grad: Tensor, rows: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
     """The operators of a backward, on a gradient that could be computed anew by whatever reads it."""
     grad = (grad * 2).reshape(-1)
-    geometry, wire = (SEGMENTS, 256, CHUNKS), (0.1, torch.int8)
-    dct.select_threshold(grad, *state[:3], *geometry, -1, *SELECTION, True)
-    payload = dct.threshold_pack(grad, *state[:3], *geometry, -1, *wire, True)
-    chunk = dct.repack(payload.view(CHUNKS, -1).select(0, 1).repeat(2), *state[3:], *geometry, 1, *wire, *SELECTION, True)
-    mean = dct.unpack_accumulate(payload.repeat(2), None, NUMEL, torch.bfloat16, *geometry, -1, *wire, 2)
-    mask = dct.pack_rows(rows, 5, "laplace", 0.1, 0.0, torch.float32)
-    values = dct.gather_rows(rows, mask, 5, torch.float32, torch.float32)
-    return chunk, mean, dct.scatter_rows(values, mask, list(rows.shape[1:]), 5, 1, torch.float32, torch.float32)
+    dct.select_threshold(grad, *state[:3], LOCAL, SELECTION, True)
+    payload = dct.threshold_pack(grad, *state[:3], LOCAL, True)
+    chunk = dct.repack(payload.view(CHUNKS, -1).select(0, 1).repeat(2), *state[3:], OWNED, SELECTION, True)
+    mean = dct.unpack_accumulate(payload.repeat(2), None, NUMEL, torch.bfloat16, LOCAL, 2)
+    layout = RowLayout(tuple(rows.shape[1:]), 5, torch.float32)
+    mask = dct.pack_rows(rows, layout, "laplace", 0.1, 0.0)
+    values = dct.gather_rows(rows, mask, layout, torch.float32)
+    return chunk, mean, dct.scatter_rows(values, mask, layout, 1, torch.float32)
 
 
 def exchange(x: Tensor, indices: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,9 +102,8 @@ def compiled(code: str) -> Iterator[str]:
 
 def gradient_code() -> tuple[GraphLowering, str]:
     """Of `step`, as the pass meets it: behind AOTAutograd."""
-    layouts = [gradient_layout(tuple(SEGMENTS), 256, CHUNKS, chunk, 0.1, torch.int8) for chunk in (-1, 1)]
     with MODE, torch.device("cuda:0"):
-        states = [(torch.empty(layout.state_numel), torch.empty(3), torch.empty(3, 4, dtype=torch.int64)) for layout in layouts]
+        states = [(torch.empty(layout.state_numel), torch.empty(3), torch.empty(3, 4, dtype=torch.int64)) for layout in (LOCAL, OWNED)]
         inputs = [torch.empty(NUMEL, 1, dtype=torch.bfloat16), torch.empty(8, 3, 40), *states[0], *states[1]]
         traced = make_fx(step, select_decomp_table())(*inputs)
     with V.set_fake_mode(MODE), tracing(TracingContext(MODE)), inductor_config.patch(post_grad_custom_post_pass=InlineKernels([])):

@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dct_compile.ops import select_threshold, threshold_pack, unpack_accumulate
+from dct_compile.ops import repack, select_threshold, threshold_pack, unpack_accumulate
 from dct_compile.triton_kernels.cpu.build import load_library
-from dct_compile.triton_kernels.cpu.gradient import repack_cpu
-from dct_compile.triton_kernels.layout import gradient_layout
+from dct_compile.triton_kernels.layout import GradientLayout, Selection
 
 needs_compiler = pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
 
-SEGMENTS = [3, 400, 500, 300]
 NUMEL = 810
+EXACT = Selection(0.1, "exact", 0.0, 1, "off")
+
+
+def layout_of(value_dtype: torch.dtype, chunks: int = 1, chunk: int = -1, block: int = 256) -> GradientLayout:
+    return GradientLayout(((3, 400), (500, 300)), block, chunks, chunk, 0.3, value_dtype)
 
 
 def state(numel: int = 700) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,9 +28,9 @@ def state(numel: int = 700) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pack_arguments(dtype: torch.dtype, value_dtype: torch.dtype, chunks: int, chunk: int) -> tuple[Any, ...]:
-    numel = gradient_layout(tuple(SEGMENTS), 256, chunks, chunk, 0.3, value_dtype).state_numel
-    grad = torch.randn(NUMEL if chunk < 0 else numel).to(dtype)
-    return (grad, *state(numel), SEGMENTS, 256, chunks, chunk, 0.3, value_dtype, True)
+    layout = layout_of(value_dtype, chunks, chunk)
+    grad = torch.randn(NUMEL if chunk < 0 else layout.state_numel).to(dtype)
+    return (grad, *state(layout.state_numel), layout, True)
 
 
 GEOMETRIES = [
@@ -40,9 +43,8 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_select_threshold_opcheck(geometry: tuple[torch.dtype, torch.dtype, int, int]) -> None:
-    grad, residual, threshold, counters, *_ = pack_arguments(*geometry)
-    schedule = (0.1, "exact", 0.0, 10, "geometric", True)
-    torch.library.opcheck(select_threshold, (grad, residual, threshold, counters, SEGMENTS, 256, *geometry[2:], *schedule))
+    *tensors, layout, feedback = pack_arguments(*geometry)
+    torch.library.opcheck(select_threshold, (*tensors, layout, Selection(0.1, "exact", 0.0, 10, "geometric"), feedback))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -53,21 +55,24 @@ def test_threshold_pack_opcheck(geometry: tuple[torch.dtype, torch.dtype, int, i
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("with_dense", [True, False])
 def test_unpack_accumulate_opcheck(geometry: tuple[torch.dtype, torch.dtype, int, int], with_dense: bool) -> None:
-    dtype, value_dtype, chunks, chunk = geometry
     arguments = pack_arguments(*geometry)
     payload = threshold_pack(*arguments)
     numel = arguments[0].numel()
     dense = torch.randn(numel - arguments[1].numel()) if with_dense else None
-    torch.library.opcheck(
-        unpack_accumulate, (torch.cat([payload, payload]), dense, numel, dtype, SEGMENTS, 256, chunks, chunk, 0.3, value_dtype, 2)
-    )
+    torch.library.opcheck(unpack_accumulate, (torch.cat([payload, payload]), dense, numel, geometry[0], arguments[4], 2))
+
+
+def test_repack_opcheck() -> None:
+    *tensors, layout, feedback = pack_arguments(torch.float32, torch.int8, 2, 1)
+    payload = threshold_pack(*tensors, layout, feedback)
+    torch.library.opcheck(repack, (torch.cat([payload, payload]), *state(layout.state_numel), layout, EXACT, feedback))
 
 
 def test_state_saved_for_backward_may_change() -> None:
     """A residual that a graph has saved is updated in the next step; autograd must not object."""
     arguments = pack_arguments(torch.float32, torch.bfloat16, 1, -1)
     versions = [tensor._version for tensor in arguments[1:4]]
-    select_threshold(*arguments[:4], SEGMENTS, 256, 1, -1, 0.1, "exact", 0.0, 1, "off", True)
+    select_threshold(*arguments[:5], EXACT, True)
     threshold_pack(*arguments)
     assert [tensor._version for tensor in arguments[1:4]] == versions
     assert arguments[3][:, 0].tolist() == [1, 1]
@@ -75,10 +80,11 @@ def test_state_saved_for_backward_may_change() -> None:
 
 def test_in_a_compiled_function_the_state_changes_in_place() -> None:
     def reduce(grad: Tensor, residual: Tensor, threshold: Tensor, counters: Tensor) -> Tensor:
-        select_threshold(grad, residual, threshold, counters, SEGMENTS, 256, 1, -1, 0.1, "exact", 0.0, 1, "off", True)
-        payload = threshold_pack(grad, residual, threshold, counters, SEGMENTS, 256, 1, -1, 0.3, torch.bfloat16, True)
-        return unpack_accumulate(payload, None, NUMEL, torch.float32, SEGMENTS, 256, 1, -1, 0.3, torch.bfloat16, 2)  # type: ignore[no-any-return]
+        select_threshold(grad, residual, threshold, counters, layout, EXACT, True)
+        payload = threshold_pack(grad, residual, threshold, counters, layout, True)
+        return unpack_accumulate(payload, None, NUMEL, torch.float32, layout, 2)  # type: ignore[no-any-return]
 
+    layout = layout_of(torch.bfloat16)
     grad = torch.randn(NUMEL)
     eager_state, compiled_state = state(), state()
     expected = reduce(grad, *eager_state)
@@ -112,50 +118,48 @@ def test_a_wrong_tensor_is_named(position: int, wrong: Tensor, message: str) -> 
 def test_a_wrong_dtype_or_block_is_named() -> None:
     arguments = pack_arguments(torch.float32, torch.float32, 1, -1)
     with pytest.raises(ValueError, match=r"value_dtype is torch\.float64: expected one of .*torch\.int8"):
-        threshold_pack(*arguments[:9], torch.float64, True)
+        threshold_pack(*arguments[:4], layout_of(torch.float64), True)
     for block in (32, 300, 2**32):
         with pytest.raises(ValueError, match=f"block is {block}: expected a power of two"):
-            threshold_pack(*arguments[:5], block, *arguments[6:])
+            threshold_pack(*arguments[:4], layout_of(torch.float32, block=block), True)
     payload = threshold_pack(*arguments)
     with pytest.raises(ValueError, match=r"dtype is torch\.int8: expected one of torch\.float32, torch\.bfloat16, torch\.float16"):
-        unpack_accumulate(payload, None, NUMEL, torch.int8, *arguments[4:10], 1)
+        unpack_accumulate(payload, None, NUMEL, torch.int8, arguments[4], 1)
 
 
 @needs_compiler
 def test_what_an_owner_packs_again_is_checked() -> None:
-    numel = gradient_layout(tuple(SEGMENTS), 256, 2, 1, 0.3, torch.int8).state_numel
+    layout = layout_of(torch.int8, 2, 1)
+    numel = layout.state_numel
     payload = threshold_pack(*pack_arguments(torch.float32, torch.int8, 2, 1))
-    geometry = (SEGMENTS, 256, 2, 1, 0.3, torch.int8, 0.1, "exact", 0.0, 1, "off", True)
     with pytest.raises(ValueError, match="gathered is"):
-        repack_cpu(payload[:-4], *state(numel), *geometry)
+        repack(payload[:-4], *state(numel), layout, EXACT, True)
     with pytest.raises(ValueError, match="residual is"):
-        repack_cpu(payload, *state(numel + 1), *geometry)
-    assert repack_cpu(payload, *state(numel), *geometry).shape == payload.shape
+        repack(payload, *state(numel + 1), layout, EXACT, True)
+    assert repack(payload, *state(numel), layout, EXACT, True).shape == payload.shape
 
 
 def test_gathered_bytes_must_be_whole_payloads() -> None:
-    geometry = (SEGMENTS, 256, 2, -1, 0.3, torch.bfloat16)
-    chunk_bytes = gradient_layout(tuple(SEGMENTS), *geometry[1:]).chunk_bytes
+    layout = layout_of(torch.bfloat16, 2)
+    chunk_bytes = layout.chunk_bytes
     for size in (chunk_bytes, 2 * chunk_bytes - 1):
         with pytest.raises(ValueError, match="gathered is"):
-            unpack_accumulate(torch.zeros(size, dtype=torch.uint8), None, NUMEL, torch.float32, *geometry, 1)
+            unpack_accumulate(torch.zeros(size, dtype=torch.uint8), None, NUMEL, torch.float32, layout, 1)
     with pytest.raises(ValueError, match="dense has"):
-        unpack_accumulate(torch.zeros(2 * chunk_bytes, dtype=torch.uint8), torch.zeros(7), NUMEL, torch.float32, *geometry, 1)
+        unpack_accumulate(torch.zeros(2 * chunk_bytes, dtype=torch.uint8), torch.zeros(7), NUMEL, torch.float32, layout, 1)
 
 
 def test_without_a_compiler_the_references_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = pack_arguments(torch.float32, torch.bfloat16, 1, -1)
     expected = threshold_pack(*arguments[:1], *state(), *arguments[4:])
-    monkeypatch.setattr("dct_compile.triton_kernels.cpu.gradient.cpu_function", lambda name, parameters: None)
+    monkeypatch.setattr("dct_compile.ops.library.load_library", lambda: None)
     assert torch.equal(threshold_pack(*arguments[:1], *state(), *arguments[4:]), expected)
-    arguments_of_unpack = (None, NUMEL, torch.float32, SEGMENTS, 256, 1, -1, 0.3, torch.bfloat16, 1)
-    assert unpack_accumulate(expected, *arguments_of_unpack).count_nonzero() > 0
-    owned = gradient_layout(tuple(SEGMENTS), 256, 2, 0, 0.3, torch.bfloat16).state_numel
-    part = threshold_pack(torch.randn(owned), *state(owned), SEGMENTS, 256, 2, 0, 0.3, torch.bfloat16, True)
-    selection = (0.1, "exact", 0.0, 1, "off", True)
-    assert repack_cpu(part, *state(owned), SEGMENTS, 256, 2, 0, 0.3, torch.bfloat16, *selection).any()
+    assert unpack_accumulate(expected, None, NUMEL, torch.float32, arguments[4], 1).count_nonzero() > 0
+    owned = layout_of(torch.bfloat16, 2, 0)
+    part = threshold_pack(torch.randn(owned.state_numel), *state(owned.state_numel), owned, True)
+    assert repack(part, *state(owned.state_numel), owned, EXACT, True).any()
     chosen = state()
-    select_threshold(arguments[0], *chosen, SEGMENTS, 256, 1, -1, 0.1, "exact", 0.0, 1, "off", True)
+    select_threshold(arguments[0], *chosen, arguments[4], EXACT, True)
     assert (chosen[1] != 1).all()
 
 
@@ -164,9 +168,10 @@ import sys
 sys.modules["triton"] = None
 import torch
 from dct_compile.ops import threshold_pack
+from dct_compile.triton_kernels.layout import GradientLayout
 state = torch.zeros(9), torch.zeros(1), torch.zeros(1, 4, dtype=torch.int64)
 for _ in range(2):
-    threshold_pack(torch.ones(9), *state, [0, 9], 256, 1, -1, 1.0, torch.bfloat16, True)
+    threshold_pack(torch.ones(9), *state, GradientLayout(((0, 9),), 256, 1, -1, 1.0, torch.bfloat16), True)
 print(state[2].tolist())
 """
 

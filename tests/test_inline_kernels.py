@@ -19,14 +19,14 @@ import dct_compile.ops
 from dct_compile import backend
 from dct_compile.passes.inline_kernels import InlineKernels, inline_kernels
 from dct_compile.triton_kernels.compat import HAS_TRITON
-from dct_compile.triton_kernels.layout import WHOLE_PIECE, GradientLayout, gradient_layout
+from dct_compile.triton_kernels.layout import WHOLE_PIECE, GradientLayout, RowLayout, Selection
 from tests.ranks import fresh_compiler
 from tests.states import assert_same
 from tests.tracing import fake_group
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 dct = torch.ops.dct
-SEGMENTS = [3, 300, 303, 0, 310, 5000]
+SEGMENTS = ((3, 300), (303, 0), (310, 5000))
 NUMEL = 5320
 Call = tuple[torch._ops.OpOverload, list[Any]]
 
@@ -36,22 +36,22 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 def gradient_calls(grad: torch.dtype, value: torch.dtype, block: int, chunks: int = 1) -> Iterator[Call]:
     """Operators of one step with arguments as they occur: each has seen what the ones before it did."""
     random = torch.Generator().manual_seed(0)
-    geometry = (SEGMENTS, block, chunks, -1)
-    state = random_state(gradient_layout(tuple(SEGMENTS), *geometry[1:], 0.1, value), random)
+    layout = GradientLayout(SEGMENTS, block, chunks, -1, 0.1, value)
+    state = random_state(layout, random)
     gradient = torch.randn(NUMEL, generator=random).to(DEVICE, grad)
     for method in ("laplace", "fixed", "exact"):
-        yield dct.select_threshold.default, [gradient, *state, *geometry, 0.05, method, 0.5, 10, "geometric", True]
-    arguments = [gradient, *state, *geometry, 0.1, value, True]
+        yield dct.select_threshold.default, [gradient, *state, layout, Selection(0.05, method, 0.5, 10, "geometric"), True]
+    arguments = [gradient, *state, layout, True]
     yield dct.threshold_pack.default, arguments
     payload = dct.threshold_pack(*arguments)
     dense = torch.randn(NUMEL - state[0].numel(), generator=random).to(DEVICE, grad)
-    yield dct.unpack_accumulate.default, [payload.repeat(2), dense, NUMEL, grad, *geometry, 0.1, value, 2]
+    yield dct.unpack_accumulate.default, [payload.repeat(2), dense, NUMEL, grad, layout, 2]
     if chunks > 1:
-        geometry = (SEGMENTS, block, chunks, 1)
-        state = random_state(gradient_layout(tuple(SEGMENTS), *geometry[1:], 0.1, value), random)
+        layout = GradientLayout(SEGMENTS, block, chunks, 1, 0.1, value)
+        state = random_state(layout, random)
         received = payload.view(chunks, -1)[1].repeat(2)
         for method in ("exact", "fixed"):
-            yield dct.repack.default, [received, *state, *geometry, 0.1, value, 0.05, method, 0.5, 10, "off", True]
+            yield dct.repack.default, [received, *state, layout, Selection(0.05, method, 0.5, 10, "off"), True]
 
 
 def random_state(layout: GradientLayout, random: torch.Generator) -> list[Tensor]:
@@ -61,13 +61,14 @@ def random_state(layout: GradientLayout, random: torch.Generator) -> list[Tensor
 
 def row_calls(dtype: torch.dtype) -> Iterator[Call]:
     x = torch.randn(6, 3, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    layout = RowLayout((3, 40), 5, dtype)
     for method in ("laplace", "fixed", "exact"):
-        yield dct.pack_rows.default, [x, 5, method, 0.1, 0.5, dtype]
-    payload = dct.pack_rows(x, 5, "exact", 0.1, 0.5, dtype)
-    yield dct.unpack_rows.default, [payload, [3, 40], 5, 2, dtype, dtype]
-    yield dct.gather_rows.default, [x, payload, 5, dtype, dtype]
-    values = dct.gather_rows(x, payload, 5, dtype, dtype)
-    yield dct.scatter_rows.default, [values, payload, [3, 40], 5, 1, dtype, dtype]
+        yield dct.pack_rows.default, [x, layout, method, 0.1, 0.5]
+    payload = dct.pack_rows(x, layout, "exact", 0.1, 0.5)
+    yield dct.unpack_rows.default, [payload, layout, 2, dtype]
+    yield dct.gather_rows.default, [x, payload, layout, dtype]
+    values = dct.gather_rows(x, payload, layout, dtype)
+    yield dct.scatter_rows.default, [values, payload, layout, 1, dtype]
     for bits in (4, 8):
         seed = torch.tensor([5], device=DEVICE)
         yield dct.quantize_rows.default, [x, seed, bits]

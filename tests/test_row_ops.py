@@ -9,26 +9,29 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dct_compile.ops import dequantize_rows, gather_rows, pack_rows, quantize_rows, scatter_rows, unpack_rows
+from dct_compile.triton_kernels.layout import RowLayout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEED = torch.tensor([7])
+BF16 = torch.bfloat16
+LAYOUT = RowLayout((2, 40), 5, BF16)
 
 
-def exact(slots: int, value_dtype: torch.dtype) -> tuple[Any, ...]:
-    return slots, "exact", 1.0, 0.0, value_dtype
+EXACT = ("exact", 1.0, 0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value_dtype", DTYPES)
 def test_opcheck_of_the_threshold_ops(dtype: torch.dtype, value_dtype: torch.dtype) -> None:
     x = torch.randn(4, 2, 300).to(dtype)
-    torch.library.opcheck(pack_rows, (x, *exact(9, value_dtype)))
-    torch.library.opcheck(pack_rows, (x.transpose(0, 2), 2, "laplace", 0.3, 0.0, value_dtype))
-    payload = pack_rows(x, *exact(9, value_dtype))
-    torch.library.opcheck(unpack_rows, (payload, [2, 300], 9, 2, value_dtype, dtype))
-    torch.library.opcheck(gather_rows, (x[:2], payload, 9, value_dtype, torch.bfloat16))
-    values = gather_rows(x, payload, 9, value_dtype, torch.bfloat16)
-    torch.library.opcheck(scatter_rows, (values, payload[:2], [2, 300], 9, 2, value_dtype, dtype))
+    layout = RowLayout((2, 300), 9, value_dtype)
+    torch.library.opcheck(pack_rows, (x, layout, *EXACT))
+    torch.library.opcheck(pack_rows, (x.transpose(0, 2), RowLayout((2, 4), 2, value_dtype), "laplace", 0.3, 0.0))
+    payload = pack_rows(x, layout, *EXACT)
+    torch.library.opcheck(unpack_rows, (payload, layout, 2, dtype))
+    torch.library.opcheck(gather_rows, (x[:2], payload, layout, torch.bfloat16))
+    values = gather_rows(x, payload, layout, torch.bfloat16)
+    torch.library.opcheck(scatter_rows, (values, payload[:2], layout, 2, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -41,11 +44,11 @@ def test_opcheck_of_the_codec(dtype: torch.dtype, bits: int) -> None:
 
 def exchange(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
     """All six ops, as a boundary and its backward use them."""
-    payload = pack_rows(x, *exact(5, torch.bfloat16))
-    dense = unpack_rows(payload, [2, 40], 5, 1, torch.bfloat16, torch.float32)
-    summed = unpack_rows(torch.cat([payload, payload]), [2, 40], 5, 2, torch.bfloat16, torch.float32)
-    values = gather_rows(x, payload, 5, torch.bfloat16, torch.float32)
-    back = scatter_rows(values, payload, [2, 40], 5, 1, torch.bfloat16, torch.float16)
+    payload = pack_rows(x, LAYOUT, *EXACT)
+    dense = unpack_rows(payload, LAYOUT, 1, torch.float32)
+    summed = unpack_rows(torch.cat([payload, payload]), LAYOUT, 2, torch.float32)
+    values = gather_rows(x, payload, LAYOUT, torch.float32)
+    back = scatter_rows(values, payload, LAYOUT, 1, torch.float16)
     codes = quantize_rows(x, seed, 4)
     return payload, dense, summed, values, back, codes, dequantize_rows(codes, [2, 40], 4, torch.bfloat16)
 
@@ -74,26 +77,28 @@ def test_the_number_of_rows_may_be_unbacked() -> None:
 
 X = torch.zeros(4, 2, 40)
 PAYLOAD = torch.zeros(4, 30, dtype=torch.uint8)
-BF16 = torch.bfloat16
 
 
 @pytest.mark.parametrize(
     ("op", "arguments", "message"),
     [
-        (pack_rows, (X, *exact(41, BF16)), "slots 41 is outside"),
-        (pack_rows, (X, *exact(0, BF16)), "slots 0 is outside"),
-        (pack_rows, (X, *exact(4, torch.float64)), "value dtype is"),
-        (pack_rows, (X.double(), *exact(4, BF16)), "dtype of the rows is"),
-        (pack_rows, (torch.zeros(40), *exact(4, BF16)), "rows are"),
-        (pack_rows, (torch.zeros(1, 65537), *exact(4, BF16)), "width 65537 is outside"),
-        (pack_rows, (X, 4, "median", 1.0, 0.0, BF16), "method 'median' is not"),
-        (pack_rows, (X, 4, "laplace", 0.0, 0.0, BF16), "density 0.0 is outside"),
-        (pack_rows, (X, 4, "fixed", 1.0, -1.0, BF16), "fixed threshold -1.0 is negative"),
-        (unpack_rows, (PAYLOAD, [2, 300], 5, 1, BF16, BF16), "payload is"),
-        (unpack_rows, (PAYLOAD, [2, 40], 5, 3, BF16, BF16), "payload has 4 rows"),
-        (unpack_rows, (PAYLOAD, [2, 40], 5, 1, BF16, torch.int32), "dtype of the rows is"),
-        (gather_rows, (X[:3], PAYLOAD, 5, BF16, BF16), "payload has 4 rows"),
-        (scatter_rows, (torch.zeros(4, 9), PAYLOAD, [2, 40], 5, 1, BF16, BF16), "values are"),
+        (pack_rows, (X, RowLayout((2, 40), 41, BF16), *EXACT), "capacity 41 is outside"),
+        (pack_rows, (X, RowLayout((2, 40), 0, BF16), *EXACT), "capacity 0 is outside"),
+        (pack_rows, (X, RowLayout((2, 40), 4, torch.float64), *EXACT), "value dtype is"),
+        (pack_rows, (X.double(), LAYOUT, *EXACT), "dtype of the rows is"),
+        (pack_rows, (torch.zeros(40), LAYOUT, *EXACT), "rows are"),
+        (pack_rows, (X, RowLayout((40,), 5, BF16), *EXACT), r"rows are \[4, 2, 40\], expected R by \[40\]"),
+        (pack_rows, (X, RowLayout((), 5, BF16), *EXACT), "row_shape is empty"),
+        (pack_rows, (torch.zeros(1, 65537), RowLayout((65537,), 4, BF16), *EXACT), "width 65537 is outside"),
+        (pack_rows, (X, LAYOUT, "median", 1.0, 0.0), "method 'median' is not"),
+        (pack_rows, (X, LAYOUT, "laplace", 0.0, 0.0), "density 0.0 is outside"),
+        (pack_rows, (X, LAYOUT, "fixed", 1.0, -1.0), "fixed threshold -1.0 is negative"),
+        (unpack_rows, (PAYLOAD, RowLayout((2, 300), 5, BF16), 1, BF16), "payload is"),
+        (unpack_rows, (PAYLOAD, LAYOUT, 3, BF16), "payload has 4 rows"),
+        (unpack_rows, (PAYLOAD, LAYOUT, 1, torch.int32), "dtype of the rows is"),
+        (gather_rows, (X[:3], PAYLOAD, LAYOUT, BF16), "payload has 4 rows"),
+        (gather_rows, (X[:, :1], PAYLOAD, LAYOUT, BF16), r"rows are \[4, 1, 40\], expected R by \[2, 40\]"),
+        (scatter_rows, (torch.zeros(4, 9), PAYLOAD, LAYOUT, 1, BF16), "values are"),
         (quantize_rows, (X, SEED, 3), "bits 3 is not"),
         (quantize_rows, (X, SEED.int(), 8), "seed is"),
         (dequantize_rows, (PAYLOAD, [2, 40], 8, BF16), "payload is"),
@@ -107,6 +112,6 @@ def test_a_wrong_argument_is_named(op: Any, arguments: tuple[Any, ...], message:
 def test_without_a_compiler_the_references_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 2, 40)
     expected = exchange(x, SEED)
-    monkeypatch.setattr("dct_compile.triton_kernels.cpu.rows.cpu_function", lambda name, parameters: None)
+    monkeypatch.setattr("dct_compile.ops.library.load_library", lambda: None)
     for a, b in zip(exchange(x, SEED), expected, strict=True):
         assert torch.equal(a, b)
