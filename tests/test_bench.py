@@ -22,6 +22,7 @@ from dct_compile.cli import extras
 from dct_compile.cli.main import main
 from dct_compile.triton_kernels.cpu import gradient, rows
 from dct_compile.triton_kernels.cpu.build import load_library
+from dct_compile.triton_kernels.store import store_reference
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--size", "2^14", "--seconds", "0.001"]
@@ -169,7 +170,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def _slightly_wrong(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """The op's CPU function with one bit flipped in its result, or in the first tensor that it mutates."""
     name = f"{op.overloadpacket.__name__}_cpu"
-    function = getattr(gradient, name, None) or getattr(rows, name)
+    function = getattr(gradient, name, None) or getattr(rows, name, store_reference)
     mutated = [i for i, argument in enumerate(op._schema.arguments) if argument.alias_info is not None]
 
     def wrong(*arguments: Any) -> Any:
@@ -238,7 +239,7 @@ FLOORS = [
     # 256 rows of 13 entries of 2 + 1 bytes; 4 rows of 820 entries of 2 + 2 bytes
     ("pack_rows", "exact", 256, 0.05, torch.float32, 65536 * 4 + 256 * 39),
     ("pack_rows", "exact", 16384, 0.05, torch.bfloat16, 65536 * 2 + 4 * 3280),
-    ("pack_rows", "laplace", 256, 0.05, torch.float32, 65536 * 4 + 256 * 45),  # 15 slots
+    ("pack_rows", "laplace", 256, 0.05, torch.float32, 65536 * 4 + 256 * 45),  # 15 entries
     ("unpack_rows", "1 payload", 256, 0.05, torch.float32, 65536 * 4 + 256 * 39),
     ("gather_rows", "1 payload", 256, 0.05, torch.float32, round(65536 * 4 * (1 - (243 / 256) ** 16)) + 256 * 13 * 3),
     ("gather_rows", "1 payload", 16384, 0.05, torch.bfloat16, round(65536 * 2 * (1 - (15564 / 16384) ** 32)) + 4 * 820 * 4),
@@ -246,6 +247,7 @@ FLOORS = [
     ("quantize_rows", "int8", 64, 1.0, torch.float32, 65536 * 4 + 1024 * 66),
     ("quantize_rows", "int4", 64, 1.0, torch.bfloat16, 65536 * 2 + 1024 * 34),
     ("dequantize_rows", "int8", 1024, 1.0, torch.float32, 65536 * 4 + 64 * 1026),
+    ("store", "one tensor", 0, 1.0, torch.bfloat16, 2 * 65536 * 2),
 ]
 
 

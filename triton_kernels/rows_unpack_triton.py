@@ -1,7 +1,7 @@
 """``unpack_rows``, ``gather_rows``, ``scatter_rows`` on the device.
 
-A dense row is not scattered into: each of its entries looks for its slot by halving (places ascend). So every entry is written once, by one
-thread, sums have one order, and a damaged payload cannot write outside its row.
+A dense row is not scattered into: each of its elements looks for its entry by halving (indices ascend). So every element is written once,
+by one thread, sums have one order, and a damaged payload cannot write outside its row.
 """
 
 from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
@@ -17,20 +17,20 @@ from dct_compile.triton_kernels.row_codec_triton import load_bytes, power_of_two
 
 
 @jit
-def find_slots(packed, column, WIDTH: tl.constexpr, CAPACITY: tl.constexpr, VALUE_BYTES: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """For each place ``column`` of the row at ``packed``: its slot, and whether it has one (if not, the slot means nothing)."""
+def find_entries(packed, column, WIDTH: tl.constexpr, CAPACITY: tl.constexpr, VALUE_BYTES: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """For each ``column`` of the row at ``packed``: the number of its entry, and whether it has one (if not, the number means nothing)."""
     INDEX_BYTES: tl.constexpr = 1 if WIDTH <= 256 else 2
     indices = packed + CAPACITY * VALUE_BYTES
-    slot = tl.zeros_like(column)
+    entry = tl.zeros_like(column)
     for step in tl.static_range(STEPS):
-        last = slot + (1 << (STEPS - 1 - step)) - 1
-        place = load_bytes(indices + last * INDEX_BYTES, last < CAPACITY, INDEX_BYTES)
-        # Free slots hold place 0 behind the valid ones: past every column, as they are for this search.
-        before = (last < CAPACITY) & (place < column) & ((place != 0) | (last == 0))
-        slot = tl.where(before, last + 1, slot)
-    place = load_bytes(indices + slot * INDEX_BYTES, slot < CAPACITY, INDEX_BYTES)
-    has_value = (slot != 0) | ((load_bytes(packed + slot * VALUE_BYTES, slot == 0, VALUE_BYTES) << (33 - 8 * VALUE_BYTES)) != 0)
-    return slot, (slot < CAPACITY) & (place == column) & ((slot == 0) | (place != 0)) & has_value & (column < WIDTH)
+        last = entry + (1 << (STEPS - 1 - step)) - 1
+        index = load_bytes(indices + last * INDEX_BYTES, last < CAPACITY, INDEX_BYTES)
+        # Free entries hold index 0 behind the valid ones: past every column, as they are for this search.
+        before = (last < CAPACITY) & (index < column) & ((index != 0) | (last == 0))
+        entry = tl.where(before, last + 1, entry)
+    index = load_bytes(indices + entry * INDEX_BYTES, entry < CAPACITY, INDEX_BYTES)
+    has_value = (entry != 0) | ((load_bytes(packed + entry * VALUE_BYTES, entry == 0, VALUE_BYTES) << (33 - 8 * VALUE_BYTES)) != 0)
+    return entry, (entry < CAPACITY) & (index == column) & ((entry == 0) | (index != 0)) & has_value & (column < WIDTH)
 
 
 @jit
@@ -50,21 +50,21 @@ def dense_rows_kernel(  # type: ignore[no-untyped-def]
     OUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A part of a dense row: the sum, in float32 and in their order, of what the addends hold at each place."""
+    """A part of a dense row: the sum, in float32 and in their order, of what the addends hold at each index."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     source = row
     if VALUES_APART:
-        slot, valid = find_slots(payload_ptr + row * ROW_BYTES, column, WIDTH, CAPACITY, PAYLOAD_BYTES, STEPS)
+        entry, valid = find_entries(payload_ptr + row * ROW_BYTES, column, WIDTH, CAPACITY, PAYLOAD_BYTES, STEPS)
         for _ in range(ADDENDS):
-            total += as_float(tl.load(values_ptr + source * CAPACITY + slot, mask=valid, other=0), VALUE)
+            total += as_float(tl.load(values_ptr + source * CAPACITY + entry, mask=valid, other=0), VALUE)
             source += rows
     else:
         for _ in range(ADDENDS):
             packed = payload_ptr + source * ROW_BYTES
-            slot, valid = find_slots(packed, column, WIDTH, CAPACITY, PAYLOAD_BYTES, STEPS)
-            total += float_of_bits(load_bytes(packed + slot * PAYLOAD_BYTES, valid, PAYLOAD_BYTES), VALUE)
+            entry, valid = find_entries(packed, column, WIDTH, CAPACITY, PAYLOAD_BYTES, STEPS)
+            total += float_of_bits(load_bytes(packed + entry * PAYLOAD_BYTES, valid, PAYLOAD_BYTES), VALUE)
             source += rows
     tl.store(out_ptr + row * WIDTH + column, rounded_bits(total, OUT, False), mask=column < WIDTH)
 
@@ -83,17 +83,17 @@ def gather_rows_kernel(  # type: ignore[no-untyped-def]
     VALUE: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """The gradient at the valid places of one packed row."""
+    """The gradient at the valid indices of one packed row."""
     INDEX_BYTES: tl.constexpr = 1 if WIDTH <= 256 else 2
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, ENTRIES)
-    inside = slot < CAPACITY
+    entry = tl.arange(0, ENTRIES)
+    inside = entry < CAPACITY
     packed = payload_ptr + row * ROW_BYTES
-    place = load_bytes(packed + CAPACITY * PAYLOAD_BYTES + slot * INDEX_BYTES, inside, INDEX_BYTES)
-    first = load_bytes(packed + slot * PAYLOAD_BYTES, slot == 0, PAYLOAD_BYTES) << (33 - 8 * PAYLOAD_BYTES)  # its sign is shifted out
-    valid = inside & tl.where(slot == 0, first != 0, place != 0) & (place < WIDTH)
-    grad = as_float(tl.load(grad_ptr + row % grad_rows * WIDTH + place, mask=valid, other=0), SOURCE)
-    tl.store(out_ptr + row * CAPACITY + slot, rounded_bits(grad, VALUE, True), mask=inside)
+    index = load_bytes(packed + CAPACITY * PAYLOAD_BYTES + entry * INDEX_BYTES, inside, INDEX_BYTES)
+    first = load_bytes(packed + entry * PAYLOAD_BYTES, entry == 0, PAYLOAD_BYTES) << (33 - 8 * PAYLOAD_BYTES)  # its sign is shifted out
+    valid = inside & tl.where(entry == 0, first != 0, index != 0) & (index < WIDTH)
+    grad = as_float(tl.load(grad_ptr + row % grad_rows * WIDTH + index, mask=valid, other=0), SOURCE)
+    tl.store(out_ptr + row * CAPACITY + entry, rounded_bits(grad, VALUE, True), mask=inside)
 
 
 def _dense_rows(payload: Tensor, values: Tensor | None, out: Tensor, layout: RowLayout, addends: int) -> Tensor:

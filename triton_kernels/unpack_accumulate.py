@@ -58,7 +58,7 @@ def unpack_accumulate_reference(
 
     ``gathered``: uint8 [M * layout.chunk_bytes]. For ``chunk == -1`` the j-th chunk payload covers chunk ``j % chunks`` of the bucket;
     for ``chunk >= 0`` every one covers the owner's compact buffer, which is what is returned. ``dense``: the elements of the bucket that
-    no segment covers, in order, of any float dtype, copied to their places; without it they are 0.
+    no segment covers, in order, of any float dtype, copied; without it they are 0.
     """
     total = torch.zeros(numel, dtype=torch.float32, device=gathered.device)
     for j in range(gathered.numel() // max(layout.chunk_bytes, 1)):

@@ -28,7 +28,8 @@ class Value(OpaqueBase):
     @classmethod
     def of(cls, **arguments: Any) -> Self:
         """Returns the value with these fields, the same object in every call: what it has computed is kept."""
-        return _make(cls, **arguments)
+        made: Self = _make(cls, **arguments)
+        return made
 
     def __fx_repr__(self) -> tuple[str, dict[str, type]]:
         """Returns the expression by which generated code makes an equal value, and the class that it names."""

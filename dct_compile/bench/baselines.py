@@ -1,7 +1,7 @@
 """What the ops are compared with: the same work as chains of ordinary PyTorch ops.
 
 A chain reads the tensors that its op reads; where that is a payload, it reads the entries as PyTorch would hold them: values and int64
-places. Nothing is mutated, and values are left in bfloat16, as they would be sent.
+indices. Nothing is mutated, and values are left in bfloat16, as they would be sent.
 """
 
 import math
@@ -39,50 +39,50 @@ def laplace_threshold(grad: Tensor, residual: Tensor, density: float) -> Tensor:
 
 
 def threshold_chain(grad: Tensor, residual: Tensor, threshold: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Places, values and residual of the entries that reach the threshold."""
+    """Indices, values and residual of the entries that reach the threshold."""
     w = grad + residual
     kept = w.abs() >= threshold
-    places = kept.nonzero().view(-1)
-    return places, w[places].to(torch.bfloat16), w.masked_fill(kept, 0.0)
+    indices = kept.nonzero().view(-1)
+    return indices, w[indices].to(torch.bfloat16), w.masked_fill(kept, 0.0)
 
 
 def topk_compression(grad: Tensor, residual: Tensor, threshold: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Places, values and residual of the ``rank`` largest entries."""
+    """Indices, values and residual of the ``rank`` largest entries."""
     w = grad + residual
-    places = w.abs().topk(rank, sorted=False).indices
-    return places, w[places].to(torch.bfloat16), w.index_fill(0, places, 0.0)
+    indices = w.abs().topk(rank, sorted=False).indices
+    return indices, w[indices].to(torch.bfloat16), w.index_fill(0, indices, 0.0)
 
 
 def index_add(numel: int, dtype: torch.dtype, *entries: Tensor) -> Tensor:
-    """The mean of payloads; ``entries``: places and values of each."""
+    """The mean of payloads; ``entries``: indices and values of each."""
     total = torch.zeros(numel, device=entries[0].device)
-    for places, values in zip(entries[::2], entries[1::2], strict=True):
-        total.index_add_(0, places, values.float())
+    for indices, values in zip(entries[::2], entries[1::2], strict=True):
+        total.index_add_(0, indices, values.float())
     return (total / (len(entries) // 2)).to(dtype)
 
 
 def index_add_chain(residual: Tensor, threshold: Tensor, *entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of payloads, and what `threshold_chain` makes of it."""
     total = torch.zeros_like(residual)
-    for places, values in zip(entries[::2], entries[1::2], strict=True):
-        total.index_add_(0, places, values.float())
+    for indices, values in zip(entries[::2], entries[1::2], strict=True):
+        total.index_add_(0, indices, values.float())
     return threshold_chain(total, residual, threshold, 0)
 
 
-def topk_rows(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Places and values of the ``slots`` largest entries of each row."""
-    places = x.abs().topk(slots, dim=-1, sorted=False).indices
-    return places, x.gather(-1, places).to(torch.bfloat16)
+def topk_rows(x: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Indices and values of the ``capacity`` largest entries of each row."""
+    indices = x.abs().topk(capacity, dim=-1, sorted=False).indices
+    return indices, x.gather(-1, indices).to(torch.bfloat16)
 
 
-def scatter_dense(width: int, dtype: torch.dtype, places: Tensor, values: Tensor) -> Tensor:
-    """Dense rows of ``width`` with the values at their places."""
-    return torch.zeros(places.shape[0], width, dtype=dtype, device=places.device).scatter_(-1, places, values.to(dtype))
+def scatter_dense(width: int, dtype: torch.dtype, indices: Tensor, values: Tensor) -> Tensor:
+    """Dense rows of ``width`` with the values at their indices."""
+    return torch.zeros(indices.shape[0], width, dtype=dtype, device=indices.device).scatter_(-1, indices, values.to(dtype))
 
 
-def gather_values(grad: Tensor, places: Tensor) -> Tensor:
-    """The entries of each row at the places."""
-    return grad.gather(-1, places).to(torch.bfloat16)
+def gather_values(grad: Tensor, indices: Tensor) -> Tensor:
+    """The entries of each row at the indices."""
+    return grad.gather(-1, indices).to(torch.bfloat16)
 
 
 def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -1,34 +1,30 @@
 """What is measured: for every op of ``torch.ops.dct`` its inputs, its floor of memory traffic, and its baselines. A new op is a new entry.
 
-The floor counts what an op cannot do without: each input element read once, each output element written once; where only some elements
-are read, the cache lines that hold them. In the formulas:
+In the formulas of the floors (floors.py):
 
     n  elements               g  bytes of an element (of the gradient or of the rows)
     P  bytes of a payload     v  bytes of a value on the wire (bfloat16: 2)
     R  rows of w elements     b  bytes of a payload's row
     k  entries of a row       i  bytes of an index (1 for w <= 256, else 2)
-
-All entries of a payload count, free ones too: they are written as zeros.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from math import ceil
 
 import torch
 from torch._ops import OpOverload
 
 from dct_compile import ops
-from dct_compile.bench import baselines, inputs
-from dct_compile.bench.inputs import VALUE_DTYPE, Inputs, Problem, Source, slots
-from dct_compile.bench.machine import line_bytes
-from dct_compile.triton_kernels.layout import COUNTERS, quantized_row_bytes, row_bytes
+from dct_compile.bench import baselines, floors, inputs
+from dct_compile.bench.inputs import Inputs, Problem, Source
+from dct_compile.triton_kernels.layout import COUNTERS
 from dct_compile.triton_kernels.quantize import dequantize_rows_reference, quantize_rows_reference
 from dct_compile.triton_kernels.repack import repack_reference
 from dct_compile.triton_kernels.rows_pack import pack_rows_reference
 from dct_compile.triton_kernels.rows_unpack import gather_rows_reference, scatter_rows_reference, unpack_rows_reference
-from dct_compile.triton_kernels.select_threshold import SAMPLE_GROUP, sample_stride, select_threshold_reference
+from dct_compile.triton_kernels.select_threshold import select_threshold_reference
+from dct_compile.triton_kernels.store import store_reference
 from dct_compile.triton_kernels.threshold_pack import threshold_pack_reference
 from dct_compile.triton_kernels.unpack_accumulate import unpack_accumulate_reference
 
@@ -36,8 +32,6 @@ BASELINES = ("eager", "inductor", "topk", "kthvalue", "sort")
 """The chain of PyTorch ops, the same chain compiled, and other ways to choose what is kept."""
 ACTIVATION_WIDTHS = (256, 16384)
 EMBEDDING_WIDTHS = (64, 1024)
-STATE_BYTES = 4
-"""Bytes of a residual's element, a float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,52 +66,6 @@ class Case:
         return f"{self.op_name}, {self.variant}" + (f", rows of {problem.width}" if self.widths else "")
 
 
-def _dense_bytes(problem: Problem) -> int:
-    return problem.numel * problem.dtype.itemsize
-
-
-def _state_read_bytes(problem: Problem) -> int:
-    return _dense_bytes(problem) + problem.numel * STATE_BYTES
-
-
-def _touched_bytes(problem: Problem, itemsize: int, fraction: float) -> int:
-    """Bytes of the lines that hold at least one of ``fraction`` of the elements, wherever these are."""
-    per_line = line_bytes(problem.device) // itemsize
-    return round(problem.numel * itemsize * (1 - (1 - fraction) ** per_line))
-
-
-def _sampled_bytes(problem: Problem) -> int:
-    """The lines with a sample: a group lies in as few as it can."""
-    groups = ceil(problem.numel / (SAMPLE_GROUP * sample_stride(problem.numel)))
-    line = line_bytes(problem.device)
-    return sum(min(problem.numel * size, groups * max(SAMPLE_GROUP * size, line)) for size in (problem.dtype.itemsize, STATE_BYTES))
-
-
-def _pack_bytes(problem: Problem) -> int:
-    return _dense_bytes(problem) + 2 * problem.numel * STATE_BYTES + problem.layout.payload_bytes
-
-
-def _unpack_bytes(problem: Problem, payloads: int) -> int:
-    return _dense_bytes(problem) + payloads * problem.layout.payload_bytes
-
-
-def _repack_bytes(problem: Problem, payloads: int) -> int:
-    return 2 * problem.numel * STATE_BYTES + (payloads + 1) * problem.layout.payload_bytes
-
-
-def _rows_bytes(problem: Problem, method: str = "exact") -> int:
-    return _dense_bytes(problem) + problem.rows * row_bytes(problem.width, slots(problem, method), VALUE_DTYPE)
-
-
-def _gather_bytes(problem: Problem) -> int:
-    lines = _touched_bytes(problem, problem.dtype.itemsize, problem.kept / problem.width)
-    return lines + problem.rows * problem.kept * row_bytes(problem.width, 1, VALUE_DTYPE)
-
-
-def _quantized_bytes(problem: Problem, bits: int) -> int:
-    return _dense_bytes(problem) + problem.rows * quantized_row_bytes(problem.width, bits)
-
-
 _RANKED = {"topk": baselines.topk_threshold, "kthvalue": baselines.kthvalue_threshold, "sort": baselines.sort_threshold}
 
 _SELECT = (
@@ -126,7 +74,7 @@ _SELECT = (
         variant="exact",
         reference=select_threshold_reference,
         make=partial(inputs.select_inputs, method="exact"),
-        floor_bytes=_state_read_bytes,
+        floor_bytes=floors.select_bytes,
         formula="n (g + 4)",
         baselines=_RANKED,
     ),
@@ -135,7 +83,7 @@ _SELECT = (
         variant="sampled",
         reference=select_threshold_reference,
         make=partial(inputs.select_inputs, method="sampled"),
-        floor_bytes=_sampled_bytes,
+        floor_bytes=floors.sampled_bytes,
         formula="lines of the samples",
         baselines=_RANKED,
     ),
@@ -144,7 +92,7 @@ _SELECT = (
         variant="laplace",
         reference=select_threshold_reference,
         make=partial(inputs.select_inputs, method="laplace"),
-        floor_bytes=_state_read_bytes,
+        floor_bytes=floors.select_bytes,
         formula="n (g + 4)",
         baselines={"eager": baselines.laplace_threshold},
         rtol=1e-6,
@@ -165,7 +113,7 @@ _PACK = (
         variant="error feedback",
         reference=threshold_pack_reference,
         make=inputs.pack_inputs,
-        floor_bytes=_pack_bytes,
+        floor_bytes=floors.pack_bytes,
         formula="n (g + 8) + P",
         baselines={"eager": baselines.threshold_chain, "topk": baselines.topk_compression},
     ),
@@ -176,7 +124,7 @@ _UNPACK = tuple(
         variant=f"{payloads} payloads",
         reference=unpack_accumulate_reference,
         make=partial(inputs.unpack_inputs, payloads=payloads),
-        floor_bytes=partial(_unpack_bytes, payloads=payloads),
+        floor_bytes=partial(floors.unpack_bytes, payloads=payloads),
         formula=f"n g + {payloads} P",
         baselines={"eager": baselines.index_add},
     )
@@ -188,7 +136,7 @@ _REPACK = (
         variant="4 payloads",
         reference=repack_reference,
         make=partial(inputs.repack_inputs, payloads=4),
-        floor_bytes=partial(_repack_bytes, payloads=4),
+        floor_bytes=partial(floors.repack_bytes, payloads=4),
         formula="8 n + 5 P",
         baselines={"eager": baselines.index_add_chain},
     ),
@@ -199,7 +147,7 @@ _PACK_ROWS = tuple(
         variant=method,
         reference=pack_rows_reference,
         make=partial(inputs.pack_rows_inputs, method=method),
-        floor_bytes=partial(_rows_bytes, method=method),
+        floor_bytes=partial(floors.rows_bytes, method=method),
         formula="n g + R b",
         baselines={"topk": baselines.topk_rows},
         widths=ACTIVATION_WIDTHS,
@@ -212,7 +160,7 @@ _MASKED_ROWS = (
         variant="1 payload",
         reference=unpack_rows_reference,
         make=inputs.unpack_rows_inputs,
-        floor_bytes=_rows_bytes,
+        floor_bytes=floors.rows_bytes,
         formula="n g + R b",
         baselines={"eager": baselines.scatter_dense},
         widths=ACTIVATION_WIDTHS,
@@ -222,7 +170,7 @@ _MASKED_ROWS = (
         variant="1 payload",
         reference=gather_rows_reference,
         make=inputs.gather_rows_inputs,
-        floor_bytes=_gather_bytes,
+        floor_bytes=floors.gather_bytes,
         formula="lines of the entries + R k (i + v)",
         baselines={"eager": baselines.gather_values},
         widths=ACTIVATION_WIDTHS,
@@ -232,7 +180,7 @@ _MASKED_ROWS = (
         variant="1 payload",
         reference=scatter_rows_reference,
         make=inputs.scatter_rows_inputs,
-        floor_bytes=_rows_bytes,
+        floor_bytes=floors.rows_bytes,
         formula="n g + R k (i + v)",
         baselines={"eager": baselines.scatter_dense},
         widths=ACTIVATION_WIDTHS,
@@ -244,7 +192,7 @@ _QUANTIZED_ROWS = tuple(
         variant=f"int{bits}",
         reference=reference,
         make=partial(make, bits=bits),
-        floor_bytes=partial(_quantized_bytes, bits=bits),
+        floor_bytes=partial(floors.quantized_bytes, bits=bits),
         formula="n g + R b",
         baselines={"eager": chain},
         widths=EMBEDDING_WIDTHS,
@@ -256,6 +204,17 @@ _QUANTIZED_ROWS = tuple(
         (ops.dequantize_rows, dequantize_rows_reference, inputs.dequantize_inputs, baselines.dequantise),
     )
 )
+_STORE = (
+    Case(
+        op=ops.store,
+        variant="one tensor",
+        reference=store_reference,
+        make=inputs.store_inputs,
+        floor_bytes=floors.store_bytes,
+        formula="2 n g",
+        has_density=False,
+    ),
+)
 
-CASES: tuple[Case, ...] = (*_SELECT, *_PACK, *_UNPACK, *_REPACK, *_PACK_ROWS, *_MASKED_ROWS, *_QUANTIZED_ROWS)
+CASES: tuple[Case, ...] = (*_SELECT, *_PACK, *_UNPACK, *_REPACK, *_PACK_ROWS, *_MASKED_ROWS, *_QUANTIZED_ROWS, *_STORE)
 """Every op of ``torch.ops.dct``, variant by variant."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from dct_compile import ops
 from dct_compile.bench import baselines
 from dct_compile.config import DCTConfig
-from dct_compile.triton_kernels.layout import COUNTERS, GradientLayout, choose_block, gradient_layout
+from dct_compile.triton_kernels.layout import COUNTERS, GradientLayout, RowLayout, Selection, choose_block
 from dct_compile.triton_kernels.row_codec import decode_rows
 from dct_compile.triton_kernels.select_threshold import sample_numel, sample_stride
 
@@ -46,17 +46,16 @@ class Problem:
     def layout(self) -> GradientLayout:
         """A bucket of one parameter, sent whole."""
         fraction = min(1.0, self.density * CONFIG.capacity_factor)
-        return gradient_layout((0, self.numel), choose_block(self.density, self.numel), 1, -1, fraction, VALUE_DTYPE)
+        return GradientLayout(((0, self.numel),), choose_block(self.density, self.numel), 1, -1, fraction, VALUE_DTYPE)
 
-    @property
-    def geometry(self) -> tuple[list[int], int, int, int]:
-        """The arguments ``segments, block, chunks, chunk`` of the gradient ops."""
-        return [0, self.numel], self.layout.block, self.layout.chunks, self.layout.chunk
+    def selection(self, method: str) -> Selection:
+        """Due at step 0, and not at the next ones."""
+        return Selection(self.density, method, 0.0, CONFIG.refresh_interval, "off")
 
-    @property
-    def wire(self) -> tuple[float, torch.dtype]:
-        """The arguments ``capacity_fraction, value_dtype`` of the gradient ops."""
-        return self.layout.capacity_fraction, self.layout.value_dtype
+    def row_layout(self, method: str = "exact") -> RowLayout:
+        """A row, with the capacity that the plan chooses for the method."""
+        capacity = self.kept if method == "exact" else min(self.width, ceil(self.kept * CONFIG.capacity_factor))
+        return RowLayout((self.width,), capacity, VALUE_DTYPE)
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,7 @@ def _state(problem: Problem, source: Source, step: int) -> tuple[Tensor, Tensor,
 
 
 def _select_arguments(problem: Problem, source: Source, method: str, step: int) -> tuple[Any, ...]:
-    schedule = (problem.density, method, 0.0, CONFIG.refresh_interval, "off", True)
-    return (*_state(problem, source, step), *problem.geometry, *schedule)
+    return (*_state(problem, source, step), problem.layout, problem.selection(method), True)
 
 
 def select_inputs(problem: Problem, source: Source, method: str, step: int = 0) -> Inputs:
@@ -133,13 +131,13 @@ def pack_inputs(problem: Problem, source: Source) -> Inputs:
     selected = _select_arguments(problem, source, "exact", 0)
     ops.select_threshold(*selected)
     state = selected[:4]
-    return Inputs((*state, *problem.geometry, *problem.wire, True), (*state[:3], problem.kept))
+    return Inputs((*state, problem.layout, True), (*state[:3], problem.kept))
 
 
 def unpack_inputs(problem: Problem, source: Source, payloads: int) -> Inputs:
-    """Of ``unpack_accumulate``: payloads of gradients that are turned against each other, so that different places are kept.
+    """Of ``unpack_accumulate``: payloads of gradients that are turned against each other, so that different entries are kept.
 
-    Operands: numel, dtype, and places and values of each payload.
+    Operands: numel, dtype, and indices and values of each payload.
     """
     packed: list[Tensor] = []
     entries: list[Tensor] = []
@@ -149,16 +147,15 @@ def unpack_inputs(problem: Problem, source: Source, payloads: int) -> Inputs:
         turned_grad, turned_residual = grad.roll(turn), residual.roll(turn)
         entries += baselines.threshold_chain(turned_grad, turned_residual, threshold, problem.kept)[:2]
         packed.append(ops.threshold_pack(turned_grad, turned_residual, threshold, counters, *rest))
-    arguments = (torch.cat(packed), None, problem.numel, problem.dtype, *problem.geometry, *problem.wire, payloads)
+    arguments = (torch.cat(packed), None, problem.numel, problem.dtype, problem.layout, payloads)
     return Inputs(arguments, (problem.numel, problem.dtype, *entries))
 
 
 def repack_inputs(problem: Problem, source: Source, payloads: int) -> Inputs:
-    """Of ``repack`` just after a refresh, by the owner of a whole parameter. Operands: residual, threshold, places and values."""
+    """Of ``repack`` just after a refresh, by the owner of a whole parameter. Operands: residual, threshold, indices and values."""
     made = unpack_inputs(problem, source, payloads)
-    segments, block, chunks, _ = problem.geometry
-    selection = (problem.density, "exact", 0.0, CONFIG.refresh_interval, "off", True)
-    arguments = (made.arguments[0], *_state(problem, source, 0)[1:], segments, block, chunks, 0, *problem.wire, *selection)
+    how = (replace(problem.layout, chunk=0), problem.selection("exact"), True)
+    arguments = (made.arguments[0], *_state(problem, source, 0)[1:], *how)
     refreshed = Inputs(arguments).clone().arguments
     ops.repack(*refreshed)
     gathered, residual, *_ = arguments
@@ -166,43 +163,38 @@ def repack_inputs(problem: Problem, source: Source, payloads: int) -> Inputs:
     return Inputs((gathered, *state, *arguments[4:]), (*state[:2], *made.operands[2:]))
 
 
-def slots(problem: Problem, method: str) -> int:
-    """Entries that a row's payload can hold, as the plan chooses them."""
-    return problem.kept if method == "exact" else min(problem.width, ceil(problem.kept * CONFIG.capacity_factor))
-
-
 def pack_rows_inputs(problem: Problem, source: Source, method: str) -> Inputs:
     """Of ``pack_rows``. Operands: rows and entries to keep."""
     x = source.rows(problem)
-    return Inputs((x, slots(problem, method), method, problem.density, 0.0, VALUE_DTYPE), (x, problem.kept))
+    return Inputs((x, problem.row_layout(method), method, problem.density, 0.0), (x, problem.kept))
 
 
 def _packed_rows(problem: Problem, source: Source) -> tuple[Tensor, Tensor, Tensor]:
-    """Payload uint8 [R, b], places int64 and values [R, k]."""
-    payload = ops.pack_rows(source.rows(problem), problem.kept, "exact", problem.density, 0.0, VALUE_DTYPE)
-    values, places, _ = decode_rows(payload, problem.width, problem.kept, VALUE_DTYPE)
-    return payload, places, values
+    """Payload uint8 [R, b], indices int64 and values [R, k]."""
+    payload = ops.pack_rows(source.rows(problem), problem.row_layout(), "exact", problem.density, 0.0)
+    values, indices, _ = decode_rows(payload, problem.row_layout())
+    return payload, indices, values
 
 
 def unpack_rows_inputs(problem: Problem, source: Source) -> Inputs:
-    """Of ``unpack_rows``. Operands: width, dtype, places, values."""
-    payload, places, values = _packed_rows(problem, source)
-    arguments = (payload, [problem.width], problem.kept, 1, VALUE_DTYPE, problem.dtype)
-    return Inputs(arguments, (problem.width, problem.dtype, places, values))
+    """Of ``unpack_rows``. Operands: width, dtype, indices, values."""
+    payload, indices, values = _packed_rows(problem, source)
+    arguments = (payload, problem.row_layout(), 1, problem.dtype)
+    return Inputs(arguments, (problem.width, problem.dtype, indices, values))
 
 
 def gather_rows_inputs(problem: Problem, source: Source) -> Inputs:
-    """Of ``gather_rows``. Operands: gradient rows and places."""
-    payload, places, _ = _packed_rows(problem, source)
+    """Of ``gather_rows``. Operands: gradient rows and indices."""
+    payload, indices, _ = _packed_rows(problem, source)
     grad = source.normal("residual", problem).to(problem.dtype).view(problem.rows, problem.width)
-    return Inputs((grad, payload, problem.kept, VALUE_DTYPE, VALUE_DTYPE), (grad, places))
+    return Inputs((grad, payload, problem.row_layout(), VALUE_DTYPE), (grad, indices))
 
 
 def scatter_rows_inputs(problem: Problem, source: Source) -> Inputs:
-    """Of ``scatter_rows``. Operands: width, dtype, places, values."""
-    payload, places, values = _packed_rows(problem, source)
-    arguments = (values, payload, [problem.width], problem.kept, 1, VALUE_DTYPE, problem.dtype)
-    return Inputs(arguments, (problem.width, problem.dtype, places, values))
+    """Of ``scatter_rows``. Operands: width, dtype, indices, values."""
+    payload, indices, values = _packed_rows(problem, source)
+    arguments = (values, payload, problem.row_layout(), 1, problem.dtype)
+    return Inputs(arguments, (problem.width, problem.dtype, indices, values))
 
 
 def quantize_inputs(problem: Problem, source: Source, bits: int) -> Inputs:
@@ -216,3 +208,8 @@ def dequantize_inputs(problem: Problem, source: Source, bits: int) -> Inputs:
     payload = ops.quantize_rows(*quantize_inputs(problem, source, bits).arguments)
     scale, codes = payload[:, :2].clone().view(torch.bfloat16), payload[:, 2:].clone().view(torch.int8)
     return Inputs((payload, [problem.width], bits, problem.dtype), (scale, codes, bits, problem.dtype))
+
+
+def store_inputs(problem: Problem, source: Source) -> Inputs:
+    """Of ``store``."""
+    return Inputs((torch.zeros(problem.numel, dtype=problem.dtype, device=problem.device), source.gradient(problem)))
