@@ -1,0 +1,232 @@
+"""The library of the C++ kernels: where it lies, and that no interruption leaves a broken one, a compiler or a false warning behind."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dct_compile.triton_kernels.cpu import build
+
+COMPILER = """#!/bin/sh
+for last; do :; done
+case "$*" in
+  *-###*) echo "a compiler" >&2; exit 0 ;;
+  *-shared*) echo link >> "$STEPS" ;;
+  *) echo compile >> "$STEPS" ;;
+esac
+echo $$ >> "$STEPS.pids"
+sleep "$SECONDS_PER_STEP" &
+echo $! >> "$STEPS.pids"
+wait $!
+case "$*" in
+  *-shared*) exec g++ -shared -x c++ /dev/null -o "$last" ;;
+  *) : > "$last" ;;
+esac
+"""
+LOAD = "from dct_compile.triton_kernels.cpu.build import load_library; print(load_library() is not None)"
+ONE_UNIT = f"""
+from pathlib import Path
+from dct_compile.triton_kernels.cpu import build
+build._sources = lambda: [Path({build.__file__!r}).with_name("repack.cpp")]
+"""
+
+pytestmark = pytest.mark.skipif(build.load_library() is None, reason="no C++ compiler")
+
+
+class Machine:
+    """A folder for libraries, and a compiler that is as slow as wanted and writes down what it does."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.steps_file = folder / "cache", folder / "steps"
+        self.steps_file.touch()
+        script = folder / "slow-compiler"
+        script.write_text(COMPILER)
+        script.chmod(0o755)
+        self.setenv = monkeypatch.setenv
+        for name, value in {"CXX": script, "STEPS": self.steps_file, "SECONDS_PER_STEP": 0, "DCT_COMPILE_CACHE_DIR": self.folder}.items():
+            monkeypatch.setenv(name, str(value))
+        # One unit, so that a step takes as long as it is told.
+        monkeypatch.setattr(build, "_sources", lambda: [Path(build.__file__).with_name("repack.cpp")])
+
+    def steps(self) -> list[str]:
+        return self.steps_file.read_text().split()
+
+    def processes(self) -> list[int]:
+        """Compilers, and what they started, that still run."""
+        pids = Path(f"{self.steps_file}.pids").read_text().split()
+        return [int(pid) for pid in pids if Path("/proc", pid).exists() and "State:\tZ" not in Path("/proc", pid, "status").read_text()]
+
+    def files(self) -> list[str]:
+        """Kinds of the files in the folder."""
+        return sorted(path.name.split(".", 1)[1].split("-")[0] for path in self.folder.iterdir())
+
+    def start(self, code: str = LOAD) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        command = [sys.executable, "-c", ONE_UNIT + code]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(tmp_path, monkeypatch)
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.01)
+
+
+def load() -> object:
+    """As a new process would."""
+    return build._Library().wait()
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"DCT_COMPILE_CACHE_DIR": "chosen", "XDG_CACHE_HOME": "caches", "HOME": "home"}, "chosen"),
+        ({"XDG_CACHE_HOME": "caches", "HOME": "home"}, "caches/dct_compile"),
+        ({"HOME": "home"}, "home/.cache/dct_compile"),
+        ({"DCT_COMPILE_CACHE_DIR": "a file/below"}, "torch/dct_compile"),
+        ({"HOME": "a file/below"}, "torch/dct_compile"),
+    ],
+)
+def test_the_folder_of_the_library(
+    variables: dict[str, str], folder: str, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr(build, "default_cache_dir", lambda: str(tmp_path / "torch"))
+    for name in ("DCT_COMPILE_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    assert load() is not None
+    assert len(list((tmp_path / folder).glob("kernels-*.so"))) == 1
+
+
+def test_it_is_built_once(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also by processes that start together, and whatever Inductor's cache folder is."""
+    machine.setenv("SECONDS_PER_STEP", "0.3")
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "another"))
+    assert load() is not None
+    assert machine.steps() == ["compile", "link"]
+    assert machine.files() == ["lock", "so"]
+
+
+def test_it_is_built_in_the_background(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_LIBRARY", build._Library())
+    machine.setenv("SECONDS_PER_STEP", "1")
+    before = time.monotonic()
+    for _ in range(3):
+        build.prebuild()
+    assert time.monotonic() - before < 0.5
+    until(machine.steps)
+    library = build.load_library()
+    assert time.monotonic() - before >= 2
+    assert library is not None
+    assert build.load_library() is library
+    assert machine.steps() == ["compile", "link"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "a byte", "no library"])
+def test_a_damaged_file_is_replaced(damage: str, machine: Machine) -> None:
+    assert load() is not None
+    (file,) = machine.folder.glob("*.so")
+    content = file.read_bytes()
+    changed = bytes([content[0] ^ 1]) + content[1:]
+    file.write_bytes({"empty": b"", "half": content[: len(content) // 2], "a byte": changed, "no library": b"text" * 100}[damage])
+    assert load() is not None
+    assert file.read_bytes() == content
+    assert machine.steps() == ["compile", "link"] * 2
+
+
+def test_a_compiler_that_fails_is_said(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+    failing = machine.steps_file.with_name("failing-compiler")
+    failing.write_text('#!/bin/sh\ncase "$*" in *-###*) exit 0 ;; esac\necho "no such header" >&2\nexit 3\n')
+    failing.chmod(0o755)
+    machine.setenv("CXX", str(failing))
+    with caplog.at_level(logging.WARNING):
+        assert load() is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "the CPU kernels could not be compiled, the slower PyTorch reference is used instead: no such header"
+    ]
+    assert machine.files() == ["lock"]
+
+
+def test_the_leavings_of_dead_builds_are_removed(machine: Machine) -> None:
+    """But not the files of another version that is being built."""
+    machine.folder.mkdir()
+    (machine.folder / "kernels-dead.building-1").mkdir()
+    (machine.folder / "kernels-dead.building-1" / "library.so").touch()
+    (machine.folder / "kernels-live.building-1").mkdir()
+    with build._lock("kernels-live", machine.folder, 0):
+        assert load() is not None
+    assert [path.name for path in machine.folder.glob("*.building-*")] == ["kernels-live.building-1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["compile", "link"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_build(number: signal.Signals, step: str, machine: Machine) -> None:
+    machine.setenv("SECONDS_PER_STEP", "60" if step == "compile" else "1.5")
+    process = machine.start()
+    until(lambda: step in machine.steps())
+    process.send_signal(number)
+    output, errors = process.communicate()
+    assert process.returncode == -number
+    assert output == ""
+    assert "could not be compiled" not in errors
+    until(lambda: not machine.processes(), 5)
+    assert "so" not in machine.files()
+    machine.setenv("SECONDS_PER_STEP", "0")
+    assert load() is not None
+    assert machine.files() == ["lock", "so"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.05, 0.1, 0.2])
+def test_a_build_that_is_killed_at_any_moment(seconds: float, machine: Machine) -> None:
+    process = machine.start("from dct_compile.triton_kernels.cpu.build import load_library\nprint('now', flush=True)\nload_library()")
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(seconds)
+    process.kill()
+    process.communicate()
+    assert load() is not None
+    assert machine.files() == ["lock", "so"]
+
+
+@pytest.mark.slow
+def test_an_interruption_is_no_failure(machine: Machine) -> None:
+    """A process that survives it, such as a notebook, builds anew at the next call."""
+    code = """
+import os
+from dct_compile.triton_kernels.cpu.build import load_library
+try:
+    load_library()
+except KeyboardInterrupt:
+    os.environ["SECONDS_PER_STEP"] = "0"
+    print("interrupted", load_library() is not None)
+"""
+    machine.setenv("SECONDS_PER_STEP", "60")
+    process = machine.start(code)
+    until(machine.steps)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert output.split() == ["interrupted", "True"], errors
+    assert "could not be compiled" not in errors
+    assert machine.processes() == []
