@@ -139,7 +139,7 @@ class GradientLayout(Value):
     def payload_chunks(self) -> int:
         return self.chunks if self.chunk < 0 else 1
 
-    @property
+    @cached_property
     def state_numel(self) -> int:
         """Elements of the residual (and of the owner's gradient buffer, for ``chunk >= 0``)."""
         return sum(piece.numel for piece in self.pieces)
@@ -178,7 +178,7 @@ class GradientLayout(Value):
     def indices_offset(self) -> int:
         return self.counts_offset + self.blocks_per_chunk * self.index_bytes
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
         used = self.indices_offset + self.capacity * self.index_bytes
         return ceil(used / 4) * 4
@@ -216,7 +216,7 @@ class RowLayout(Value):
         """Elements of a row."""
         return self.row_shape[-1]
 
-    @property
+    @cached_property
     def inner(self) -> int:
         """Rows in one leading index."""
         return prod(self.row_shape[:-1])
@@ -225,7 +225,7 @@ class RowLayout(Value):
     def index_bytes(self) -> int:
         return 1 if self.width <= 256 else 2
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row's payload."""
         return row_bytes(self.width, self.capacity, self.value_dtype)

@@ -298,10 +298,11 @@ void pack_rows(const T* x, int64_t rows, const RowFormat& format, int64_t method
 
 DCT_EXPORT void dct_pack_rows(const dct::Rows* x, const dct::RowFormat* layout, int64_t method, double parameter, uint8_t* payload,
                               int64_t threads) {
+  const RowFormat format = *layout;
   with_dtype(x->dtype, [&](auto t) {
-    with_dtype(layout->value_dtype, [&](auto v) {
+    with_dtype(format.value_dtype, [&](auto v) {
       const auto* from = static_cast<const decltype(t)*>(x->start);
-      pack_rows<decltype(t), decltype(v)>(from, x->rows, *layout, method, float(parameter), payload, threads);
+      pack_rows<decltype(t), decltype(v)>(from, x->rows, format, method, float(parameter), payload, threads);
     });
   });
 }

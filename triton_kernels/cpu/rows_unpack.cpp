@@ -126,7 +126,7 @@ void sum_rows(const RowFormat& format, int64_t rows, int64_t addends, O* out, in
 
 DCT_EXPORT void dct_unpack_rows(const uint8_t* payload, const dct::RowFormat* layout, int64_t addends, const dct::Rows* out,
                                 int64_t threads) {
-  const RowFormat& format = *layout;
+  const RowFormat format = *layout;
   const auto packed_of = [&](int64_t row, int64_t a) { return payload + (a * out->rows + row) * format.bytes(); };
   with_dtype(format.value_dtype, [&](auto v) {
     with_dtype(out->dtype, [&](auto o) {
@@ -139,17 +139,18 @@ DCT_EXPORT void dct_unpack_rows(const uint8_t* payload, const dct::RowFormat* la
 
 DCT_EXPORT void dct_gather_rows(const dct::Rows* grad, const uint8_t* payload, const dct::RowFormat* layout, const dct::Rows* out,
                                 int64_t threads) {
+  const RowFormat format = *layout;
   with_dtype(grad->dtype, [&](auto t) {
     with_dtype(out->dtype, [&](auto v) {
       const auto* from = static_cast<const decltype(t)*>(grad->start);
-      gather_rows(from, grad->rows, payload, out->rows, *layout, static_cast<decltype(v)*>(out->start), threads);
+      gather_rows(from, grad->rows, payload, out->rows, format, static_cast<decltype(v)*>(out->start), threads);
     });
   });
 }
 
 DCT_EXPORT void dct_scatter_rows(const dct::Rows* values, const uint8_t* payload, const dct::RowFormat* layout, int64_t addends,
                                  const dct::Rows* out, int64_t threads) {
-  const RowFormat& format = *layout;
+  const RowFormat format = *layout;
   const auto packed_of = [&](int64_t row, int64_t) { return payload + row * format.bytes(); };
   with_dtype(values->dtype, [&](auto v) {
     with_dtype(out->dtype, [&](auto o) {

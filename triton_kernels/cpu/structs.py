@@ -1,6 +1,7 @@
 """The structs by which the C++ kernels are called: the same fields in the same order as in the header that each one names."""
 
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -71,6 +72,7 @@ class RowFormat(Structure):
     _fields_ = (("width", c_int64), ("capacity", c_int64), ("value_bytes", c_int64), ("index_bytes", c_int64), ("value_dtype", c_int64))
 
     @classmethod
+    @lru_cache(maxsize=4096)
     def of(cls, layout: RowLayout) -> "RowFormat":
         dtype = layout.value_dtype
         return cls(layout.width, layout.capacity, dtype.itemsize, layout.index_bytes, DTYPE_CODES[dtype])
