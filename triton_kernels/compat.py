@@ -56,7 +56,7 @@ def recorded_launches() -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """What starts ``kernel`` on ``grid``."""
+    """Returns the callable that starts ``kernel`` on ``grid``."""
     return (torch.library.wrap_triton(kernel) if _RECORDING.active else kernel)[grid]  # type: ignore[no-any-return]
 
 

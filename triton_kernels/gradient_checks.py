@@ -1,4 +1,4 @@
-"""What every implementation of the gradient ops asks of its tensors before it goes through raw pointers."""
+"""Checks of the gradient ops' tensors, which every implementation makes before it goes through raw pointers."""
 
 from functools import lru_cache
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels of the gradient ops share: a bucket's tiles and pieces as device tensors, and tests on the device."""
+"""Shared by the Triton kernels of the gradient ops: a bucket's tiles and pieces as device tensors, and tests on the device."""
 
 from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
 

@@ -1,4 +1,4 @@
-"""What an owner does with its share of everybody's gradient: sum the payloads, choose a threshold for the sum, pack it again."""
+"""The owner's step on its share of the gradients of all ranks: sum the payloads, choose a threshold for the sum, pack it again."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Named tuples of what travels together in Triton kernels. Fields in capitals are known when a kernel is compiled.
+"""Named tuples of arguments that travel together in Triton kernels. Fields in capitals are known when a kernel is compiled.
 
 For a kernel that Inductor launches (option ``inline_kernels``), Inductor takes no tuples as arguments, and its generated module copies the
 functions that the kernel calls but imports no classes. So the outermost kernel takes its arguments one by one and hands them on in tuples,
@@ -13,7 +13,7 @@ from dct_compile.triton_kernels.compat import constexpr_function
 
 
 class State(NamedTuple):
-    """What the parameters of a bucket keep from step to step."""
+    """The state of a bucket's parameters."""
 
     residual: Any  # float32 [state_numel]
     threshold: Any  # float32 [S]
@@ -84,7 +84,7 @@ class Tally(NamedTuple):
 
 
 class Format(NamedTuple):
-    """What the kernels that pack are compiled for."""
+    """Options that the kernels that pack are compiled for."""
 
     GRAD: Any  # code of the gradient's dtype
     PART: Any  # elements that a program holds in registers at a time
@@ -93,7 +93,7 @@ class Format(NamedTuple):
 
 
 class OutputFormat(NamedTuple):
-    """What the kernel that unpacks is compiled for."""
+    """Options that the kernel that unpacks is compiled for."""
 
     OUT: Any  # code of the output's dtype
     PART: Any  # elements of a tile that a program clears or divides at a time
@@ -131,7 +131,7 @@ class RankScratch(NamedTuple):
 
 @constexpr_function
 def named(name):  # type: ignore[no-untyped-def]
-    """The class of that name in this module."""
+    """Returns the class of that name in this module."""
     from dct_compile.triton_kernels import tuples_triton
 
     return getattr(tuples_triton, name)

@@ -1,1 +1,1 @@
-"""What ``dct bench`` measures with: cases, timing, results."""
+"""The parts of ``dct bench``: cases, timing, results."""

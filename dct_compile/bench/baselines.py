@@ -1,4 +1,4 @@
-"""What the ops are compared with: the same work as chains of ordinary PyTorch ops.
+"""The baselines of the ops: the same work as chains of ordinary PyTorch ops.
 
 A chain reads the tensors that its op reads; where that is a payload, it reads the entries as PyTorch would hold them: values and int64
 indices. Nothing is mutated, and values are left in bfloat16, as they would be sent.

@@ -1,4 +1,4 @@
-"""What is measured: for every op of ``torch.ops.dct`` its inputs, its floor of memory traffic, and its baselines. A new op is a new entry.
+"""The measured cases: for every op of ``torch.ops.dct`` inputs, a floor of memory traffic, and baselines. A new op is a new entry.
 
 In the formulas of the floors (floors.py):
 

@@ -1,4 +1,4 @@
-"""What the ops and their baselines are given: sizes, random numbers, arguments."""
+"""The inputs of the ops and their baselines: sizes, random numbers, arguments."""
 
 from dataclasses import dataclass, replace
 from math import ceil

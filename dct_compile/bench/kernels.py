@@ -73,7 +73,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. ``widths``: the number of row widths for each op, or None for all; ``seconds``, ``inductor``: see ``Bench``."""
+    """The choice of measurements. ``widths``: how many row widths of each op, or None for all; ``seconds``, ``inductor``: see ``Bench``."""
 
     device: torch.device
     ops: tuple[str, ...]
@@ -143,7 +143,7 @@ class Bench:
         return sum(tensor.nbytes for tensor in tensors) * problem.numel // small.numel
 
     def _held_bytes(self) -> int:
-        """What is kept from one measurement to the next, and counted by ``_needed_bytes`` again."""
+        """Returns the bytes that are kept from one measurement to the next, and counted by ``_needed_bytes`` again."""
         return self._source.nbytes + sum(tensor.nbytes for tensor in self._addends)
 
     def _needed_bytes(self, case: Case, problem: Problem, copies: int) -> int:

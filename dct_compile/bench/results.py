@@ -20,7 +20,7 @@ from dct_compile.triton_kernels.compat import triton
 from dct_compile.triton_kernels.schedule import is_refresh_step
 
 STEP_CASES = ("select_threshold exact", "threshold_pack error feedback", "unpack_accumulate 2 payloads")
-"""What a data-parallel step of two ranks calls; the first of them at refresh steps only."""
+"""The calls of a data-parallel step of two ranks; the first of them at refresh steps only."""
 RING_ALL_REDUCE_PASSES = 5
 """Times that a ring all_reduce moves each element through a rank's memory: to reduce, read 2 and write 1; to gather, read 1, write 1."""
 COLUMNS = (
@@ -41,7 +41,7 @@ Row = Mapping[str, object]
 
 @dataclass(frozen=True)
 class StepOverhead:
-    """What compression costs a data-parallel step of two ranks, beside the memory time of the dense ring all_reduce that it replaces.
+    """The cost of compression in a data-parallel step of two ranks, beside the memory time of the dense ring all_reduce that it replaces.
 
     ``problem``: the gradient. ``select_ms``: an exact `select_threshold`; ``pack_ms``; ``unpack_ms``: of 2 payloads.
     ``all_reduce_ms``: 5 times the gradient's bytes (20 bytes per float32 element) at the copy bandwidth; the link is not in it.
@@ -173,7 +173,7 @@ def ops_table(measurements: Sequence[Measurement]) -> str:
 
 
 def steps_table(steps: Sequence[StepOverhead]) -> str:
-    """What a data-parallel step costs; its caption defines the measure."""
+    """Returns the table of a data-parallel step's cost; its caption defines the measure."""
     headers = ["numel", "density", "dtype", "step ms", "all_reduce ms", "share", "share in warm-up"]
     rows = []
     for step in steps:

@@ -44,7 +44,7 @@ def draw_roofline(measurements: Sequence[Measurement], caption: str) -> bytes:
 
 
 def _families(measured: list[Measurement]) -> dict[str, list[Measurement]]:
-    """What is shown, by the title of its column; a family of which nothing was measured has none."""
+    """Returns what is shown, by the title of its column; a family of which nothing was measured has none."""
     families = {}
     for name, has_rows, default in (("ops on gradients", False, CONFIG.dp_density), ("ops on rows", True, CONFIG.mp_density)):
         items = [item for item in measured if bool(item.case.widths) == has_rows]

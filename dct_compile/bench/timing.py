@@ -15,7 +15,7 @@ FEWEST_SAMPLES, MOST_SAMPLES = 3, 100
 CACHE_MULTIPLE = 4
 """The copies of an input together are at least this many last-level caches long."""
 HEAD_START_BYTES = 2**30
-"""What is overwritten before a timed call on CUDA, if the cache is not larger: the host queues the call's launches in that time."""
+"""Bytes that are overwritten before a timed call on CUDA, if the cache is not larger: the host queues the call's launches in that time."""
 
 
 @dataclass(frozen=True)

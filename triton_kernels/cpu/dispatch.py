@@ -1,4 +1,4 @@
-"""What the callers of the C++ kernels share."""
+"""Shared by the callers of the C++ kernels: numbers of dtypes, look-up of functions."""
 
 import ctypes
 from collections.abc import Callable
