@@ -12,15 +12,18 @@ MP_VALUE_DTYPES = ("float32", "bfloat16", "float16")
 DP_VALUE_DTYPES = (*MP_VALUE_DTYPES, "int8")
 THRESHOLDS = ("exact", "sampled", "laplace")
 REFRESH_WARMUPS = ("geometric", "off")
-ALL_REDUCES = ("auto", "gather", "owner")
+GRADIENT_SCHEMES = ("auto", "gather", "owner", "powersgd", "random_k")
 EMBEDDING_CODECS = ("int8", "int4", "threshold", "dense")
 
 
 @dataclass(frozen=True)
 class DCTConfig:
-    """What is compressed, and how much. Densities are fractions KEPT (the paper's eta is the fraction dropped) [Gupta21].
+    """The options: which tensors are compressed, and by how much.
 
-    Raises ``ValueError`` naming the field, its value and what is allowed when a field has a wrong type or is out of range.
+    Densities are fractions KEPT (the paper's eta is the fraction dropped) [Gupta21].
+
+    Raises:
+        ValueError: A field has a wrong type or is out of range. The message has the field, its value and the allowed ones.
     """
 
     dp_density: float = 0.01
@@ -28,7 +31,7 @@ class DCTConfig:
     mp_density: float = 0.05
     """Fraction of an activation's row that is sent, in (0, 1]; 1 leaves activations dense."""
     threshold: str | float = "exact"
-    """How a threshold is chosen: "exact" k-th largest magnitude, "sampled" (gradients only), "laplace" fit, or a fixed absolute value."""
+    """The choice of a threshold: "exact" k-th largest magnitude, "sampled" (gradients only), "laplace" fit, or a fixed absolute value."""
     refresh_interval: int = 1000
     """Steps between two choices of a gradient's threshold (the paper's threshold life-span L)."""
     refresh_warmup: str = "geometric"
@@ -40,17 +43,21 @@ class DCTConfig:
     mp_value_dtype: str = "bfloat16"
     """Dtype of an activation (gradient) value on the wire."""
     capacity_factor: float = 1.1
-    """A payload holds ``capacity_factor * density * numel`` entries; what does not fit stays in the residual and is counted. At least 1."""
+    """A payload holds ``capacity_factor * density * numel`` entries. Others stay in the residual and are counted. At least 1."""
     min_numel: int = 128
     """Tensors with fewer elements stay dense."""
     exempt: tuple[str, ...] = ()
     """Parameter-name patterns (``fnmatch``) whose gradients stay dense."""
     mp_eval: bool = True
     """Keep masking activations in evaluation (graphs without a backward), as the paper does."""
-    all_reduce: str = "auto"
-    """The scheme: "gather" payloads from all; "owner": all-to-all to owners of index ranges, then gather; "auto": whichever sends less."""
+    gradient_scheme: str = "auto"
+    """The scheme for gradients: "gather" sends payloads to all ranks, "owner" sends them through owners of shares, "auto" takes whichever
+    sends less; "powersgd" sends low-rank factors; "random_k" sends elements that all ranks draw alike.
+    """
+    rank: int = 1
+    """Columns of the factors of "powersgd"."""
     embedding_codec: str = "int8"
-    """How an embedding exchange travels: "int8" or "int4" rows, rounded stochastically; "threshold" like activations; "dense"."""
+    """The codec of an embedding exchange: "int8" or "int4" rows, rounded stochastically; "threshold" like activations; "dense"."""
     data_parallel: bool | ProcessGroup = field(default=False, metadata={"allowed": "True, False or a ProcessGroup"})
     """Without DDP: average gradients over all ranks (True) or over a process group, and make parameters equal at the start."""
     inline_kernels: bool = False
@@ -74,7 +81,8 @@ class DCTConfig:
             raise _error("exempt", self.exempt, "a list of parameter-name patterns (strings)")
         object.__setattr__(self, "exempt", tuple(self.exempt))
         _check_bool("mp_eval", self.mp_eval)
-        _check_choice("all_reduce", self.all_reduce, ALL_REDUCES)
+        _check_choice("gradient_scheme", self.gradient_scheme, GRADIENT_SCHEMES)
+        _check_integer("rank", self.rank, 1)
         _check_choice("embedding_codec", self.embedding_codec, EMBEDDING_CODECS)
         if not isinstance(self.data_parallel, bool | ProcessGroup):
             raise _error("data_parallel", self.data_parallel, "True, False or a torch.distributed.ProcessGroup")
@@ -98,7 +106,7 @@ class DCTConfig:
         return _torch_dtype(self.mp_value_dtype)
 
     def comparable(self) -> dict[str, Any]:
-        """The fields as plain values, the same on all ranks that were given the same options."""
+        """Returns the fields as plain values, the same on all ranks that were given the same options."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["data_parallel"] = self.data_parallel if isinstance(self.data_parallel, bool) else self.data_parallel.group_name
         values["exempt"] = list(self.exempt)
@@ -108,7 +116,15 @@ class DCTConfig:
 def split_options(options: Mapping[str, Any] | None, inductor_keys: Collection[str]) -> tuple[DCTConfig, dict[str, Any]]:
     """Separates the flat ``options`` into this project's config and Inductor's own keys.
 
-    Raises ``ValueError`` for a key that neither knows, naming the nearest known keys, and for a bad value.
+    Args:
+        options: Values by key, as given to ``torch.compile``; ``None`` for no options.
+        inductor_keys: The keys that Inductor knows, with underscores.
+
+    Returns:
+        The config, and the options for Inductor.
+
+    Raises:
+        ValueError: Neither knows a key (the message has the nearest known keys), or a value is not allowed.
     """
     own = {item.name: item for item in fields(DCTConfig)}
     ours: dict[str, Any] = {}
@@ -129,7 +145,7 @@ def split_options(options: Mapping[str, Any] | None, inductor_keys: Collection[s
 
 
 def default_options() -> dict[str, Any]:
-    """Every option with its default."""
+    """Returns every option with its default."""
     return {item.name: item.default for item in fields(DCTConfig) if item.default is not MISSING}
 
 

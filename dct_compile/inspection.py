@@ -1,4 +1,4 @@
-"""Looks at what backend "dct" would do to a model: compiles forward and backward, and runs neither."""
+"""Reports the effect of backend "dct" on a model: compiles forward and backward, and runs neither."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +12,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed import ProcessGroup
-from torch.nn.parallel import DistributedDataParallel
 
 # Registers the process-group backend "fake", whose collectives move nothing.
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dct_compile.backend import dry_run
-from dct_compile.integrations import ddp
+from dct_compile.dry_run import dry_run
+from dct_compile.integrations import INTEGRATIONS
 from dct_compile.report import Report
 from dct_compile.runtime import Runtime
 
@@ -27,7 +26,14 @@ DEFAULT_RANKS = 4
 
 @contextmanager
 def fake_ranks(ranks: int) -> Iterator[ProcessGroup]:
-    """While it lasts, this process is rank 0 of ``ranks`` whose collectives move nothing. ``ValueError`` for fewer than one rank."""
+    """Makes this process rank 0 of ``ranks`` whose collectives move nothing, until the context ends.
+
+    Args:
+        ranks: The number of ranks, at least 1.
+
+    Raises:
+        ValueError: ``ranks`` is less than 1.
+    """
     if ranks < 1:
         raise ValueError(f"{ranks} ranks were asked for; at least 1 is needed")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
@@ -41,15 +47,27 @@ def fake_ranks(ranks: int) -> Iterator[ProcessGroup]:
 def explain(
     model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, ranks: int | None = None, **named_inputs: Any
 ) -> Report:
-    """What ``torch.compile(model, backend="dct", options=options)`` would do when it is called with these inputs.
+    """Reports the effect of ``torch.compile(model, backend="dct", options=options)`` on a call with these inputs.
 
-    Forward and backward are compiled up to the graphs that Inductor would generate code from; nothing is computed or sent. Code of
+    Forward and backward are compiled up to the graphs that Inductor would generate code from. Nothing is computed or sent. Code of
     ``model`` between two graphs (after a graph break) does run, on zeros. Parameters, buffers, gradients, torch's random generators and the
-    state of DDP are the same afterwards. Shapes are those of the inputs, none is dynamic.
+    state of DDP are the same afterwards. Shapes are those of the inputs, and none is dynamic.
 
-    Where no process group is initialised, ``ranks`` (default 4) are simulated; otherwise the group is used as it is, and each rank may
-    call this on its own. Raises ``ValueError`` for bad options and when ``ranks`` differs from the group's size, ``TypeError`` when
-    ``model`` cannot be called, and what ``model`` raises.
+    Args:
+        model: The module or function to compile.
+        inputs: The positional arguments of ``model``.
+        options: The options of backend "dct" and of Inductor.
+        ranks: The number of ranks to simulate where no process group is initialised, by default 4. Otherwise the group is used as it is,
+            and each rank may make this call on its own.
+        named_inputs: The keyword arguments of ``model``.
+
+    Returns:
+        The report of the graphs and of their collectives.
+
+    Raises:
+        ValueError: An option is not allowed, ``ranks`` is less than 1, or ``ranks`` differs from the size of the process group.
+        TypeError: ``model`` cannot be called.
+        Exception: Any error that ``model`` raises.
     """
     if not callable(model):
         raise TypeError(f"model is of type {type(model).__name__}; a torch.nn.Module or a function is expected")
@@ -78,7 +96,7 @@ def _compile(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable
 
 @contextmanager
 def _uncompiled(model: Callable[..., Any]) -> Iterator[None]:
-    """While it lasts, parts of ``model`` that are compiled on their own are plain modules: their own backend would run them."""
+    """Turns parts of ``model`` that are compiled on their own into plain modules, until the context ends: their backend would run them."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     with ExitStack() as stack:
         for module in modules:
@@ -94,14 +112,17 @@ def _uncompiled(model: Callable[..., Any]) -> Iterator[None]:
 @contextmanager
 def _unchanged(model: Callable[..., Any], inputs: Any) -> Iterator[None]:
     """Restores what running ``model`` once may change: tensors of the model and of ``inputs``, gradients, random generators, DDP."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
     tensors = [tensor for tensor in pytree.tree_leaves(inputs) if isinstance(tensor, Tensor)]
     if isinstance(model, nn.Module):
         tensors += [*model.parameters(), *model.buffers()]
     before = [(tensor, tensor._version, tensor.detach().clone(), tensor.grad) for tensor in tensors]
     devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
     try:
-        with torch.random.fork_rng(devices), ddp.at_rest([module for module in modules if isinstance(module, DistributedDataParallel)]):
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices))
+            if isinstance(model, nn.Module):
+                for integration in INTEGRATIONS:
+                    stack.enter_context(integration.paused(model))
             yield
     finally:
         with torch.no_grad():

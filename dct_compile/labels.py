@@ -2,9 +2,10 @@
 
 
 def site_label(name: str, kind: str) -> str:
-    """The first parameter and how many follow, or module and line: ``top.weight +3``, ``top.0: model.py:12``, ``model.py:12 backward``.
+    """Returns a short name: the first parameter and the number of the others, or module and line.
 
-    ``name`` and ``kind`` are those of :class:`dct_compile.report.SiteReport`.
+    Examples are ``top.weight +3``, ``top.0: model.py:12`` and ``model.py:12 backward``. ``name`` and ``kind`` are those of
+    :class:`dct_compile.report.SiteReport`.
     """
     place = name.partition(" in ")[0]
     if kind == "gradient":

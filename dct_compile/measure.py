@@ -1,4 +1,4 @@
-"""Reads what the buckets of a gradient site have counted: at once for the report, or without waiting for the device for a monitor."""
+"""Reads the counters of a gradient site's buckets: at once for the report, or without waiting for the device for a monitor."""
 
 from dataclasses import dataclass
 
@@ -25,14 +25,14 @@ class BucketMeasure:
 class Totals:
     """One bucket's numbers. ``kept`` of ``seen`` elements were sent in ``steps`` steps, ``overflow`` found no room (at the owner, too).
 
-    ``threshold``: mean over the parameters. ``residual_norm``: L2 norm of all that was not sent yet.
+    ``threshold``: mean over the parameters, ``None`` for a scheme without one. ``residual_norm``: L2 norm of all that was not sent yet.
     """
 
     steps: int = 0
     kept: int = 0
     seen: int = 0
     overflow: int = 0
-    threshold: float = float("inf")
+    threshold: float | None = None
     residual_norm: float = 0.0
 
 
@@ -40,18 +40,20 @@ class Reading:
     """A bucket's numbers on their way to the host. Starting one does not wait for the device that computes them."""
 
     def __init__(self, bucket: BucketState) -> None:
-        self.numels = [numel for _, numel in bucket.layout.segments]
-        stages = [bucket.local] if bucket.owner is None else [bucket.local, bucket.owner]
+        self.numels, self.sent = bucket.spec.numels, bucket.spec.sent
+        named = {name: [bucket.tensors[item.input_name] for item in bucket.spec.tensors if item.name == name] for name in _READ}
+        self.has_threshold = bool(named["threshold"])
         with torch.no_grad():
-            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(stage.residual) for stage in stages]))
-            overflow = torch.stack([stage.counters[:, 2].sum() for stage in stages]).sum()
-            steps, kept = bucket.local.counters[:, 0], bucket.local.counters[:, 1]
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(residual) for residual in named["residual"]]))
+            overflow = torch.stack([counters[:, 2].sum() for counters in named["counters"]]).sum()
+            steps, kept = named["counters"][0][:, 0], named["counters"][0][:, 1]
+            threshold = named["threshold"][0].mean() if self.has_threshold else norm
             # float64 holds every count below 2^53, so that one copy serves all.
-            numbers = torch.cat([item.double().reshape(-1) for item in (steps, kept, bucket.local.threshold.mean(), norm, overflow)])
+            numbers = torch.cat([item.double().reshape(-1) for item in (steps, kept, threshold, norm, overflow)])
             self.host, self.arrived = _to_host(numbers)
 
     def ready(self) -> bool:
-        """Whether :meth:`totals` would not have to wait."""
+        """Returns True if :meth:`totals` would not have to wait."""
         return self.arrived is None or self.arrived.query()
 
     def totals(self) -> Totals:
@@ -62,11 +64,17 @@ class Reading:
         numbers = self.host.tolist()
         steps, kept, (threshold, norm, overflow) = numbers[:count], numbers[count : 2 * count], numbers[2 * count :]
         seen = sum(int(own) * numel for own, numel in zip(steps, self.numels, strict=True))
-        return Totals(int(max(steps)), int(sum(kept)), seen, int(overflow), threshold, norm)
+        if self.sent is not None:
+            kept = [own * sent for own, sent in zip(steps, self.sent, strict=True)]
+        return Totals(int(max(steps)), int(sum(kept)), seen, int(overflow), threshold if self.has_threshold else None, norm)
+
+
+_READ = ("residual", "counters", "threshold")
+"""The tensors of a state that are read, see :class:`dct_compile.state_spec.StateTensor`. The first stage's are a rank's own."""
 
 
 def _to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The host's copy, and the event after which it is complete (``None``: it is)."""
+    """Returns the host's copy, and the event after which it is complete (``None``: it is)."""
     if not numbers.is_cuda:
         return numbers, None
     host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)

@@ -1,7 +1,7 @@
-"""``dct_compile.monitor``: what every site does while a model trains, without making the device wait."""
+"""``dct_compile.monitor``: measures every site while a model trains, without making the device wait."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from dct_compile.state import BucketState
 
 
 class ScalarWriter(Protocol):
-    """What :meth:`Monitor.write` needs of TensorBoard's ``SummaryWriter``."""
+    """The part of TensorBoard's ``SummaryWriter`` that :meth:`Monitor.write` needs."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> Any:
         """Records one number."""
@@ -23,12 +23,16 @@ class ScalarWriter(Protocol):
 
 @dataclass(frozen=True)
 class SiteStats:
-    """One site since the reading before (at the first reading: since its state began), on this rank.
+    """One site since the previous reading, on this rank. The first reading counts from the start of the site's state.
 
-    ``label``, ``kind``, ``collective``: which site. ``dense_bytes``, ``wire_bytes``: per rank and call, before and after. The rest is known
-    of compressed gradients only, and ``None`` elsewhere and while the site has not run. ``steps``: how often it ran. ``density``: fraction
-    of the elements sent. ``overflow``: entries that found no room. ``threshold``: as it is now, mean over the site's parameters.
-    ``residual_norm``: L2 norm of what waits to be sent. ``bytes_sent``: ``steps`` times ``wire_bytes``.
+    ``label``, ``kind``, ``collective``: the identity of the site. ``dense_bytes``, ``wire_bytes``: bytes per rank and call, before and
+    after.
+
+    The other fields are known for compressed gradients only. They are ``None`` elsewhere, and while the site has not run.
+
+    ``steps``: the number of its runs. ``density``: fraction of the elements sent. ``overflow``: entries that found no room.
+    ``threshold``: its present value, mean over the site's parameters. ``residual_norm``: L2 norm of the elements that are not sent yet.
+    ``bytes_sent``: ``steps`` times ``wire_bytes``.
     """
 
     label: str
@@ -71,7 +75,7 @@ class _Site:
             steps=steps,
             density=sum(windows[bucket].kept for bucket in known) / seen,
             overflow=sum(windows[bucket].overflow for bucket in known),
-            threshold=sum(totals[bucket].threshold for bucket in known) / len(known),
+            threshold=_mean([found for bucket in known if (found := totals[bucket].threshold) is not None]),
             residual_norm=sum(totals[bucket].residual_norm ** 2 for bucket in known) ** 0.5,
             bytes_sent=steps * self.wire_bytes,
         )
@@ -100,9 +104,12 @@ class Monitor:
             self._finish()
 
     def step(self) -> bool:
-        """To be called after every training step. Returns whether ``sites`` holds new numbers.
+        """Counts one training step, and reads the counters when a reading is due. Call it after every training step.
 
-        Every ``every``-th call starts to copy them from the device; they are here at one of the next calls, on a CPU at once.
+        Every ``every``-th call starts to copy the counters from the device. They arrive at one of the next calls; on a CPU, at once.
+
+        Returns:
+            True if ``sites`` holds new numbers.
         """
         self.steps += 1
         if self.steps % self.every == 0 and not self._readings:
@@ -114,14 +121,21 @@ class Monitor:
         return True
 
     def summary(self) -> dict[str, float]:
-        """One line of it: ``density`` and ``overflow`` over all gradients, ``compression`` (dense bytes over sent ones) over all sites.
+        """Returns a few numbers over all sites. A number that is not known yet is left out.
 
-        What is not known yet is left out.
+        Returns:
+            ``density`` (a fraction) and ``overflow`` (entries) over all gradients; ``compression`` (dense bytes over sent bytes) over all
+            sites.
         """
         return dict(self._summary)
 
     def write(self, writer: ScalarWriter, step: int) -> None:
-        """Records the newest numbers, once, as scalars ``dct/<site>/<number>`` at ``step``; ``writer``: TensorBoard's ``SummaryWriter``."""
+        """Records the newest numbers once, as scalars ``dct/<site>/<number>``.
+
+        Args:
+            writer: TensorBoard's ``SummaryWriter``, or an object with the same ``add_scalar``.
+            step: The step of the scalars.
+        """
         if not self._unwritten:
             return
         self._unwritten = False
@@ -148,14 +162,23 @@ def monitor(every: int = 100) -> Monitor:
                 if monitor.step():
                     monitor.write(summary_writer, step)
 
-    ``every``: steps between two readings of the counters; each reading is a few small kernels and one copy per bucket. ``monitor.sites``
-    holds a :class:`SiteStats` per site, ``monitor.summary()`` one line of numbers. Raises ``ValueError`` when ``every`` is no integer >= 1.
+    Args:
+        every: Steps between two readings of the counters. Each reading is a few small kernels and one copy per bucket.
+
+    Returns:
+        The monitor. ``monitor.sites`` holds a :class:`SiteStats` per site, ``monitor.summary()`` returns a few numbers over all sites.
+
+    Raises:
+        ValueError: ``every`` is not an integer >= 1.
     """
     return Monitor(every, RUNTIME)
 
 
 def _sites(entries: Iterable[ReportEntry]) -> list[_Site]:
-    """The report's sites. One that several graphs hold counts once, with the bytes of the first and the states of all."""
+    """Returns the report's sites.
+
+    A site that several graphs hold counts once, with the bytes of the first graph and the states of all.
+    """
     found: dict[tuple[str, str, str], _Site] = {}
     for entry in entries:
         earlier = set(found)
@@ -170,8 +193,12 @@ def _sites(entries: Iterable[ReportEntry]) -> list[_Site]:
     return list(found.values())
 
 
+def _mean(numbers: Sequence[float]) -> float | None:
+    return sum(numbers) / len(numbers) if numbers else None
+
+
 def _since(before: Totals, now: Totals) -> Totals:
-    """What was counted between two readings; a state that was reset or replaced in between counts from its start."""
+    """Subtracts the counts of an earlier reading. A state that was reset or replaced in between counts from its start."""
     if now.steps < before.steps:
         return now
     steps, kept = now.steps - before.steps, now.kept - before.kept
@@ -190,5 +217,5 @@ def _summary(sites: Iterable[SiteStats], windows: Iterable[Totals]) -> dict[str,
 
 
 def _tag(label: str, name: str) -> str:
-    """TensorBoard replaces other characters itself, with a warning each time."""
+    """Returns the name of a scalar. TensorBoard would replace other characters too, with a warning each time."""
     return f"dct/{re.sub(r'[^-/.0-9A-Za-z_]+', '_', label)}/{name}"

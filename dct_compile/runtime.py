@@ -2,12 +2,14 @@
 
 import logging
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
+from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dct_compile.agreement import Agreement
 from dct_compile.report import ReportRegistry
-from dct_compile.state import StateStore
+from dct_compile.state_store import StateStore
 
 log = logging.getLogger("dct_compile")
 
@@ -16,7 +18,8 @@ log = logging.getLogger("dct_compile")
 class Runtime:
     """``torch.compile`` hands a backend nothing that outlives a compilation, so what must outlive it is kept here.
 
-    ``synchronised``: the parameters that ``data_parallel`` has made equal on all ranks.
+    ``synchronised``: the parameters that ``data_parallel`` has made equal on all ranks. ``agreed``: for each group, the parameters of
+    graphs that its ranks have agreed on.
     """
 
     states: StateStore = field(default_factory=StateStore)
@@ -24,7 +27,9 @@ class Runtime:
     agreement: Agreement = field(default_factory=Agreement)
     synchronised: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
-    def tell(self, note: str) -> None:
+    agreed: "WeakKeyDictionary[ProcessGroup, WeakTensorKeyDictionary]" = field(default_factory=WeakKeyDictionary)
+
+    def warn_once(self, note: str) -> None:
         """Adds a note to the report and logs it as a warning, once."""
         if note not in self.reports.notes:
             log.warning("%s", note)

@@ -27,7 +27,7 @@ class Samples:
         return len(self.labels)
 
     def take(self, index: Tensor) -> "Samples":
-        """The samples at the positions ``index`` int64 [n]."""
+        """Returns the samples at the positions ``index`` int64 [n]."""
         return Samples(self.dense[index], self.ids[index], self.labels[index])
 
 
@@ -47,10 +47,17 @@ class Dataset:
 
 
 def load(name: str, seed: int = 0, criteo_path: Path | None = None, max_samples: int | None = None) -> Dataset:
-    """The data set ``name`` (one of DATASETS), split at random by ``seed`` (Criteo: in order of time); files are read once per process.
+    """Returns the data set ``name``, split at random by ``seed`` (Criteo: in order of time). Files are read once per process.
 
-    ``max_samples`` uses the first samples only. Raises ``MissingData`` (a ``FileNotFoundError``) when the files are not there,
-    ``ValueError`` for an unknown name, a broken file, or ``criteo`` without ``criteo_path``.
+    Args:
+        name: One of DATASETS.
+        seed: The seed of the split.
+        criteo_path: The file of Criteo's click log.
+        max_samples: Uses the first samples only.
+
+    Raises:
+        MissingData: The files are not there (a ``FileNotFoundError``).
+        ValueError: The name is unknown, a file is broken, or ``criteo`` has no ``criteo_path``.
     """
     if name == "criteo":
         if criteo_path is None:
@@ -66,7 +73,10 @@ def load(name: str, seed: int = 0, criteo_path: Path | None = None, max_samples:
 
 
 def split(name: str, raw: RawData, seed: int, test_fraction: float = 0.2) -> Dataset:
-    """Splits, appends the counts of ``raw.counted`` as dense features and scales dense features, all by the training part alone."""
+    """Splits ``raw`` into a training and a test part.
+
+    Appends the counts of ``raw.counted`` as dense features and scales dense features, all by the training part alone.
+    """
     samples = len(raw.labels)
     order = np.arange(samples) if raw.ordered else np.random.default_rng(seed).permutation(samples)
     train, test = np.split(order, [samples - round(samples * test_fraction)])
@@ -81,14 +91,14 @@ def split(name: str, raw: RawData, seed: int, test_fraction: float = 0.2) -> Dat
 
 
 def batches(samples: Samples, batch_size: int, seed: int) -> Iterator[Samples]:
-    """One epoch in an order given by ``seed``, in whole batches; the rest that does not fill one is left out."""
+    """Yields one epoch in an order given by ``seed``, in whole batches. The rest that does not fill a batch is left out."""
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
     for start in range(0, len(samples) - batch_size + 1, batch_size):
         yield samples.take(order[start : start + batch_size])
 
 
 def synthetic(samples: int = 4096) -> RawData:
-    """A small set with a structure to learn: three tables (one of them with two ids per sample), four dense features."""
+    """Returns a small set with a structure to learn: three tables (one of them with two ids per sample), four dense features."""
     generator = np.random.default_rng(0)
     tables = (Table("a", 50), Table("b", 30), Table("c", 12, width=2))
     ids = np.stack([generator.zipf(1.5, samples) % rows for rows in (50, 30, 11, 11)], axis=1)

@@ -37,7 +37,7 @@ class Mesh:
 
 
 def make_mesh(dp: int, mp: int) -> Mesh:
-    """The mesh [dp, mp] over all ranks of the default process group, on the CPU; ``RuntimeError`` when their number is not dp * mp."""
+    """Returns the mesh [dp, mp] over all default ranks, on the CPU. Raises ``RuntimeError`` when their number is not dp * mp."""
     if dp * mp != dist.get_world_size():
         raise RuntimeError(f"a mesh of {dp} x {mp} needs {dp * mp} ranks, there are {dist.get_world_size()}")
     mesh = init_device_mesh("cpu", (dp, mp), mesh_dim_names=("dp", "mp"))
@@ -47,17 +47,17 @@ def make_mesh(dp: int, mp: int) -> Mesh:
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
-    """Number of ranks, 1 for ``None``."""
+    """Returns the number of ranks, 1 for ``None``."""
     return 1 if group is None else group.size()
 
 
 def group_rank(group: dist.ProcessGroup | None) -> int:
-    """This rank's number, 0 for ``None``."""
+    """Returns this rank's number, 0 for ``None``."""
     return 0 if group is None else group.rank()
 
 
 def gather(x: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
-    """All ranks' ``x`` concatenated along ``dim`` in rank order; the backward is a reduce_scatter (sum)."""
+    """Returns all ranks' ``x`` concatenated along ``dim`` in rank order; the backward is a reduce_scatter (sum)."""
     if group is None:
         return x
     gathered: Tensor = funcol.all_gather_tensor_autograd(x.contiguous(), gather_dim=dim, group=group)
@@ -93,7 +93,7 @@ class Table:
 
 
 def balance(tables: Sequence[Table], parts: int) -> list[list[int]]:
-    """Positions of the tables of each part: largest table first, always to the part with the fewest rows (then the fewest tables)."""
+    """Returns table positions for each part: largest table first, always to the part with the fewest rows (then the fewest tables)."""
     shares: list[list[int]] = [[] for _ in range(parts)]
     load = [0] * parts
     for position in sorted(range(len(tables)), key=lambda i: (-tables[i].rows, i)):
@@ -141,7 +141,7 @@ class ShardedEmbeddings(nn.Module):
 
 
 def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of which this rank holds a part only."""
+    """Yields names and parameters of which this rank holds a part only."""
     for name, module in model.named_modules():
         if isinstance(module, ColumnParallelLinear | ShardedEmbeddings):
             yield from ((f"{name}.{child}", parameter) for child, parameter in module.named_parameters())
@@ -156,9 +156,9 @@ def average_sharded_gradients(model: nn.Module, mp: int) -> None:
 
 
 def wrap_data_parallel(model: nn.Module, mesh: Mesh) -> nn.Module:
-    """``model`` in DDP: sharded parameters are averaged over ``mesh.dp_group``, all others over all ranks.
+    """Wraps ``model`` in DDP: sharded parameters are averaged over ``mesh.dp_group``, all others over all ranks.
 
-    With mp > 1 these are two DDPs, one around the other, each told to ignore the parameters of the other; torch has no public way to give
+    With mp > 1 these are two DDPs, one around the other, each set to ignore the parameters of the other; torch has no public way to give
     DDP a group per parameter. Returns ``model`` itself on a single rank.
     """
     if mesh.dp * mesh.mp == 1:

@@ -91,7 +91,7 @@ def flights() -> RawData:
 
 
 def criteo(path: Path, rows: int = 100_000, max_samples: int | None = None) -> RawData:
-    """The Criteo Kaggle click log (``train.txt``: label, 13 integers, 26 hexadecimal categories, tab-separated, in order of time).
+    """Returns the Criteo Kaggle click log (``train.txt``: label, 13 integers, 26 hexadecimal categories, tab-separated, in order of time).
 
     Categories are hashed to ``rows`` rows each (row 0: missing), integers become log(1 + x) with negative and missing ones as 0. The first
     ``max_samples`` lines are read. Raises :class:`MissingData`, and ``ValueError`` with the line number for a line of another format.

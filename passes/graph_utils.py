@@ -15,7 +15,6 @@ aten = torch.ops.aten
 WAIT = c10d.wait_tensor.default
 SITE = "dct_site"
 """The key of a node's ``meta`` that holds the number of the site it belongs to, in the dense graph as in the rewritten one."""
-_NOT_COLLECTIVES = ("wait_tensor", "_wrap_tensor_autograd")
 
 SHAPE_OPS = frozenset(
     {
@@ -51,20 +50,9 @@ SHAPE_OPS = frozenset(
 SCALING_OPS = frozenset({aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar})
 
 
-def collective_name(node: fx.Node) -> str | None:
-    """The collective's name ("all_reduce", ...) if ``node`` starts a functional collective."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    namespace, _, name = node.target._schema.name.partition("::")
-    if namespace != "_c10d_functional" or name in _NOT_COLLECTIVES:
-        return None
-    return name
-
-
 def argument(node: fx.Node, name: str) -> Any:
-    """An operator argument by its schema name."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for position, schema in enumerate(node.target._schema.arguments):
+    """Returns an operator argument by its schema name. Raises ``KeyError`` where the operator has none of that name."""
+    for position, schema in enumerate(_schema_arguments(node)):
         if schema.name == name:
             if position < len(node.args):
                 return node.args[position]
@@ -72,38 +60,50 @@ def argument(node: fx.Node, name: str) -> Any:
     raise KeyError(f"{node.target} has no argument {name!r}")
 
 
-def process_group(node: fx.Node) -> ProcessGroup:
-    """The process group of a collective."""
-    group = argument(node, "group_name")
-    return group if isinstance(group, ProcessGroup) else resolve_group(group)
+def optional_argument(node: fx.Node, name: str) -> Any:
+    """Returns an operator argument by its schema name, ``None`` where the operator has none of that name."""
+    return argument(node, name) if any(schema.name == name for schema in _schema_arguments(node)) else None
+
+
+def _schema_arguments(node: fx.Node) -> Any:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target._schema.arguments
+
+
+def process_group(node: fx.Node) -> ProcessGroup | None:
+    """Returns the process group of a collective; ``None`` where its arguments do not name one."""
+    group = optional_argument(node, "group_name")
+    if group is None or isinstance(group, ProcessGroup):
+        return group
+    return resolve_group(group)
 
 
 def resolve_group(name: str) -> ProcessGroup:
-    """The process group of that name in this process."""
+    """Returns the process group of that name in this process."""
     group: ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
     return group
 
 
 def waits(node: fx.Node) -> list[fx.Node]:
-    """The nodes that wait for a collective's result."""
+    """Returns the nodes that wait for a collective's result."""
     return [user for user in node.users if user.target is WAIT]
 
 
 def value(node: fx.Node) -> Tensor | None:
-    """The fake tensor that ``node`` stands for."""
+    """Returns the fake tensor that ``node`` stands for."""
     val = node.meta.get("val")
     return val if isinstance(val, Tensor) else None
 
 
 def hint(size: int | SymInt) -> int:
-    """A size as a number: exact where it is static, the traced example's where it is symbolic, 0 where nothing is known."""
+    """Returns a size as a number: exact where it is static, the traced example's where it is symbolic, 0 where nothing is known."""
     if isinstance(size, int):
         return size
     return int(size.node.hint) if size.node.has_hint() else 0
 
 
 def numel_hint(tensor: Tensor) -> int:
-    """The number of elements, see :func:`hint`."""
+    """Returns the number of elements, see :func:`hint`."""
     total = 1
     for size in tensor.shape:
         total *= hint(size)
@@ -111,7 +111,7 @@ def numel_hint(tensor: Tensor) -> int:
 
 
 def reachable_from(roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """The roots and every node that depends on them."""
+    """Returns the roots and every node that depends on them."""
     seen: set[fx.Node] = set()
     stack = list(roots)
     while stack:
@@ -123,7 +123,7 @@ def reachable_from(roots: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def sources(node: fx.Node) -> set[fx.Node]:
-    """The nearest producers of ``node``'s values that are not shape operations (``getitem`` counts as one)."""
+    """Returns the nearest producers of ``node``'s values that are not shape operations (``getitem`` counts as one)."""
     seen: set[fx.Node] = set()
     found: set[fx.Node] = set()
     stack = [node]
@@ -147,34 +147,18 @@ def _is_getitem_of_shape_op(node: fx.Node) -> bool:
 
 
 def output_node(graph: fx.Graph) -> fx.Node:
-    """The one node that returns the graph's results."""
+    """Returns the one node that returns the graph's results."""
     node: fx.Node = next(node for node in reversed(graph.nodes) if node.op == "output")
     return node
 
 
-class Inserter:
-    """Adds call nodes before a node, with ``meta["val"]`` computed by running the operator on the arguments' fake tensors.
+def inherited(like: fx.Node, label: str) -> dict[str, Any]:
+    """Returns the ``meta`` of nodes that stand for ``like``: its source line, its site, and ``label`` as the name of their origin.
 
-    New nodes take over the source line and the site of ``like``. ``label`` is what the comments of Inductor's code call their origin.
-    ``in_backward`` nodes are tagged for the partitioner, which would otherwise move an operator that mutates state to the forward graph.
+    Inductor prints the origin above each call of its code.
     """
-
-    def __init__(self, graph: fx.Graph, before: fx.Node, like: fx.Node, in_backward: bool = False, label: str = "") -> None:
-        self.graph, self.before = graph, before
-        self.meta: dict[str, Any] = {key: like.meta[key] for key in ("stack_trace", SITE) if like.meta.get(key) is not None}
-        if label:
-            self.meta["from_node"] = [_origin(like, label)]
-        if in_backward:
-            self.meta["partitioner_tag"] = "is_backward"
-
-    def call(self, target: Any, *args: Any, **names: Any) -> fx.Node:
-        """Inserts ``target(*args, **names)``."""
-        name = target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else target.__name__
-        with self.graph.inserting_before(self.before):
-            node = self.graph.create_node("call_function", target, args, names, name=name)
-        node.meta.update(self.meta)
-        node.meta["val"] = target(*fx.node.map_arg(args, lambda item: item.meta["val"]), **names)
-        return node
+    kept = {key: like.meta[key] for key in ("stack_trace", SITE) if like.meta.get(key) is not None}
+    return {**kept, "from_node": [_origin(like, label)]} if label else kept
 
 
 def _origin(node: fx.Node, label: str) -> NodeSource:

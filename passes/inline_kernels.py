@@ -10,10 +10,10 @@ becomes what tracing the operator's CUDA implementation gives::
 This is the last pass in front of Inductor's lowering: those before it expect a graph in which little is written in place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
@@ -21,11 +21,13 @@ from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.ir import ExternKernel, TensorBox
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dct_compile import triton_kernels
 from dct_compile.ops.library import CUDA_IMPLEMENTATIONS
 from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.splice import copy_nodes
 from dct_compile.triton_kernels.compat import recorded_launches
 
 _SOURCES = (__file__, *map(str, sorted(Path(triton_kernels.__path__[0]).glob("*.py"))))
@@ -53,7 +55,13 @@ class InlineKernels(CustomGraphPass):
 def inline_kernels(graph: fx.Graph, device_type: str = "cuda") -> None:
     """Replaces every operator that works on tensors of ``device_type``."""
     for node in _operators(graph, device_type):
-        _splice(_trace(node, CUDA_IMPLEMENTATIONS[node.target]), node)
+        traced = _trace(node, CUDA_IMPLEMENTATIONS[node.target])
+        meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+        copies = copy_nodes(traced, node.all_input_nodes, lambda inner, late, node=node: node, meta)  # type: ignore[misc]
+        result = gu.output_node(traced.graph).args[0]
+        if isinstance(result, fx.Node):
+            node.replace_all_uses_with(copies[result])
+        graph.erase_node(node)
 
 
 def _operators(graph: fx.Graph, device_type: str) -> list[fx.Node]:
@@ -94,37 +102,20 @@ def _trace(node: fx.Node, implementation: Callable[..., Any]) -> fx.GraphModule:
     assert mode is not None
     decompositions = {**select_decomp_table(), gu.aten.zeros.default: _zeros}
     del decompositions[gu.aten.fill_.Scalar]
-    with patch.object(mode, "allow_non_fake_inputs", True), mode, recorded_launches():  # the tables are real
+    with _real_inputs(mode), mode, recorded_launches():
         return make_fx(run, decompositions)(*values)
+
+
+@contextmanager
+def _real_inputs(mode: FakeTensorMode) -> Iterator[None]:
+    """While it lasts, ``mode`` takes real tensors as well: the tables of the kernels are real."""
+    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        yield
+    finally:
+        mode.allow_non_fake_inputs = before
 
 
 def _zeros(size: Sequence[int], **options: Any) -> Tensor:
     """Memory that exists from here on. Inductor takes a plain ``zeros`` for a formula, and each launch that reads it would get a copy."""
     return torch.empty(size, **options).fill_(0)
-
-
-def _splice(traced: fx.GraphModule, node: fx.Node) -> None:
-    """Puts the graph ``traced`` in the place of ``node``."""
-    meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
-    copies = dict(zip(traced.graph.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
-    with node.graph.inserting_before(node):
-        for inner in traced.graph.nodes:
-            if inner.op == "get_attr":
-                copies[inner] = _constant(node.graph, getattr(traced, inner.target))
-            elif inner.op == "call_function":
-                copies[inner] = node.graph.node_copy(inner, copies.__getitem__)
-            else:  # placeholder, output
-                continue
-            copies[inner].meta = {**meta, "val": inner.meta.get("val")}
-    result = gu.output_node(traced.graph).args[0]
-    if isinstance(result, fx.Node):
-        node.replace_all_uses_with(copies[result])
-    node.graph.erase_node(node)
-
-
-def _constant(graph: fx.Graph, table: Tensor) -> fx.Node:
-    """A table that launches read, as an attribute of the graph's module."""
-    assert graph.owning_module is not None
-    name = f"dct_table_{len(graph.find_nodes(op='get_attr'))}"
-    graph.owning_module.register_buffer(name, table, persistent=False)
-    return graph.get_attr(name)

@@ -11,12 +11,14 @@ communication runs beside the rest of the backward. Gradients that the graph doe
 from collections.abc import Sequence
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.distributed import ProcessGroup
 
+from dct_compile.comm import Comm
+from dct_compile.exchange import Parameter, segments_of
 from dct_compile.passes import graph_utils as gu
-from dct_compile.passes.sites import GraphContext, Parameter, Segment
-
-aten, c10d = torch.ops.aten, torch.ops._c10d_functional
+from dct_compile.passes.sites import GraphContext
+from dct_compile.passes.splice import splice
 
 BUCKET_BYTES = 25 * 2**20
 """As DDP's default bucket: large enough for the link's bandwidth, small enough to start early."""
@@ -36,12 +38,13 @@ def gradient_buckets(parameters: Sequence[tuple[Parameter, torch.dtype]]) -> lis
     return buckets
 
 
-def insert_gradient_sync(graph: fx.Graph, context: GraphContext, buckets: Sequence[Sequence[Parameter]], group_name: str) -> int:
+def insert_gradient_sync(graph: fx.Graph, context: GraphContext, buckets: Sequence[Sequence[Parameter]], group: ProcessGroup) -> int:
     """Inserts one averaging all_reduce per bucket and declares its layout in ``context.segments``; returns their number."""
     output = gu.output_node(graph)
     outputs = list(output.args[0])  # type: ignore[arg-type]
     positions = {parameter: position for position, parameter in context.gradients.items() if isinstance(outputs[position], fx.Node)}
     order = {node: position for position, node in enumerate(graph.nodes)}
+    comm = Comm(group.group_name, group.size())
     inserted = 0
     for bucket in buckets:
         members = [parameter for parameter in bucket if parameter in positions]
@@ -49,20 +52,18 @@ def insert_gradient_sync(graph: fx.Graph, context: GraphContext, buckets: Sequen
             continue
         gradients = [outputs[positions[parameter]] for parameter in members]
         last = max(gradients, key=order.__getitem__)
-        start = gu.Inserter(graph, last.next, last, in_backward=True)
-        finish = gu.Inserter(graph, output, last, in_backward=True)
-        flats = [start.call(aten.reshape.default, gradient, [-1]) for gradient in gradients]
-        flat = start.call(aten.cat.default, flats)
-        started = start.call(c10d.all_reduce.default, flat, "avg", group_name)
-        mean = finish.call(gu.WAIT, started)
-        offset = 0
-        segments = []
-        for parameter, gradient in zip(members, gradients, strict=True):
-            part = finish.call(aten.slice.Tensor, mean, 0, offset, offset + parameter.numel)
-            outputs[positions[parameter]] = finish.call(aten.reshape.default, part, list(gradient.meta["val"].shape))
-            segments.append(Segment(parameter, offset))
-            offset += parameter.numel
-        context.segments[started] = tuple(segments)
+        meta = {**gu.inherited(last, ""), "partitioner_tag": "is_backward"}
+        started, *means = splice(lambda *grads: _average(grads, comm), gradients, last.next, output, meta)
+        for parameter, mean in zip(members, means, strict=True):
+            outputs[positions[parameter]] = mean
+        context.segments[started] = segments_of(members)
         inserted += 1
     output.args = (outputs,)
     return inserted
+
+
+def _average(gradients: Sequence[Tensor], comm: Comm) -> list[Tensor]:
+    """Returns the all_reduce that was started, then the mean of each gradient."""
+    started = comm.all_reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]), "avg")
+    means = comm.wait(started).split([gradient.numel() for gradient in gradients])
+    return [started, *(mean.view(gradient.shape) for mean, gradient in zip(means, gradients, strict=True))]

@@ -14,28 +14,35 @@ from torch._logging._internal import trace_structured
 from torch.distributed import ProcessGroup
 
 from dct_compile.config import DCTConfig
+from dct_compile.exchange import Parameter, gradient_exchange, segments_of
 from dct_compile.measure import BucketMeasure
 from dct_compile.passes import graph_utils as gu
-from dct_compile.passes.compress_activations import compress_activations
-from dct_compile.passes.compress_gradients import compress_gradients
+from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.insert_gradient_sync import gradient_buckets, insert_gradient_sync
-from dct_compile.passes.plan import Decision, plan
+from dct_compile.passes.plan import Decision, decide, plan
 from dct_compile.passes.record import Described, describe, describe_nodes, readable
-from dct_compile.passes.sites import GraphContext, Parameter, find_sites
+from dct_compile.passes.rewrite import rewrite
+from dct_compile.passes.sites import GraphContext, find_sites
 from dct_compile.report import GraphReport, Measure, ReportEntry, SiteReport
 from dct_compile.runtime import Runtime
+from dct_compile.schemes import GradientOffer
 from dct_compile.state import BucketState
-from dct_compile.triton_kernels.layout import GradientLayout
+from dct_compile.state_spec import StateSpec
 
 log = logging.getLogger("dct_compile.passes")
 
 
 @dataclass(frozen=True)
 class GraphInput:
-    """One input of a Dynamo graph: name, dtype (of a tensor), and whether it is a parameter, trainable, or another part's result."""
+    """One input of a Dynamo graph.
+
+    ``dtype``, ``shape``: of a tensor, on this rank. ``is_parameter``: True for a parameter. ``is_trainable``: True for a parameter that
+    needs a gradient. ``is_foreign``: True if another part of the model computed it.
+    """
 
     name: str
     dtype: torch.dtype | None
+    shape: tuple[int, ...]
     is_parameter: bool
     is_trainable: bool
     is_foreign: bool
@@ -43,29 +50,27 @@ class GraphInput:
 
 @dataclass
 class StateRequest:
-    """The state that one gradient site needs: of which inputs, in which geometry. ``buckets`` are the states that it has run with."""
+    """The state that one gradient site needs: of the parameters at ``positions``. ``buckets`` are the states that it has run with."""
 
     positions: tuple[int, ...]
-    layout: GradientLayout
-    owner_layout: GradientLayout | None
+    spec: StateSpec
     buckets: list[BucketState] = field(default_factory=list)
 
     @classmethod
-    def of(cls, decision: Decision) -> "StateRequest":
-        assert decision.gradient is not None
-        positions = tuple(segment.parameter.position for segment in decision.gradient.compressed)
-        return cls(positions, decision.gradient.layout, decision.gradient.owner_layout)
+    def of(cls, offer: GradientOffer) -> "StateRequest":
+        return cls(tuple(segment.parameter.position for segment in offer.members.compressed), offer.state)
 
     def matches(self, other: "StateRequest") -> bool:
-        return (self.positions, self.layout, self.owner_layout) == (other.positions, other.layout, other.owner_layout)
+        return (self.positions, self.spec) == (other.positions, other.spec)
 
     @property
-    def tensor_count(self) -> int:
-        return 3 if self.owner_layout is None else 6
+    def names(self) -> list[str]:
+        """The names of the graph inputs."""
+        return [tensor.input_name for tensor in self.spec.tensors]
 
 
 class StateNeededError(Exception):
-    """The graph has gradient sites whose state is not among its inputs: trace it again with these."""
+    """The graph has gradient sites whose state is not among its inputs. It must be traced again with ``requests``."""
 
     def __init__(self, requests: list[StateRequest]) -> None:
         super().__init__(f"{len(requests)} gradient sites need state inputs")
@@ -73,9 +78,9 @@ class StateNeededError(Exception):
 
 
 class JointGraphPass(CustomGraphPass):
-    """Inductor's hook for one Dynamo graph: sees the joint forward and backward graph (or the forward alone, in evaluation).
+    """Inductor's hook for one Dynamo graph: gets the joint forward and backward graph (or the forward alone, in evaluation).
 
-    ``requests`` are the state inputs appended to ``inputs``, in order. Raises :class:`StateNeededError` when the graph needs others.
+    ``requests`` are the state inputs appended to ``inputs``, in order. A call raises :class:`StateNeededError` when the graph needs others.
     """
 
     def __init__(
@@ -93,10 +98,12 @@ class JointGraphPass(CustomGraphPass):
         self.runtime, self.earlier, self.backward_only = runtime, earlier, backward_only
         self.decisions: list[Decision] = []
         self.trains = False
-        """Whether the graph, when it was last seen, returned the gradient of a parameter."""
+        """True if the graph, in the last call, returned the gradient of a parameter."""
+        self.training = False
+        """True if the graph, in the last call, had a backward."""
 
     def uuid(self) -> str:
-        """Covers the options; the rewritten graph itself is part of Inductor's cache key anyway."""
+        """Returns a hash of the options. The rewritten graph itself is part of Inductor's cache key anyway."""
         return hashlib.sha256(json.dumps(self.config.comparable(), sort_keys=True).encode()).hexdigest()
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -104,19 +111,19 @@ class JointGraphPass(CustomGraphPass):
         for user_pass in self.earlier:
             user_pass(graph)
         context, state = self._read_inputs(graph)
-        self.trains = bool(context.gradients)
+        self.trains, self.training = bool(context.gradients), context.training
         if self.group is not None and context.training:
-            insert_gradient_sync(graph, context, trainable_buckets(self.inputs, context.parameters.values()), self.group.group_name)
+            insert_gradient_sync(graph, context, trainable_buckets(self.inputs, context.parameters.values()), self.group)
         self.decisions = plan(find_sites(graph, context), self.config, context.training)
-        self._check_state(state)
+        self._check_state()
         # Describing a large graph takes a while: one without collectives is neither rewritten nor reported.
         if self.decisions:
             before = describe(graph, self.decisions)
-            rewrite(graph, self.decisions, lambda decision: state[self._request_of(decision)], self.config)
+            rewrite(graph, self.decisions, lambda decision: state[self._request_of(decision)])
             record(self.name, before, graph, self.runtime, self._measures())
 
-    def _read_inputs(self, graph: fx.Graph) -> tuple[GraphContext, dict[int, list[fx.Node]]]:
-        """What AOTAutograd's descriptors say: which placeholder is which Dynamo input, which output is whose gradient.
+    def _read_inputs(self, graph: fx.Graph) -> tuple[GraphContext, dict[int, dict[str, fx.Node]]]:
+        """Reads AOTAutograd's descriptors: the Dynamo input of each placeholder, and the parameter of each gradient among the outputs.
 
         A tensor subclass is several placeholders; DTensor's local tensor is the one that counts.
         """
@@ -133,7 +140,7 @@ class JointGraphPass(CustomGraphPass):
                 continue
             info, tensor = self.inputs[position], gu.value(node)
             if info.is_parameter and tensor is not None:
-                context.parameters[node] = Parameter(position, info.name, gu.numel_hint(tensor))
+                context.parameters[node] = Parameter(position, info.name, tuple(gu.hint(size) for size in tensor.shape))
             if info.is_foreign:
                 context.foreign.add(node)
         known = {parameter.position: parameter for parameter in context.parameters.values()}
@@ -144,23 +151,24 @@ class JointGraphPass(CustomGraphPass):
                 context.gradients[place] = known[position]
         if self.group is not None and len(set(context.gradients.values())) < len(context.gradients):
             raise RuntimeError(f"{self.name}: a parameter is a subclass of several tensors; data_parallel cannot average its gradient")
-        state: dict[int, list[fx.Node]] = {}
-        for index, request in enumerate(self.requests):
-            state[index], state_nodes = state_nodes[: request.tensor_count], state_nodes[request.tensor_count :]
-        return context, state
+        nodes = iter(state_nodes)
+        return context, {index: dict(zip(request.names, nodes, strict=False)) for index, request in enumerate(self.requests)}
 
     def _request_of(self, decision: Decision) -> int:
-        wanted = StateRequest.of(decision)
+        """Returns the number of the request that asks for the state of ``decision``; -1 where there is none."""
+        assert isinstance(decision.offer, GradientOffer)
+        wanted = StateRequest.of(decision.offer)
         return next((index for index, request in enumerate(self.requests) if request.matches(wanted)), -1)
 
-    def _check_state(self, state: dict[int, list[fx.Node]]) -> None:
-        chosen = [decision for decision in self.decisions if decision.codec == "gradient"]
-        if any(self._request_of(decision) < 0 for decision in chosen):
-            raise StateNeededError([StateRequest.of(decision) for decision in chosen])
+    def _check_state(self) -> None:
+        """Raises :class:`StateNeededError` unless the graph has exactly the state that its sites need."""
+        chosen = [decision for decision in self.decisions if isinstance(decision.offer, GradientOffer)]
+        if sorted(self._request_of(decision) for decision in chosen) != list(range(len(self.requests))):
+            raise StateNeededError([StateRequest.of(decision.offer) for decision in chosen if isinstance(decision.offer, GradientOffer)])
 
     def _measures(self) -> list[Measure | None]:
         return [
-            BucketMeasure(self.requests[self._request_of(decision)].buckets) if decision.codec == "gradient" else None
+            BucketMeasure(self.requests[self._request_of(decision)].buckets) if isinstance(decision.offer, GradientOffer) else None
             for decision in self.decisions
         ]
 
@@ -178,27 +186,45 @@ def _input_position(descriptor: object) -> int | None:
 
 
 def trainable_buckets(inputs: Sequence[GraphInput], parameters: Iterable[Parameter]) -> list[tuple[Parameter, ...]]:
-    """The buckets of a graph's trainable parameters, in which their gradients are averaged."""
+    """Returns the buckets of a graph's trainable parameters, in which their gradients are averaged."""
     dtypes = [(parameter, inputs[parameter.position].dtype) for parameter in parameters if inputs[parameter.position].is_trainable]
     return gradient_buckets([(parameter, dtype) for parameter, dtype in dtypes if dtype is not None])
 
 
-def rewrite(graph: fx.Graph, decisions: Sequence[Decision], state: Callable[[Decision], Sequence[fx.Node]], config: DCTConfig) -> int:
-    """Executes the decisions. Activations first: their rewriting looks at forward and backward collectives that gradients do not touch."""
-    rewritten = compress_activations(graph, decisions, config)
-    rewritten += compress_gradients(graph, decisions, state, config)
-    graph.lint()
-    return rewritten
+def expected_requests(inputs: Sequence[GraphInput], group: ProcessGroup | None, config: DCTConfig) -> list[StateRequest]:
+    """Returns the state that ``data_parallel`` will need, before the graph is traced: its buckets follow from the parameters alone.
+
+    The state differs if the graph does not return the gradient of a parameter. Then the graph is traced a second time.
+    """
+    if group is None:
+        return []
+    parameters = [Parameter(position, info.name, info.shape) for position, info in enumerate(inputs) if info.is_trainable]
+    requests: list[StateRequest] = []
+    for bucket in trainable_buckets(inputs, parameters):
+        dtype = inputs[bucket[0].position].dtype
+        assert dtype is not None
+        offer = decide(gradient_exchange(ALL_REDUCE, segments_of(bucket), dtype, group), config).offer
+        if isinstance(offer, GradientOffer):
+            requests.append(StateRequest.of(offer))
+    return requests
 
 
 def record(name: str, before: Described, graph: fx.Graph, runtime: Runtime, measures: Sequence[Measure | None]) -> ReportEntry:
-    """Logs the decisions, adds them to the report and to TORCH_TRACE; returns the report's entry."""
+    """Logs the decisions and adds them to the report and to TORCH_TRACE.
+
+    Args:
+        name: The name of the graph.
+        before: The graph and its sites before the rewriting.
+        graph: The rewritten graph.
+        runtime: The owner of the report.
+        measures: One per site, ``None`` for a site without counters.
+    """
     graph_report = GraphReport(name, before.text, readable(graph), before.nodes, describe_nodes(graph))
     return publish(graph_report, list(zip(before.sites, measures, strict=True)), runtime)
 
 
 def publish(graph: GraphReport, sites: Sequence[tuple[SiteReport, Measure | None]], runtime: Runtime) -> ReportEntry:
-    """Tells the log (a line per site), TORCH_TRACE (graphs as text, sites as JSON) and the report what was decided."""
+    """Adds decisions to the log (a line per site), to TORCH_TRACE (graphs as text, sites as JSON) and to the report."""
     for site, _ in sites:
         log.info("%s", _log_line(graph.name, site))
     for label, text in (("before", graph.before), ("after", graph.after)):
@@ -214,5 +240,5 @@ def _log_line(graph: str, site: SiteReport) -> str:
 
 
 def _trace_artifact(name: str, encoding: str, payload: object) -> None:
-    """An artifact for tlparse. A bucket of DDP belongs to no compilation, so a compilation's id is not expected."""
+    """Writes an artifact for tlparse. A bucket of DDP belongs to no compilation, so a compilation's id is not expected."""
     trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=lambda: payload, expect_trace_id=False)

@@ -1,308 +1,171 @@
-"""Decides about every site: rewrite it, or leave it dense and say why. Nothing is changed here.
+"""Decides about every exchange: takes the cheapest offer of a scheme, or leaves the exchange dense for a reason. Changes no graph.
 
-A decision depends on the options, on dtypes and on static sizes only (never on a batch size, which may differ between ranks), so that
-all ranks decide alike.
+A decision depends on the options, on dtypes and on static sizes only. It never depends on a batch size, which may differ between ranks.
+All ranks therefore decide alike.
 """
 
-import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from math import ceil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
-from dct_compile import cost
 from dct_compile.config import DCTConfig
-from dct_compile.passes import graph_utils as gu
-from dct_compile.passes.reasons import Reason
-from dct_compile.passes.sites import Segment, Site
-from dct_compile.triton_kernels.layout import GradientLayout, choose_block, quantized_row_bytes, row_bytes
-
-COMPRESSIBLE = (torch.float32, torch.bfloat16, torch.float16)
-TWINS = {
-    "all_to_all_single": "all_to_all_single",
-    "all_gather_into_tensor": "reduce_scatter_tensor",
-    "reduce_scatter_tensor": "all_gather_into_tensor",
-    "all_reduce": "all_reduce",
-}
-"""Which collective carries the gradient of which."""
-QUANTIZED_BITS = {"int8": 8, "int4": 4}
-MAX_ROW = 16384
-
-
-@dataclass(frozen=True)
-class GradientPlan:
-    """How a gradient buffer of ``numel`` elements travels. ``owner_layout``: this rank's share under "owner", ``None`` under "gather"."""
-
-    numel: int
-    compressed: tuple[Segment, ...]
-    dense: tuple[Segment, ...]
-    layout: GradientLayout
-    owner_layout: GradientLayout | None
+from dct_compile.exchange import ALL_REDUCE, BACKWARD_OF, COMPRESSIBLE, GRADIENT, OTHER, Exchange
+from dct_compile.passes.exchanges import exchanges_of
+from dct_compile.passes.sites import Site
+from dct_compile.reasons import Reason
+from dct_compile.schemes import SCHEMES, Declined, Offer, RowOffer, Scheme
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The verdict on one site.
+    """The decision about one exchange.
 
-    ``codec`` is "dense", "gradient" (threshold with error feedback), "mask" (row threshold; the backward reuses the forward's mask) or
-    "quantize". ``slots`` are the entries kept of each row, ``bits`` those of a quantised element. Bytes are per rank and call;
-    ``gather_bytes`` and ``owner_bytes`` are what either scheme sends for a gradient with a payload.
+    ``offer``: the offer taken, ``None`` for dense. The exchange of a gradient has the offer of its forward. ``reason``: the words of the
+    report. ``dense_bytes``, ``wire_bytes``: sent per rank and call, before and after. ``offers``: the wire bytes of every scheme that made
+    an offer, where one was turned down. ``site``: its place in a graph, ``None`` for an exchange outside of graphs.
     """
 
-    site: Site
-    codec: str
+    exchange: Exchange
+    offer: Offer | None
     reason: str
     dense_bytes: int
     wire_bytes: int
-    slots: int = 0
-    bits: int = 0
-    gradient: GradientPlan | None = None
-    gather_bytes: int | None = None
-    owner_bytes: int | None = None
+    offers: Mapping[str, int] = field(default_factory=dict)
+    site: Site | None = None
 
     @property
     def compressed(self) -> bool:
-        return self.codec != "dense"
+        return self.offer is not None
 
-    def signature(self) -> str:
-        """What must be equal on all ranks of the group: everything but the leading dimension."""
-        tensor = self.site.tensor
-        shape = "x".join(map(str, tensor.shape[1:])) if tensor is not None and not self.site.segments else ""
-        sizes = ",".join(f"{segment.parameter.numel}" for segment in self.site.segments)
-        dtype = _name(tensor.dtype) if tensor is not None else ""
-        return f"{self.site.collective} {self.site.kind} {dtype} [{shape or sizes}] {self.codec} slots={self.slots} bits={self.bits}"
+    @property
+    def scheme(self) -> str:
+        """The name of the scheme, "dense" for none."""
+        return self.offer.scheme if self.offer is not None else "dense"
+
+    @property
+    def digest(self) -> str:
+        """The text that must be equal on all ranks."""
+        return f"{self.scheme}: {self.offer.digest}" if self.offer is not None else "dense"
 
 
 def plan(sites: Sequence[Site], config: DCTConfig, training: bool) -> list[Decision]:
-    """One decision per site, in the same order."""
-    backward = {id(site.twin): site for site in sites if site.twin is not None}
-    decisions: dict[int, Decision] = {}
-    for site in sites:
-        if site.kind == "gradient":
-            decisions[id(site)] = _plan_gradient(site, config)
-        elif site.twin is not None:
-            decisions[id(site)] = _follow_twin(site, decisions[id(site.twin)], config)
+    """Decides about all sites of one graph.
+
+    Args:
+        sites: The sites, in graph order.
+        config: The options.
+        training: True if the graph has a backward.
+
+    Returns:
+        One decision per site, in the same order.
+    """
+    exchanges = exchanges_of(sites, training)
+    taken: dict[int, Decision] = {}
+    for site, exchange in zip(sites, exchanges, strict=True):
+        if site.twin is not None and exchange.kind != GRADIENT:
+            decision = _follow_forward(exchange, taken[id(site.twin)])
         else:
-            decisions[id(site)] = _plan_forward(site, backward.get(id(site)), config, training)
-    return [decisions[id(site)] for site in sites]
+            decision = decide(exchange, config)
+        taken[id(site)] = replace(decision, site=site)
+    return [taken[id(site)] for site in sites]
 
 
-def dense(site: Site, reason: str) -> Decision:
-    """The decision to leave ``site`` as it is."""
-    size = dense_bytes(site)
-    return Decision(site, "dense", str(reason), size, size)
+def decide(exchange: Exchange, config: DCTConfig) -> Decision:
+    """Decides about an exchange that is not the backward of another one.
+
+    Args:
+        exchange: The exchange, with its backward if it has one.
+        config: The options.
+
+    Returns:
+        The decision, without a site.
+    """
+    reason = _unsupported(exchange) or _left_alone(exchange, config)
+    if reason is not None:
+        return dense(exchange, reason)
+    asked = [(scheme, scheme.offer(exchange.canonical(), config)) for scheme in SCHEMES]
+    offers = [(scheme, made) for scheme, made in asked if isinstance(made, Offer)]
+    declined = [made.reason for _, made in asked if isinstance(made, Declined)]
+    if not offers:
+        return dense(exchange, declined[0] if declined else Reason.NO_SCHEME)
+    # Chosen by one row, which all ranks see alike; taken for the rows that there are.
+    scheme, cheapest = min(offers, key=lambda pair: pair[1].traffic.wire)
+    actual = {other.name: _offer_of(other, exchange, config) for other, _ in offers}
+    offer, sizes = actual[scheme.name], {name: made.traffic.wire_bytes for name, made in actual.items()}
+    if not _pays(cheapest):
+        return replace(dense(exchange, offer.too_large), offers=sizes)
+    choice = sizes if len(sizes) > 1 else {}
+    return Decision(exchange, offer, offer.reason, int(exchange.dense_wire), offer.traffic.wire_bytes, choice)
 
 
-def dense_bytes(site: Site) -> int:
-    """What the untouched collective sends, per rank and call."""
-    tensor = site.tensor
-    if tensor is None:
-        inputs = site.node.args[0] if isinstance(site.node.args[0], list | tuple) else []
-        values = [value for item in inputs if isinstance(item, torch.fx.Node) and (value := gu.value(item)) is not None]
-        return cost.sent_bytes(site.collective, sum(gu.numel_hint(value) * value.itemsize for value in values), site.group_size)
-    return _sent(site, gu.numel_hint(tensor) * tensor.itemsize)
+def dense(exchange: Exchange, reason: str) -> Decision:
+    """Returns the decision to leave ``exchange`` as it is, for ``reason``."""
+    size = int(exchange.dense_wire)
+    return Decision(exchange, None, str(reason), size, size)
 
 
-def _sent(site: Site, input_bytes: int) -> int:
-    if site.collective == "all_to_all_single":
-        splits = gu.argument(site.node, "input_split_sizes")
-        if len(splits) == site.group_size and all(isinstance(split, int) for split in splits):
-            return round(input_bytes * cost.share_leaving(splits, site.group_rank))
-    return cost.sent_bytes(site.collective, input_bytes, site.group_size)
+def _pays(offer: Offer) -> bool:
+    """Returns True if an offer sends fewer bytes than the dense collective."""
+    return offer.traffic.wire < offer.exchange.dense_wire
 
 
-def _unsupported(site: Site) -> str | None:
-    """Why no codec can carry this collective."""
-    tensor = site.tensor
-    if site.group_size == 1:
+def _offer_of(scheme: Scheme, exchange: Exchange, config: DCTConfig) -> Offer:
+    made = scheme.offer(exchange, config)
+    assert isinstance(made, Offer), f"{scheme.name} offers for one row and declines for {exchange.shape}"
+    return made
+
+
+def _unsupported(exchange: Exchange) -> str | None:
+    """Returns the reason why no scheme can carry this collective, if there is one."""
+    if exchange.ranks == 1:
         return Reason.ONE_RANK
-    if site.collective not in TWINS:
-        return Reason.COLLECTIVE.format(collective=site.collective)
-    if any(user.target is not gu.WAIT for user in site.node.users):
+    if not exchange.collective.carrier:
+        return Reason.COLLECTIVE.format(collective=exchange.collective.name)
+    if not exchange.waited:
         return Reason.NOT_WAITED
-    if tensor is None:
+    if exchange.shape is None:
         return Reason.UNKNOWN_SHAPE
-    if tensor.dtype not in COMPRESSIBLE:
-        return Reason.DTYPE.format(dtype=_name(tensor.dtype))
-    if site.collective in ("all_reduce", "reduce_scatter_tensor") and gu.argument(site.node, "reduce_op").lower() not in ("sum", "avg"):
-        return Reason.REDUCE_OP.format(op=gu.argument(site.node, "reduce_op"))
+    if exchange.dtype not in COMPRESSIBLE:
+        return Reason.DTYPE.format(dtype=_name(exchange))
+    if exchange.collective.sums and exchange.reduce_op not in ("sum", "avg"):
+        return Reason.REDUCE_OP.format(op=exchange.reduce_op)
     return None
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _left_alone(exchange: Exchange, config: DCTConfig) -> str | None:
+    """Returns the reason why the kind of the exchange leaves it dense, whatever the schemes could do."""
+    if exchange.kind == GRADIENT:
+        if exchange.collective.name != ALL_REDUCE:
+            return Reason.GRADIENT_COLLECTIVE.format(collective=exchange.collective.name)
+        return Reason.WHOSE_GRADIENT if not exchange.segments else None
+    if exchange.kind in BACKWARD_OF.values():
+        return Reason.NO_FORWARD
+    if exchange.kind == OTHER:
+        return Reason.PARAMETERS
+    if exchange.origin == "foreign":
+        return Reason.FOREIGN
+    if not exchange.trains and not config.mp_eval:
+        return Reason.EVALUATION
+    return _mismatch(exchange, exchange.backward) if exchange.backward is not None else None
 
 
-def _plan_gradient(site: Site, config: DCTConfig) -> Decision:
-    reason = _unsupported(site)
-    if reason is None and site.collective != "all_reduce":
-        reason = Reason.GRADIENT_COLLECTIVE.format(collective=site.collective)
-    if reason is None and not site.segments:
-        reason = Reason.WHOSE_GRADIENT
-    if reason is None and config.dp_density == 1:
-        reason = Reason.DP_DENSITY_ONE
-    if reason is not None:
-        return dense(site, reason)
-    reasons = {segment: _exempt(segment, config) for segment in site.segments}
-    compressed = tuple(segment for segment in site.segments if reasons[segment] is None)
-    rest = tuple(segment for segment in site.segments if reasons[segment] is not None)
-    if not compressed:
-        return dense(site, "; ".join(dict.fromkeys(reason for reason in reasons.values() if reason is not None)))
-    assert site.tensor is not None
-    numel = gu.numel_hint(site.tensor)
-    size, rank = site.group_size, site.group_rank
-    gather = gradient_layout_of(compressed, 1, config)
-    owner = gradient_layout_of(compressed, size, config)
-    gather_bytes, owner_bytes = cost.gather_bytes(gather, size), cost.owner_bytes(owner, size)
-    by_owner = config.all_reduce == "owner" or (config.all_reduce == "auto" and owner_bytes < gather_bytes)
-    remainder = cost.sent_bytes("all_reduce", sum(segment.parameter.numel for segment in rest) * site.tensor.itemsize, size)
-    gather_bytes, owner_bytes = gather_bytes + remainder, owner_bytes + remainder
-    wire_bytes = owner_bytes if by_owner else gather_bytes
-    full_bytes = dense_bytes(site)
-    scheme = "owner" if by_owner else "gather"
-    if wire_bytes >= full_bytes:
-        reason = Reason.GRADIENT_TOO_LARGE.format(scheme=scheme, ranks=size, wire=wire_bytes, dense=full_bytes)
-        return replace(dense(site, reason), gather_bytes=gather_bytes, owner_bytes=owner_bytes)
-    layout = owner if by_owner else gather
-    owner_layout = (
-        GradientLayout(layout.segments, layout.block, layout.chunks, rank, layout.capacity_fraction, layout.value_dtype)
-        if by_owner
-        else None
-    )
-    names = ", ".join(segment.parameter.name for segment in rest)
-    what = (Reason.GRADIENT_BUT if rest else Reason.GRADIENT).format(scheme=scheme, density=config.dp_density, names=names)
-    return Decision(
-        site,
-        "gradient",
-        what,
-        full_bytes,
-        wire_bytes,
-        gradient=GradientPlan(numel, compressed, rest, layout, owner_layout),
-        gather_bytes=gather_bytes,
-        owner_bytes=owner_bytes,
-    )
-
-
-def gradient_layout_of(compressed: Sequence[Segment], chunks: int, config: DCTConfig) -> GradientLayout:
-    """The payload geometry of a bucket's compressed segments."""
-    return GradientLayout(
-        tuple((segment.offset, segment.parameter.numel) for segment in compressed),
-        choose_block(config.dp_density, max(segment.parameter.numel for segment in compressed)),
-        chunks,
-        -1,
-        min(1.0, config.dp_density * config.capacity_factor),
-        config.dp_dtype,
-    )
-
-
-def _exempt(segment: Segment, config: DCTConfig) -> str | None:
-    if segment.parameter.numel < config.min_numel:
-        return Reason.MIN_NUMEL.format(min_numel=config.min_numel)
-    for pattern in config.exempt:
-        if fnmatch.fnmatchcase(segment.parameter.name, pattern):
-            return Reason.EXEMPT.format(pattern=pattern)
-    return None
-
-
-def _plan_forward(site: Site, twin: Site | None, config: DCTConfig, training: bool) -> Decision:
-    reason = _unsupported(site)
-    if reason is not None:
-        return dense(site, reason)
-    if site.kind == "activation_gradient":
-        return dense(site, Reason.NO_FORWARD)
-    if site.kind == "other":
-        return dense(site, Reason.PARAMETERS)
-    if site.origin == "foreign":
-        return dense(site, Reason.FOREIGN)
-    if not training and not config.mp_eval:
-        return dense(site, Reason.EVALUATION)
-    tensor = site.tensor
-    assert tensor is not None
-    if tensor.dim() < 2:
-        return dense(site, Reason.NO_ROWS)
-    if not all(isinstance(size, int) for size in tensor.shape[1:]):
-        return dense(site, Reason.DYNAMIC_WIDTH)
-    if tensor.shape[-1] > MAX_ROW:
-        return dense(site, Reason.WIDE_ROW.format(width=tensor.shape[-1], limit=MAX_ROW))
-    if twin is not None and (reason := _mismatch(site, twin)) is not None:
-        return dense(site, reason)
-    if site.kind == "embedding" and config.embedding_codec == "dense":
-        return dense(site, Reason.CODEC_DENSE)
-    if site.kind == "embedding" and config.embedding_codec in QUANTIZED_BITS:
-        return _quantized(site, tensor, QUANTIZED_BITS[config.embedding_codec])
-    if training and twin is None and site.collective == "all_reduce" and site.local_gradient is None:
-        return dense(site, Reason.NO_LOCAL_GRADIENT)
-    return _masked(site, tensor, config)
-
-
-def _mismatch(site: Site, twin: Site) -> str | None:
-    if twin.collective != TWINS[site.collective]:
-        return Reason.BACKWARD_COLLECTIVE.format(actual=twin.collective, expected=TWINS[site.collective])
-    if twin.tensor is None or site.tensor is None or twin.tensor.shape[1:] != site.tensor.shape[1:]:
+def _mismatch(exchange: Exchange, backward: Exchange) -> str | None:
+    """Returns the reason why the gradient of ``exchange`` cannot travel as the mirror image of it."""
+    if backward.collective.name != exchange.collective.backward:
+        return Reason.BACKWARD_COLLECTIVE.format(actual=backward.collective.name, expected=exchange.collective.backward)
+    if backward.shape is None or exchange.shape is None or backward.shape[1:] != exchange.shape[1:]:
         return Reason.BACKWARD_SHAPE
-    if twin.tensor.dtype not in COMPRESSIBLE:
-        return Reason.BACKWARD_DTYPE.format(dtype=_name(twin.tensor.dtype))
-    return None
+    return Reason.BACKWARD_DTYPE.format(dtype=_name(backward)) if backward.dtype not in COMPRESSIBLE else None
 
 
-def _rows(tensor: Tensor) -> int:
-    """Rows (vectors of the last dimension), by the traced example's leading size."""
-    return gu.numel_hint(tensor) // max(1, int(tensor.shape[-1]))
+def _follow_forward(exchange: Exchange, forward: Decision) -> Decision:
+    """Decides about the gradient of an exchange: it takes the offer that the forward takes."""
+    if forward.offer is None:
+        return dense(exchange, Reason.DENSE_FORWARD.format(reason=forward.reason))
+    assert isinstance(forward.offer, RowOffer)
+    assert forward.offer.backward_traffic is not None
+    size = forward.offer.backward_traffic.wire_bytes
+    return Decision(exchange, forward.offer, forward.offer.backward_reason, int(exchange.dense_wire), size)
 
 
-def _quantized(site: Site, tensor: Tensor, bits: int) -> Decision:
-    payload = _rows(tensor) * quantized_row_bytes(tensor.shape[-1], bits)
-    wire = _transported(site, payload)
-    if not _pays(site, quantized_row_bytes(tensor.shape[-1], bits), tensor.shape[-1] * tensor.itemsize):
-        return dense(site, Reason.QUANTIZED_TOO_LARGE.format(bits=bits, width=tensor.shape[-1]))
-    return Decision(site, "quantize", Reason.QUANTIZED.format(bits=bits), dense_bytes(site), wire, bits=bits)
-
-
-def _masked(site: Site, tensor: Tensor, config: DCTConfig) -> Decision:
-    if config.mp_density == 1:
-        return dense(site, Reason.MP_DENSITY_ONE)
-    width = int(tensor.shape[-1])
-    kept = ceil(config.mp_density * width)
-    slots = kept if config.threshold_method in ("exact", "sampled") else min(width, ceil(kept * config.capacity_factor))
-    if kept > 2 * config.mp_density * width:
-        return dense(site, Reason.SHORT_ROW.format(width=width, density=config.mp_density))
-    one_row = row_bytes(width, slots, config.mp_dtype)
-    if not _pays(site, one_row, width * tensor.itemsize):
-        return dense(site, Reason.ROW_TOO_LARGE.format(wire=one_row, dense=width * tensor.itemsize))
-    return Decision(
-        site,
-        "mask",
-        Reason.MASKED.format(slots=slots, width=width),
-        dense_bytes(site),
-        _transported(site, _rows(tensor) * one_row),
-        slots=slots,
-    )
-
-
-def _pays(site: Site, encoded_row: int, dense_row: int) -> bool:
-    """Whether a row sends fewer bytes encoded; an encoded all_reduce is a gather, whose bytes grow with the ranks."""
-    gathered = site.group_size if site.collective == "all_reduce" else 2
-    return encoded_row * gathered < dense_row * 2
-
-
-def _transported(site: Site, payload_bytes: int) -> int:
-    """Bytes on the wire of an encoded input: reductions cannot be summed while encoded, so they travel as gathers or exchanges."""
-    if site.collective == "all_reduce":
-        return cost.sent_bytes("all_gather", payload_bytes, site.group_size)
-    return _sent(site, payload_bytes)
-
-
-def _follow_twin(site: Site, forward: Decision, config: DCTConfig) -> Decision:
-    """The backward of a masked collective sends the values at the forward's indices; that of a quantised one is quantised itself."""
-    if not forward.compressed:
-        return dense(site, Reason.DENSE_FORWARD.format(reason=forward.reason))
-    tensor = site.tensor
-    assert tensor is not None
-    if forward.codec == "quantize":
-        return _quantized(site, tensor, forward.bits)
-    values = _rows(tensor) * forward.slots * config.mp_dtype.itemsize
-    kinds = {"all_reduce": "all_gather", "all_gather_into_tensor": "all_gather"}
-    wire = cost.sent_bytes(kinds[site.collective], values, site.group_size) if site.collective in kinds else _sent(site, values)
-    return Decision(site, "mask", str(Reason.FOLLOWS_FORWARD), dense_bytes(site), wire, slots=forward.slots)
+def _name(exchange: Exchange) -> str:
+    return str(exchange.dtype).removeprefix("torch.")

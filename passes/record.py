@@ -1,15 +1,16 @@
 """What a report shows of a graph and of the decisions about it, as plain values."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.plan import Decision
 from dct_compile.passes.source import source_line
+from dct_compile.passes.splice import trace
 from dct_compile.report import NodeReport, SiteReport
 
 
@@ -25,13 +26,25 @@ class Described:
 def describe(graph: fx.Graph, decisions: Sequence[Decision]) -> Described:
     """Describes ``graph`` before its rewriting, and numbers the nodes of its sites: what takes their place inherits the number."""
     for number, decision in enumerate(decisions):
-        for node in (decision.site.node, *gu.waits(decision.site.node)):
-            node.meta[gu.SITE] = number
+        if decision.site is not None:
+            for node in (decision.site.node, *gu.waits(decision.site.node)):
+                node.meta[gu.SITE] = number
     return Described(readable(graph), describe_nodes(graph), _describe_sites(decisions))
 
 
+def describe_function(function: Callable[..., Any], examples: Mapping[str, Tensor]) -> tuple[str, tuple[NodeReport, ...]]:
+    """Traces a function that makes up one site; returns its readable code and its nodes. ``examples``: its arguments by name."""
+    module = trace(function, list(examples.values()))
+    for node, name in zip(module.graph.find_nodes(op="placeholder"), examples, strict=True):
+        node._rename(name)
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            node.meta[gu.SITE] = 0
+    return readable(module.graph), describe_nodes(module.graph)
+
+
 def readable(graph: fx.Graph) -> str:
-    """The graph as annotated Python code."""
+    """Returns the graph as annotated Python code."""
     module = graph.owning_module
     assert module is not None
     module.recompile()
@@ -39,7 +52,7 @@ def readable(graph: fx.Graph) -> str:
 
 
 def describe_nodes(graph: fx.Graph) -> tuple[NodeReport, ...]:
-    """All nodes, in graph order."""
+    """Returns all nodes, in graph order."""
     tangents = [node for node in graph.nodes if node.op == "placeholder" and node.name.startswith("tangents")]
     backward = gu.reachable_from(tangents)
     return tuple(_describe_node(node, node in backward) for node in graph.nodes)
@@ -72,31 +85,30 @@ def _describe_sites(decisions: Sequence[Decision]) -> list[SiteReport]:
     numbers = {id(decision.site): number for number, decision in enumerate(decisions)}
     pairs: dict[int, int] = {}
     for number, decision in enumerate(decisions):
-        if decision.site.twin is not None:
+        if decision.site is not None and decision.site.twin is not None:
             forward = numbers[id(decision.site.twin)]
             pairs[number], pairs[forward] = forward, number
-    return [_describe_site(decision, number, pairs.get(number)) for number, decision in enumerate(decisions)]
+    return [describe_site(decision, number, pairs.get(number)) for number, decision in enumerate(decisions)]
 
 
-def _describe_site(decision: Decision, number: int, pair: int | None) -> SiteReport:
-    site, tensor = decision.site, decision.site.tensor
-    shape = tuple(gu.hint(size) for size in tensor.shape) if tensor is not None else ()
-    line = source_line(site.node)
+def describe_site(decision: Decision, number: int = 0, pair: int | None = None) -> SiteReport:
+    """Describes what was decided about one exchange. ``number``: its place in its graph; ``pair``: the number of its twin."""
+    exchange = decision.exchange
+    line = source_line(decision.site.node) if decision.site is not None else None
     return SiteReport(
-        collective=site.collective,
-        kind=site.kind,
-        name=site.name,
-        shape=shape,
-        dtype=str(tensor.dtype).removeprefix("torch.") if tensor is not None else "",
+        collective=exchange.collective.name,
+        kind=exchange.kind,
+        name=exchange.name,
+        shape=exchange.shape or (),
+        dtype=str(exchange.dtype).removeprefix("torch.") if exchange.dtype is not None else "",
         decision="compressed" if decision.compressed else "dense",
         reason=decision.reason,
         dense_bytes=decision.dense_bytes,
         wire_bytes=decision.wire_bytes,
-        group=site.group_name,
-        group_size=site.group_size,
-        density=decision.slots / shape[-1] if decision.codec == "mask" else None,
-        gather_bytes=decision.gather_bytes,
-        owner_bytes=decision.owner_bytes,
+        group=exchange.group,
+        group_size=exchange.ranks,
+        density=decision.offer.density if decision.offer is not None else None,
+        offers=dict(decision.offers),
         source=f"{line.path}:{line.line}" if line is not None else "",
         number=number,
         pair=pair,

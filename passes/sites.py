@@ -1,14 +1,16 @@
-"""Finds every collective of a graph and says what it carries. Nothing is changed here."""
+"""Finds every collective of a graph and describes its input. Changes no graph."""
 
 import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx
 
-from dct_compile.labels import site_label
+from dct_compile.exchange import ACTIVATION, ALL_REDUCE, BACKWARD_OF, EMBEDDING, GRADIENT, OTHER, Collective, Parameter, Segment
 from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.collectives import collective_of
 from dct_compile.passes.source import source_name
 
 aten = gu.aten
@@ -38,26 +40,9 @@ _GRADIENT_PATH = gu.SCALING_OPS | {
 }
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter that a graph takes as input: its position among the inputs, name and size."""
-
-    position: int
-    name: str
-    numel: int
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The gradient of ``parameter`` at ``offset`` of a gradient buffer (in elements)."""
-
-    parameter: Parameter
-    offset: int
-
-
 @dataclass
 class GraphContext:
-    """What a graph's inputs and outputs stand for; made by whoever traced the graph.
+    """The meaning of a graph's inputs and outputs, made by whoever traced the graph.
 
     ``parameters``: the placeholders that stand for parameters. ``gradients``: which positions of the output are the gradients of which
     parameters. ``foreign``: inputs that another part of the model computed (after a graph break, or where DDP's optimizer cut the graph).
@@ -76,16 +61,14 @@ class GraphContext:
 
 @dataclass
 class Site:
-    """One collective of a graph.
+    """One collective of a graph: the node that starts it, and its facts from the graph (see :class:`dct_compile.exchange.Exchange`).
 
-    ``kind``: "gradient", "activation", "activation_gradient", "embedding", "embedding_gradient" or "other". ``origin``: what computed the
-    input, as far as the graph shows: "embedding", "parameter", "foreign" (not visible here) or "computed". ``twin``: the forward site of
-    a backward one. ``local_gradient``: for a forward all_reduce without a backward collective (row-parallel layers), the gradient of its
-    input and the nodes that use it as such.
+    ``input``: the node of its one input. ``twin``: the forward site of a backward one. ``local_gradient``: for a forward all_reduce
+    without a backward collective (row-parallel layers), the gradient of its input and the nodes that use it as such.
     """
 
     node: fx.Node
-    collective: str
+    collective: Collective
     kind: str
     origin: str
     name: str
@@ -102,77 +85,89 @@ class Site:
         """The fake input tensor; ``None`` where there is none or there are several."""
         return gu.value(self.input) if self.input is not None else None
 
-    @property
-    def label(self) -> str:
-        """A short form of ``name``, for code and profiles."""
-        return site_label(self.name, self.kind)
-
 
 def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
-    """All functional collectives of ``graph``, in graph order, forward and backward."""
+    """Finds all collectives of ``graph``, forward and backward.
+
+    Args:
+        graph: A joint graph of forward and backward, or a forward or backward alone.
+        context: The meaning of the graph's inputs and outputs.
+
+    Returns:
+        The sites, in graph order. A backward site has the site of its forward as ``twin``.
+    """
     backward = gu.reachable_from(context.tangents)
     outputs = gu.output_node(graph).args[0]
     returned = {outputs[position]: parameter for position, parameter in context.gradients.items()}  # type: ignore[index]
     sites: list[Site] = []
     forward_by_seq: dict[int, Site] = {}
     for node in graph.nodes:
-        collective = gu.collective_name(node)
+        collective = collective_of(node)
         if collective is None:
             continue
-        first = node.args[0]
-        tensor = first if isinstance(first, fx.Node) else None
-        group = gu.process_group(node)
-        site = Site(
-            node,
-            collective,
-            kind="other",
-            origin=_origin(tensor, context) if tensor is not None else "computed",
-            name=source_name(node),
-            input=tensor,
-            group_name=group.group_name,
-            group_size=group.size(),
-            group_rank=group.rank(),
-            segments=context.segments.get(node) or _gradient_segments(node, returned),
-        )
+        site = _site(node, collective, context, returned)
         seq = node.meta.get("seq_nr")
         forward = forward_by_seq.get(seq) if node in backward else None
-        if forward is not None and forward.kind in ("activation", "embedding"):
+        if forward is not None and forward.kind in BACKWARD_OF:
             site.segments = ()
         if site.segments:
-            site.kind, site.name = "gradient", ", ".join(segment.parameter.name for segment in site.segments)
+            site.kind, site.name = GRADIENT, ", ".join(segment.parameter.name for segment in site.segments)
         elif context.backward_only:
-            site.kind = "gradient" if collective.startswith("all_reduce") else "activation_gradient"
+            site.kind = GRADIENT if collective.name.startswith("all_reduce") else BACKWARD_OF[ACTIVATION]
         elif node in backward:
             site.twin = forward_by_seq.pop(seq, None) if seq is not None else None
-            embedding = site.twin is not None and site.twin.kind == "embedding"
-            site.kind = "embedding_gradient" if embedding else "activation_gradient"
+            site.kind = BACKWARD_OF[EMBEDDING if site.twin is not None and site.twin.kind == EMBEDDING else ACTIVATION]
             if site.twin is not None:
                 site.name = site.twin.name
         elif site.origin == "embedding":
-            site.kind = "embedding"
+            site.kind = EMBEDDING
         elif site.tensor is not None and site.tensor.is_floating_point() and site.origin != "parameter":
-            site.kind = "activation"
+            site.kind = ACTIVATION
         if node not in backward and seq is not None:
             forward_by_seq.setdefault(seq, site)
         sites.append(site)
-    unpaired = {wait: site for site in sites if site.kind == "activation_gradient" and site.twin is None for wait in gu.waits(site.node)}
+    _pair_by_gradient(sites, backward)
+    return sites
+
+
+def _site(node: fx.Node, collective: Collective, context: GraphContext, returned: dict[Any, Parameter]) -> Site:
+    first = node.args[0] if node.args else None
+    tensor = first if isinstance(first, fx.Node) else None
+    group = gu.process_group(node)
+    return Site(
+        node,
+        collective,
+        kind=OTHER,
+        origin=_origin(tensor, context) if tensor is not None else "computed",
+        name=source_name(node),
+        input=tensor,
+        group_name=group.group_name if group is not None else "unknown",
+        group_size=group.size() if group is not None else dist.get_world_size(),
+        group_rank=group.rank() if group is not None else dist.get_rank(),
+        segments=context.segments.get(node) or _gradient_segments(node, returned),
+    )
+
+
+def _pair_by_gradient(sites: list[Site], backward: set[fx.Node]) -> None:
+    """Pairs sites that sequence numbers do not pair: by the gradient of a forward's input, where a backward site computes it."""
+    unpaired = {wait: site for site in sites if site.kind in BACKWARD_OF.values() and site.twin is None for wait in gu.waits(site.node)}
     paired = {id(site.twin) for site in sites if site.twin is not None}
     for site in sites:
-        if site.kind not in ("activation", "embedding") or site.input is None or id(site) in paired:
+        if site.kind not in BACKWARD_OF or site.input is None or id(site) in paired:
             continue
         found = _local_gradient(site.input, backward)
         if found is not None and found[0] in unpaired:
             twin = unpaired[found[0]]
-            twin.twin, twin.kind, twin.name = site, f"{site.kind}_gradient", site.name
-        elif site.collective == "all_reduce":
+            twin.twin, twin.kind, twin.name = site, BACKWARD_OF[site.kind], site.name
+        elif site.collective.name == ALL_REDUCE:
             site.local_gradient = found
-    return sites
 
 
 def _local_gradient(node: fx.Node, backward: set[fx.Node]) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
-    """The gradient of ``node`` and its users among the backward operators of ``node``'s own producer (they share its sequence number).
+    """Returns the gradient of ``node`` and some of its users: the backward operators of ``node``'s own producer.
 
-    The same gradient may serve other branches, to which a mask must not apply; ``None`` where it cannot be told for certain.
+    These operators share the producer's sequence number. The same gradient may serve other branches, to which a mask must not apply.
+    ``None`` where the gradient is not certain.
     """
     seq, expected = node.meta.get("seq_nr"), gu.value(node)
     if seq is None or expected is None:
@@ -206,7 +201,7 @@ def _is_embedding(node: fx.Node) -> bool:
 
 
 def _gradient_segments(node: fx.Node, returned: dict[Any, Parameter]) -> tuple[Segment, ...]:
-    """The parameter whose gradient an all_reduce's result becomes, through scalings and operations that keep every element."""
+    """Returns the parameter whose gradient an all_reduce's result becomes, through scalings and operations that keep every element."""
     reduced = gu.value(node)
     for wait in gu.waits(node):
         current = wait

@@ -24,7 +24,7 @@ class SourceLine:
 
 
 def source_name(node: fx.Node) -> str:
-    """The user's line that issued ``node``, behind the path of its module: ``top.0: file.py:12 in forward: code``.
+    """Returns the user's line that issued ``node``, behind the path of its module: ``top.0: file.py:12 in forward: code``.
 
     The node's own name stands for a line that the trace does not hold.
     """
@@ -36,13 +36,13 @@ def source_name(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> SourceLine | None:
-    """The innermost line outside of torch that issued ``node``; ``None`` where the trace does not hold one."""
+    """Returns the innermost line outside of torch that issued ``node``; ``None`` where the trace does not hold one."""
     return innermost_line(node.stack_trace) if node.stack_trace else None
 
 
 @lru_cache(maxsize=1024)
 def innermost_line(stack_trace: str) -> SourceLine | None:
-    """The last frame outside of torch of a formatted stack. Cached: all nodes of one module share their stack traces."""
+    """Returns the last frame outside of torch of a formatted stack. Cached: all nodes of one module share their stack traces."""
     lines = stack_trace.splitlines()
     for position in range(len(lines) - 1, -1, -1):
         line = lines[position].strip()

@@ -2,13 +2,57 @@
 
 import os
 from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 # Triton reads this when a kernel is decorated, so it must be set before any kernel module is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tests.rank_pool import RankPool, Ranks
+from tests.slow_compiler import Machine
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[RankPool]:
+    """Provides the ranks that serve all tests, one call after another."""
+    with RankPool() as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def ranks2(rank_pool: RankPool) -> Ranks:
+    """Runs functions on two gloo ranks: ``ranks2(function, *args)`` returns ``function(rank, 2, *args)`` of each rank."""
+    return partial(rank_pool.run, 2)
+
+
+@pytest.fixture(scope="module")
+def ranks2_once(ranks2: Ranks) -> Ranks:
+    """Runs like ``ranks2``, but makes a call with the same arguments once per module: several tests look at its result."""
+    return cache(ranks2)
+
+
+@pytest.fixture(scope="session")
+def ranks3(rank_pool: RankPool) -> Ranks:
+    return partial(rank_pool.run, 3)
+
+
+@pytest.fixture(scope="session")
+def ranks4(rank_pool: RankPool) -> Ranks:
+    return partial(rank_pool.run, 4)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[dist.ProcessGroup]:
+    """Initialises a gloo group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -17,3 +61,9 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Provides a folder for libraries of kernels, and a compiler that is as slow as wanted."""
+    return Machine(tmp_path, monkeypatch)

@@ -8,9 +8,11 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dct_compile.config import DCTConfig
+from dct_compile.exchange import Parameter, Segment, segments_of
+from dct_compile.passes.collectives import collective_of
 from dct_compile.passes.graph_utils import WAIT
 from dct_compile.passes.plan import Decision, plan
-from dct_compile.passes.sites import Parameter, Segment, Site
+from dct_compile.passes.sites import Site
 
 c10d = torch.ops._c10d_functional
 OVERLOADS = {
@@ -19,6 +21,7 @@ OVERLOADS = {
     "reduce_scatter_tensor": c10d.reduce_scatter_tensor.default,
     "all_reduce": c10d.all_reduce.default,
     "broadcast": c10d.broadcast.default,
+    "all_reduce_coalesced": c10d.all_reduce_coalesced.default,
 }
 
 
@@ -47,16 +50,18 @@ def make_site(
         "reduce_scatter_tensor": (op, ranks, "0"),
         "all_reduce": (op, "0"),
         "broadcast": (0, "0"),
+        "all_reduce_coalesced": (op, "0"),
     }
     node = graph.call_function(OVERLOADS[collective], (x, *arguments[collective]))
     graph.output((graph.call_function(WAIT, (node,)),))
-    return Site(node, collective, kind, origin, "here", x, "0", ranks, rank, twin, segments)
+    found = collective_of(node)
+    assert found is not None
+    return Site(node, found, kind, origin, "here", x, "0", ranks, rank, twin, segments)
 
 
 def make_gradient(*numels: int, **changes: Any) -> Site:
     """The all_reduce of a bucket of parameters p0, p1, ... of these sizes."""
-    offsets = [sum(numels[:i]) for i in range(len(numels))]
-    segments = tuple(Segment(Parameter(i, f"p{i}", numel), offsets[i]) for i, numel in enumerate(numels))
+    segments = segments_of([Parameter(i, f"p{i}", (numel,)) for i, numel in enumerate(numels)])
     given = {"collective": "all_reduce", "shape": (sum(numels),), "kind": "gradient", "op": "avg", "segments": segments, **changes}
     return make_site(**given)
 

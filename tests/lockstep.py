@@ -63,8 +63,8 @@ def _reduce(tensors: Sequence[Tensor], op: str) -> Tensor:
 def make_inputs(traced: Trace, rank: int) -> list[Any]:
     """Values for the joint graph's placeholders: parameters alike on all ranks, fresh state, all else random per rank (ids below 8)."""
     nodes = placeholders(traced.before)
-    buckets = [BucketState([], item.layout, item.owner_layout, torch.device("cpu")) for item in traced.requests]
-    state = [tensor for bucket in buckets for tensor in bucket.tensors()]
+    buckets = [BucketState([], item.spec, torch.device("cpu")) for item in traced.requests]
+    state = [tensor for bucket in buckets for tensor in bucket.tensors.values()]
     values: list[Any] = []
     for position, node in enumerate(nodes):
         own = 0 if position < len(traced.inputs) and traced.inputs[position].is_parameter else rank + 1

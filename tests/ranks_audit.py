@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dct_compile
-from dct_compile.state import named_parameters
+from dct_compile.state_store import named_parameters
 from dct_compile.triton_kernels.layout import piece_share
 
 
@@ -32,12 +32,12 @@ class Auditor:
             parameter.register_hook(lambda grad, name=name: self._add(name, grad))
 
     def begin(self) -> None:
-        """Before the first backward of a step."""
+        """Notes the state before the first backward of a step."""
         self.local.clear()
         self.before = dct_compile.state_dict(self.module)
 
     def end(self) -> None:
-        """After the last backward of a step, with the gradients in place."""
+        """Checks a step after its last backward, with the gradients in place."""
         after = dct_compile.state_dict(self.module)
         self.compressed |= after.keys()
         for name, parameter in self.parameters.items():
@@ -51,7 +51,7 @@ class Auditor:
                 self._check_dense(name, grad, parameter.grad)
 
     def finish(self) -> None:
-        """After the last step: all that was received plus what is left in the residuals is the sum of all gradients, in float64."""
+        """Checks, after the last step, that all that was received plus the residuals is the sum of all gradients, in float64."""
         state = dct_compile.state_dict(self.module)
         assert self.compressed, "nothing was compressed"
         for name in sorted(self.compressed):  # the same order on all ranks
@@ -95,7 +95,7 @@ class Auditor:
         assert torch.equal(averaged.flatten(), expected), f"{name}: the gradient is not the average of what was sent"
 
     def _check_stage(self, name: str, w: Tensor, stage: dict[str, Tensor]) -> Tensor:
-        """What this stage sent (float32), after checking it against W, the new residual and the threshold."""
+        """Returns what this stage sent (float32), after checking it against W, the new residual and the threshold."""
         residual, threshold = stage["residual"], stage["threshold"].item()
         sent = w - residual
         assert torch.equal(sent.to(self.value_dtype).float(), sent), f"{name}: a value was sent that {self.value_dtype} cannot hold"
@@ -117,7 +117,7 @@ class Auditor:
         return sent
 
     def _check_owners(self, name: str, total: Tensor, before: dict[str, Any] | None, after: dict[str, Any]) -> Tensor:
-        """The owners' stage: each thresholds the sum of its share once more. Returns what all owners sent together."""
+        """Checks the owners' stage, where each thresholds the sum of its share once more. Returns what all owners sent together."""
         start, residual = owner_range(after)
         held = before["owner"]["residual"] if before is not None else torch.zeros_like(residual)
         mine = torch.zeros_like(total)
@@ -135,6 +135,6 @@ class Auditor:
 
 
 def owner_range(entry: dict[str, Any]) -> tuple[int, Tensor]:
-    """Where this rank's share starts in the parameter, and its residual."""
+    """Returns where this rank's share starts in the parameter, and its residual."""
     block, chunks, chunk = entry["owner_share"]
     return min(chunk * piece_share(entry["residual"].numel(), block, chunks), entry["residual"].numel()), entry["owner"]["residual"]

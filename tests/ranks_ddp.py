@@ -1,9 +1,12 @@
 """A small model under DDP and its training, for tests that several ranks run."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,6 +16,8 @@ from tests.ranks import digest
 from tests.ranks_audit import Auditor
 
 Options = dict[str, Any]
+SMALL_BUCKETS = 0.004
+"""MB: a bucket for nearly every layer of ``Net``. Dynamo's own splitting at buckets must be off for less than 1 MB."""
 
 
 class Net(nn.Module):
@@ -29,6 +34,29 @@ class Net(nn.Module):
         if use_side:
             h = h + self.side(x)
         return self.top(torch.relu(h))
+
+
+class Exchanging(nn.Module):
+    """Two linear layers with an exchange in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.bottom, self.top = nn.Linear(16, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(funcol.all_to_all_single_autograd(torch.relu(self.bottom(x)), None, None, dist.group.WORLD))
+
+
+class Part(nn.Module):
+    """One linear layer with code of its own: Dynamo compiles no frame of torch's, such as that of a bare linear layer."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
 
 
 def batch(rank: int, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -48,7 +76,7 @@ def train(
     optimizer: torch.optim.Optimizer | None = None,
     arguments: Callable[[int], tuple[Any, ...]] = lambda step: (),
 ) -> list[str]:
-    """One digest of all parameters per step."""
+    """Trains, and returns one digest of all parameters per step."""
     optimizer = optimizer or torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
     dtype = next(module.parameters()).dtype
     digests = []
@@ -64,12 +92,22 @@ def train(
     return digests
 
 
-def reasons() -> list[tuple[str, str]]:
-    return [(site.decision, site.reason) for site in dct_compile.report().sites if site.kind == "gradient"]
+@dataclass(frozen=True)
+class Outcome:
+    """``digests``: of the parameters at every step. ``decisions``: (decision, reason) of every gradient. ``state``: names in the state."""
+
+    digests: list[str]
+    decisions: list[tuple[str, str]]
+    state: list[str]
+
+
+def outcome(module: nn.Module, digests: list[str]) -> Outcome:
+    decisions = [(site.decision, site.reason) for site in dct_compile.report().sites if site.kind == "gradient"]
+    return Outcome(digests, decisions, sorted(dct_compile.state_dict(module)))
 
 
 def ddp_of(model: nn.Module, options: Options, inside: bool, **settings: Any) -> tuple[DistributedDataParallel, Any]:
-    """The DDP module and what to call: compiled inside of DDP or around it."""
+    """Returns the DDP module and the callable: compiled inside of DDP or around it."""
     if inside:
         module = DistributedDataParallel(torch.compile(model, backend=dct, options=options), **settings)
         return module, module

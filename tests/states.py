@@ -6,21 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dct_compile.schemes import GradientOffer
 from dct_compile.state import BucketState
-from dct_compile.triton_kernels.layout import GradientLayout
+from dct_compile.state_spec import StateSpec
+from tests.hand_made_sites import decide, make_gradient
 
 
-def make_layout(numels: Sequence[int], chunks: int = 1, chunk: int = -1, block: int = 256) -> GradientLayout:
-    """A bucket of parameters of these sizes, end to end."""
-    segments = tuple((sum(numels[:i]), numel) for i, numel in enumerate(numels))
-    return GradientLayout(segments, block, chunks, chunk, 0.1, torch.bfloat16)
+def state_spec(numels: Sequence[int], ranks: int = 0, rank: int = 0, density: float = 0.01) -> StateSpec:
+    """The state that "gather" keeps of a bucket of parameters of these sizes, or that "owner" keeps on ``rank`` of ``ranks``.
 
-
-def geometry(numels: Sequence[int], ranks: int = 0, rank: int = 0, block: int = 256) -> tuple[GradientLayout, GradientLayout | None]:
-    """Layouts of the "gather" scheme, or of "owner" for that many ranks."""
-    if not ranks:
-        return make_layout(numels, block=block), None
-    return make_layout(numels, ranks, block=block), make_layout(numels, ranks, rank, block)
+    Blocks are of 256 elements, and of 4096 below a density of 0.0034.
+    """
+    scheme = "owner" if ranks else "gather"
+    site = make_gradient(*numels, ranks=ranks or 2, rank=rank)
+    made = [decide(site, gradient_scheme=scheme, dp_density=density, min_numel=0).offer]
+    assert isinstance(made[0], GradientOffer)
+    return made[0].state
 
 
 def make_model(*numels: int) -> nn.ParameterDict:
@@ -30,10 +31,9 @@ def make_model(*numels: int) -> nn.ParameterDict:
 def fill(bucket: BucketState, seed: int = 0) -> BucketState:
     """Random state, as after some steps."""
     generator = torch.Generator().manual_seed(seed)
-    for stage in filter(None, (bucket.local, bucket.owner)):
-        stage.residual.copy_(torch.randn(stage.residual.shape, generator=generator))
-        stage.threshold.copy_(torch.rand(stage.threshold.shape, generator=generator))
-        stage.counters.copy_(torch.randint(1, 100, stage.counters.shape, generator=generator))
+    for tensor in bucket.tensors.values():
+        whole = tensor.dtype == torch.int64
+        tensor.copy_(torch.randint(1, 100, tensor.shape, generator=generator) if whole else torch.randn(tensor.shape, generator=generator))
     return bucket
 
 

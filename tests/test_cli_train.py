@@ -1,10 +1,6 @@
-"""``dct train``: what it refuses, what it measures, and whole runs on real ranks."""
+"""``dct train``: what it refuses, and what it makes of the results of a run."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +11,11 @@ from click.testing import CliRunner, Result
 from dct_compile.cli import extras
 from dct_compile.cli.main import main
 from dct_compile.cli.present import present
-from dct_compile.cli.replicas import ReplicaMismatch, check_replicas
 from dct_compile.cli.results import BackendResult, Results, Run, gradient_density
 from dct_compile.cli.settings import parse_options, parse_value
 from dct_compile.cli.tables import quality, sites, traffic
 from dct_compile.cli.worker import _postfix
-from dct_compile.models.dlrm import DLRM
-from dct_compile.models.parallel import Table, make_mesh
 from dct_compile.report import SiteReport
-from tests.ranks import run_ranks
 
 SITE = SiteReport("all_reduce", "gradient", "top.weight", (1000,), "torch.float32", "compressed", "gather", 4000, 40, "dp", 2, 0.01, 3)
 SMALL = ["--dataset", "synthetic", "--epochs", "1", "--batch-size", "512"]
@@ -181,68 +173,3 @@ def test_report_is_one_self_contained_file(tmp_path: Path, capsys: pytest.Captur
     assert "p &lt;x&gt;" in page
     assert ("a note" in page) is with_dct
     assert ("80.0x" in capsys.readouterr().out) is with_dct
-
-
-def _check_after_changes(rank: int, world_size: int) -> list[str]:
-    verdicts = []
-    for dp, mp, changed in [
-        (2, 1, "top_first.weight"),
-        (2, 1, "embeddings.weights.a"),
-        (1, 2, "top_first.bias"),
-        (1, 2, "top_wide.weight"),
-    ]:
-        mesh = make_mesh(dp, mp)
-        model = DLRM(2, (Table("a", 4), Table("b", 4)), mesh.mp_group, bottom=(8, 4, 2), top=(8, 4, 1))
-        check_replicas(model, mesh, "before")
-        if rank == 1:
-            with torch.no_grad():
-                model.get_parameter(changed).view(-1)[0] += 1e-6
-        try:
-            check_replicas(model, mesh, "step 7")
-            verdicts.append("identical")
-        except ReplicaMismatch as error:
-            verdicts.append(str(error))
-    return verdicts
-
-
-@pytest.mark.distributed
-def test_every_rank_finds_one_changed_value() -> None:
-    # The last change is to a layer of which the two ranks hold different parts.
-    expected = [*["step 7: the parameters of rank 1 differ from those of its replicas"] * 3, "identical"]
-    assert run_ranks(_check_after_changes, 2) == [expected, expected]
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_run_with_both_backends(tmp_path: Path) -> None:
-    result = _invoke(*SMALL, "--seeds", "2", "--epochs", "2", "--dp", "2", "--mp", "1", "--dp-density", "0.05", "--out", tmp_path)
-    assert result.exit_code == 0, result.output
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["settings"]["options"] == {"dp_density": 0.05}
-    dense, dct = metrics["backends"]
-    for run_dense, run_dct in zip(dense["runs"], dct["runs"], strict=True):
-        assert run_dense["steps"] == run_dct["steps"] == len(run_dct["losses"]) == 12
-        # The first loss is taken before any gradient was sent: same parameters, same batch.
-        assert run_dct["losses"][0] == pytest.approx(run_dense["losses"][0], rel=1e-5)
-        assert run_dct["losses"][-1] < run_dct["losses"][0]
-        assert run_dct["density"][-1][1] == pytest.approx(0.05, rel=0.5)
-    assert dense["sites"] == [[], []]
-    compressed = [site for site in dct["sites"][0] if site["decision"] == "compressed"]
-    assert compressed
-    assert all(site["kind"] == "gradient" and site["wire_bytes"] < site["dense_bytes"] / 10 for site in compressed)
-    assert "identical (24 checks)" in result.output
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_run_under_torchrun(tmp_path: Path) -> None:
-    code = "from dct_compile.cli.main import main; main()"
-    script = tmp_path / "dct_train.py"
-    script.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "train"]
-    arguments = [*SMALL, "--seeds", "1", "--dp", "1", "--mp", "2", "--backend", "dense", "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=environment, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("Quality and speed") == 1
-    assert (tmp_path / "out" / "report.html").is_file()

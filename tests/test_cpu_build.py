@@ -1,88 +1,18 @@
 """The library of the C++ kernels: where it lies, and that no interruption leaves a broken one, a compiler or a false warning behind."""
 
 import logging
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
 from dct_compile.triton_kernels.cpu import build
-
-COMPILER = """#!/bin/sh
-for last; do :; done
-case "$*" in
-  *-###*) echo "a compiler" >&2; exit 0 ;;
-  *-shared*) echo link >> "$STEPS" ;;
-  *) echo compile >> "$STEPS" ;;
-esac
-echo $$ >> "$STEPS.pids"
-sleep "$SECONDS_PER_STEP" &
-echo $! >> "$STEPS.pids"
-wait $!
-case "$*" in
-  *-shared*) exec g++ -shared -x c++ /dev/null -o "$last" ;;
-  *) : > "$last" ;;
-esac
-"""
-LOAD = "from dct_compile.triton_kernels.cpu.build import load_library; print(load_library() is not None)"
-ONE_UNIT = f"""
-from pathlib import Path
-from dct_compile.triton_kernels.cpu import build
-build._sources = lambda: [Path({build.__file__!r}).with_name("repack.cpp")]
-"""
+from tests.slow_compiler import Machine, until
 
 pytestmark = pytest.mark.skipif(build.load_library() is None, reason="no C++ compiler")
-
-
-class Machine:
-    """A folder for libraries, and a compiler that is as slow as wanted and writes down what it does."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.steps_file = folder / "cache", folder / "steps"
-        self.steps_file.touch()
-        script = folder / "slow-compiler"
-        script.write_text(COMPILER)
-        script.chmod(0o755)
-        self.setenv = monkeypatch.setenv
-        for name, value in {"CXX": script, "STEPS": self.steps_file, "SECONDS_PER_STEP": 0, "DCT_COMPILE_CACHE_DIR": self.folder}.items():
-            monkeypatch.setenv(name, str(value))
-        # One unit, so that a step takes as long as it is told.
-        monkeypatch.setattr(build, "_sources", lambda: [Path(build.__file__).with_name("repack.cpp")])
-
-    def steps(self) -> list[str]:
-        return self.steps_file.read_text().split()
-
-    def processes(self) -> list[int]:
-        """Compilers, and what they started, that still run."""
-        pids = Path(f"{self.steps_file}.pids").read_text().split()
-        return [int(pid) for pid in pids if Path("/proc", pid).exists() and "State:\tZ" not in Path("/proc", pid, "status").read_text()]
-
-    def files(self) -> list[str]:
-        """Kinds of the files in the folder."""
-        return sorted(path.name.split(".", 1)[1].split("-")[0] for path in self.folder.iterdir())
-
-    def start(self, code: str = LOAD) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-c", ONE_UNIT + code]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(tmp_path, monkeypatch)
-
-
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "in vain"
-        time.sleep(0.01)
 
 
 def load() -> object:
@@ -139,7 +69,7 @@ def test_it_is_built_in_the_background(machine: Machine, monkeypatch: pytest.Mon
     assert time.monotonic() - before >= 2
     assert library is not None
     assert build.load_library() is library
-    assert machine.steps() == ["compile", "link"]
+    assert machine.steps() == ["compile", "compile", "link"], "once with the lowest priority, and anew when it is missed"
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "a byte", "no library"])

@@ -16,11 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dct_compile
 import dct_compile.ops
-from dct_compile import backend
+from dct_compile.compiler import graph, options
+from dct_compile.dry_run import dry_run
 from dct_compile.passes.inline_kernels import InlineKernels, inline_kernels
 from dct_compile.triton_kernels.compat import HAS_TRITON
 from dct_compile.triton_kernels.layout import WHOLE_PIECE, GradientLayout, RowLayout, Selection
 from tests.ranks import fresh_compiler
+from tests.small_models import all_reduce
 from tests.states import assert_same
 from tests.tracing import fake_group
 
@@ -185,7 +187,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("graphs", [False, True], ids=["launches", "CUDA graphs"])
 def test_training_leaves_the_same_state(graphs: bool, value: str) -> None:
     def train(inline: bool) -> dict[str, Any]:
-        options = {"data_parallel": True, "dp_density": 0.05, "dp_value_dtype": value, "all_reduce": "gather"}
+        options = {"data_parallel": True, "dp_density": 0.05, "dp_value_dtype": value, "gradient_scheme": "gather"}
         with fake_group(2), fresh_compiler():
             model = Net().to(DEVICE)
             compiled = torch.compile(model, backend="dct", options=options | {"inline_kernels": inline, "triton.cudagraphs": graphs})
@@ -220,21 +222,21 @@ def test_the_cache_key_covers_the_kernels_and_the_users_own_passes() -> None:
 @pytest.mark.parametrize("inline", [False, True])
 def test_the_option_adds_a_pass_behind_the_users_own(inline: bool) -> None:
     own, seen = Marker("own"), []
-    compile_graph = backend._compile
+    compile_graph = graph.compile_graph
 
     def watched(gm: fx.GraphModule, inputs: Any, patches: dict[str, Any], inner: Any) -> Any:
         seen.append(patches["post_grad_custom_post_pass"])
         return compile_graph(gm, inputs, patches, inner)
 
-    options = {"post_grad_custom_post_pass": own, "inline_kernels": inline, "fx_graph_cache": False}
-    with fake_group(1), fresh_compiler(), mock.patch.object(backend, "_compile", watched):
-        compiled = torch.compile(lambda x: x.sin() + 1, backend="dct", options=options)
+    given = {"post_grad_custom_post_pass": own, "inline_kernels": inline, "fx_graph_cache": False}
+    with fake_group(1), fresh_compiler(), mock.patch.object(graph, "compile_graph", watched):
+        compiled = torch.compile(lambda x: all_reduce(x.sin()) + 1, backend="dct", options=given)
         assert torch.equal(compiled(torch.ones(4)), torch.ones(4).sin() + 1)
     assert own.calls == 1
     assert [isinstance(item, InlineKernels) for item in seen] == [inline]
 
 
 def test_without_triton_the_option_is_refused() -> None:
-    with mock.patch.object(backend, "HAS_TRITON", False), pytest.raises(ValueError, match="'inline_kernels' is True, but Triton"):
-        backend.dry_run({"inline_kernels": True}, mock.Mock())
-    backend.dry_run({"inline_kernels": False}, mock.Mock())
+    with mock.patch.object(options, "HAS_TRITON", False), pytest.raises(ValueError, match="'inline_kernels' is True, but Triton"):
+        dry_run({"inline_kernels": True}, mock.Mock())
+    dry_run({"inline_kernels": False}, mock.Mock())

@@ -144,14 +144,13 @@ def test_both_schemes_are_told() -> None:
         report = dct_compile.explain(Net(), X, options={"data_parallel": True, "exempt": ["*.bias"], **options}, ranks=16)
         return next(site for site in report.sites if site.kind == "gradient")
 
-    told, gathered, owned = gradient(), gradient(all_reduce="gather"), gradient(all_reduce="owner")
-    assert told.gather_bytes == gathered.wire_bytes
-    assert told.owner_bytes == owned.wire_bytes
+    told, gathered, owned = gradient(), gradient(gradient_scheme="gather"), gradient(gradient_scheme="owner")
+    assert told.offers["gather"] == gathered.wire_bytes
+    assert told.offers["owner"] == owned.wire_bytes
     assert told.wire_bytes == min(gathered.wire_bytes, owned.wire_bytes)
-    dense = gradient(all_reduce="gather", dp_density=0.9)
+    dense = gradient(gradient_scheme="gather", dp_density=0.9)
     assert dense.decision == "dense"
-    assert dense.gather_bytes is not None
-    assert dense.gather_bytes > dense.dense_bytes
+    assert dense.offers["gather"] > dense.dense_bytes
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -1,16 +1,15 @@
 """TORCH_LOGS and TORCH_TRACE, set before a process starts: a line per decision, and the site table as an artifact for tlparse."""
 
 import json
-import os
 import re
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.processes import run_python
+
 SCRIPT = """
 import torch
 from tests.small_models import Layers
@@ -25,27 +24,29 @@ GRADIENT = (
 )
 
 
-def stderr_of(**environment: str) -> str:
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("TORCH_")}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=ROOT,
-        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stderr
+@pytest.fixture(scope="module")
+def trace_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trace")
+
+
+@pytest.fixture(scope="module")
+def stderr(trace_folder: Path) -> dict[str, str]:
+    """Returns what is printed, by the setting of TORCH_LOGS; without one, TORCH_TRACE is set."""
+    settings = {"dct_compile": {"TORCH_LOGS": "dct_compile"}, "+dct_compile": {"TORCH_LOGS": "+dct_compile"}}
+    environments = {**settings, "": {"TORCH_TRACE": str(trace_folder)}}
+    with ThreadPoolExecutor() as pool:  # each waits for a process of its own
+        done = pool.map(lambda environment: run_python(SCRIPT, **environment), environments.values())
+        return dict(zip(environments, (process.stderr for process in done), strict=True))
 
 
 def decisions(stderr: str) -> list[str]:
-    """What follows a graph's name in the lines of this project's loggers."""
+    """Returns what follows a graph's name in the lines of this project's loggers."""
     return [line.partition(": ")[2] for line in stderr.splitlines() if re.search(r"passes/manager\.py:\d+\]", line)]
 
 
 @pytest.mark.parametrize("setting", ["dct_compile", "+dct_compile"])
-def test_torch_logs_prints_a_line_per_decision(setting: str) -> None:
-    lines = decisions(stderr_of(TORCH_LOGS=setting))
+def test_torch_logs_prints_a_line_per_decision(stderr: dict[str, str], setting: str) -> None:
+    lines = decisions(stderr[setting])
     assert len(lines) == 3
     forward, backward, gradient = sorted(lines, key=lambda line: ("gradient" in line, "gradient all_reduce" in line))
     name = re.escape("small_models.py:") + r"\d+ in exchange: exchanged: Tensor = .*: "
@@ -55,7 +56,7 @@ def test_torch_logs_prints_a_line_per_decision(setting: str) -> None:
 
 
 def artifacts(folder: Path) -> list[tuple[dict[str, Any], str]]:
-    """Metadata and payload of every artifact: a payload is the lines behind its record, each after a tab."""
+    """Returns metadata and payload of every artifact: a payload is the lines behind its record, each after a tab."""
     (file,) = folder.glob("dedicated_log_torch_trace_*.log")
     found: list[tuple[dict[str, Any], list[str]]] = []
     for line in file.read_text().splitlines():
@@ -66,20 +67,36 @@ def artifacts(folder: Path) -> list[tuple[dict[str, Any], str]]:
     return [(record, "\n".join(payload)) for record, payload in found if "artifact" in record]
 
 
-def test_torch_trace_holds_graphs_and_sites(tmp_path: Path) -> None:
-    assert decisions(stderr_of(TORCH_TRACE=str(tmp_path))) == [], "nothing is logged unasked"
-    own = [(record, payload) for record, payload in artifacts(tmp_path) if record["artifact"]["name"].startswith("dct_")]
-    # The first attempt at the graph finds out which state it needs, and reports nothing.
-    assert [record["artifact"] for record, _ in own] == [
+@pytest.fixture(scope="module")
+def own_artifacts(stderr: dict[str, str], trace_folder: Path) -> list[tuple[dict[str, Any], str]]:
+    return [(record, payload) for record, payload in artifacts(trace_folder) if record["artifact"]["name"].startswith("dct_")]
+
+
+def test_nothing_is_logged_unasked(stderr: dict[str, str]) -> None:
+    assert decisions(stderr[""]) == []
+
+
+def test_torch_trace_holds_graphs_and_sites_once(own_artifacts: list[tuple[dict[str, Any], str]]) -> None:
+    """The first attempt at the graph finds out which state it needs, and reports nothing."""
+    assert [record["artifact"] for record, _ in own_artifacts] == [
         {"name": "dct_before", "encoding": "string"},
         {"name": "dct_after", "encoding": "string"},
         {"name": "dct_sites", "encoding": "json"},
     ]
-    assert all((record["frame_id"], record["frame_compile_id"]) == (0, 0) for record, _ in own), "tlparse lists them with their graph"
-    before, after, sites = (payload for _, payload in own)
+
+
+def test_tlparse_lists_artifacts_with_their_graph(own_artifacts: list[tuple[dict[str, Any], str]]) -> None:
+    assert all((record["frame_id"], record["frame_compile_id"]) == (0, 0) for record, _ in own_artifacts)
+
+
+def test_graphs_in_the_trace_are_those_before_and_after_the_passes(own_artifacts: list[tuple[dict[str, Any], str]]) -> None:
+    before, after, _ = (payload for _, payload in own_artifacts)
     assert "dct.pack_rows" not in before
     assert "dct.pack_rows" in after
-    table = json.loads(sites)
+
+
+def test_sites_in_the_trace_are_a_table(own_artifacts: list[tuple[dict[str, Any], str]]) -> None:
+    table = json.loads(own_artifacts[2][1])
     assert [(site["kind"], site["decision"]) for site in table] == [
         ("activation", "compressed"),
         ("activation_gradient", "compressed"),

@@ -17,7 +17,7 @@ from dct_compile.models.parallel import (
     sharded_parameters,
     wrap_data_parallel,
 )
-from tests.ranks import run_ranks
+from tests.rank_pool import RankPool
 from tests.tracing import fake_group
 
 TABLES = (Table("a", 40), Table("b", 7), Table("c", 9, width=3), Table("d", 5))
@@ -61,8 +61,8 @@ def _compare_on_mesh(rank: int, world_size: int, dp: int, mp: int) -> int:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("dp", "mp"), [(2, 2), (1, 2), (2, 1)])
-def test_gradients_on_a_mesh_equal_those_of_one_process(dp: int, mp: int) -> None:
-    assert run_ranks(_compare_on_mesh, dp * mp, dp, mp) == [20] * (dp * mp)
+def test_gradients_on_a_mesh_equal_those_of_one_process(rank_pool: RankPool, dp: int, mp: int) -> None:
+    assert rank_pool.run(dp * mp, _compare_on_mesh, dp, mp) == [20] * (dp * mp)
 
 
 def test_every_table_and_wide_layer_is_sharded() -> None:

@@ -1,4 +1,4 @@
-"""``dct_compile.monitor``: what it reads, when, and what TensorBoard shows of it; on gloo ranks for DDP and for compiled graphs."""
+"""``dct_compile.monitor``: what it reads, when, and what TensorBoard shows of it."""
 
 from pathlib import Path
 from typing import Any
@@ -6,21 +6,16 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import dct_compile
-from dct_compile.backend import dct
 from dct_compile.labels import site_label
 from dct_compile.measure import BucketMeasure
 from dct_compile.monitor import Monitor, SiteStats
 from dct_compile.report import GraphReport, SiteReport
 from dct_compile.runtime import Runtime
 from dct_compile.state import BucketState
-from dct_compile.triton_kernels.layout import GradientLayout
-from tests.ranks import fresh_compiler, run_ranks
-from tests.ranks_ddp import Net, batch, ddp_of, loss_of
-from tests.test_ranks_inspection import Exchanging
+from tests.states import state_spec
 
 GRADIENT = SiteReport("all_reduce", "gradient", "top.weight, top.bias", (400,), "float32", "compressed", "gather", 1600, 40, "0", 2)
 EXCHANGE = SiteReport(
@@ -29,15 +24,12 @@ EXCHANGE = SiteReport(
 
 
 def bucket_of(*numels: int, owner: bool = False) -> BucketState:
-    segments = tuple((sum(numels[:index]), numel) for index, numel in enumerate(numels))
-    layout = GradientLayout(segments, 256, 2 if owner else 1, -1, 0.5, torch.float32)
-    owned = GradientLayout(segments, 256, 2, 0, 0.5, torch.float32) if owner else None
-    return BucketState([], layout, owned, torch.device("cpu"))
+    return BucketState([], state_spec(numels, ranks=2 if owner else 0), torch.device("cpu"))
 
 
 def run(bucket: BucketState, steps: int, kept: int, overflow: int = 0) -> None:
     """As if every parameter of ``bucket`` had been sent ``steps`` times, ``kept`` entries each time."""
-    bucket.local.counters += torch.tensor([steps, steps * kept, steps * overflow, 0])
+    bucket.tensors["counters"] += torch.tensor([steps, steps * kept, steps * overflow, 0])
 
 
 def monitored(every: int, *sites: tuple[SiteReport, BucketMeasure | None]) -> tuple[Monitor, Runtime]:
@@ -49,8 +41,8 @@ def monitored(every: int, *sites: tuple[SiteReport, BucketMeasure | None]) -> tu
 def test_numbers_are_those_since_the_reading_before() -> None:
     bucket = bucket_of(100, 300)
     monitor, _ = monitored(3, (GRADIENT, BucketMeasure([bucket])), (EXCHANGE, None))
-    bucket.local.threshold[:] = torch.tensor([1.0, 2.0])
-    bucket.local.residual[:2] = torch.tensor([3.0, -4.0])
+    bucket.tensors["threshold"][:] = torch.tensor([1.0, 2.0])
+    bucket.tensors["residual"][:2] = torch.tensor([3.0, -4.0])
     with monitor:
         run(bucket, steps=3, kept=2)
         assert [monitor.step() for _ in range(3)] == [False, False, True]
@@ -74,9 +66,8 @@ def test_nothing_is_known_before_the_first_step() -> None:
 
 def test_owners_overflow_and_residual_count() -> None:
     bucket = bucket_of(1000, owner=True)
-    assert bucket.owner is not None
     run(bucket, steps=1, kept=10, overflow=2)
-    bucket.local.residual[0], bucket.owner.residual[0], bucket.owner.counters[0, 2] = 3.0, 4.0, 5
+    bucket.tensors["residual"][0], bucket.tensors["owner_residual"][0], bucket.tensors["owner_counters"][0, 2] = 3.0, 4.0, 5
     monitor, _ = monitored(1, (GRADIENT, BucketMeasure([bucket])))
     monitor.step()
     assert (monitor.sites[0].overflow, monitor.sites[0].residual_norm) == (7, 5.0)
@@ -87,7 +78,7 @@ def test_a_state_that_was_reset_counts_from_its_start() -> None:
     monitor, _ = monitored(1, (GRADIENT, BucketMeasure([bucket])))
     run(bucket, steps=9, kept=4)
     monitor.step()
-    bucket.local.counters.zero_()
+    bucket.tensors["counters"].zero_()
     run(bucket, steps=2, kept=8)
     monitor.step()
     assert (monitor.sites[0].steps, monitor.sites[0].density) == (2, 0.02)
@@ -128,7 +119,7 @@ def test_labels(name: str, kind: str, label: str) -> None:
 def test_tensorboard_shows_every_number_once(tmp_path: Path) -> None:
     bucket = bucket_of(400)
     monitor, _ = monitored(2, (GRADIENT, BucketMeasure([bucket])), (EXCHANGE, None))
-    bucket.local.threshold[:] = 0.5
+    bucket.tensors["threshold"][:] = 0.5
     with SummaryWriter(str(tmp_path)) as writer, monitor:
         for step in range(5):
             run(bucket, steps=1, kept=4 * (step + 1))
@@ -140,45 +131,3 @@ def test_tensorboard_shows_every_number_once(tmp_path: Path) -> None:
     shown = [(event.step, round(event.value, 6)) for event in events.Scalars("dct/top.weight_1/density")]
     assert shown == [(1, 0.015), (3, 0.035)]
     assert [(event.step, event.value) for event in events.Scalars("dct/top.weight_1/bytes_sent")] == [(1, 80.0), (3, 80.0)]
-
-
-def watch(step: Any, rank: int) -> tuple[tuple[SiteStats, ...], list[bool], dict[str, float]]:
-    with dct_compile.monitor(every=4) as monitor:
-        news = []
-        for number in range(8):
-            step(batch(rank, number))
-            news.append(monitor.step())
-        return monitor.sites, news, monitor.summary()
-
-
-def trained(rank: int, world_size: int) -> list[Any]:
-    results = []
-    with fresh_compiler():
-        model: nn.Module = Exchanging()
-        compiled = torch.compile(model, backend=dct, options={"data_parallel": True, "dp_density": 0.05})
-        results.append(watch(lambda x: loss_of(compiled(x)).backward(), rank))
-    with fresh_compiler():
-        _, around = ddp_of(Net(), {"dp_density": 0.05}, inside=False)
-        results.append(watch(lambda x: loss_of(around(x)).backward(), rank))
-    return results
-
-
-@pytest.mark.distributed
-def test_compiled_graphs_and_ddps_buckets_are_watched() -> None:
-    for results in run_ranks(trained, 2):
-        for sites, news, summary in results:
-            assert news == [False, False, False, True] * 2
-            (gradient,) = (site for site in sites if site.kind == "gradient")
-            assert gradient.steps == 4
-            assert gradient.density == pytest.approx(0.05, rel=0.15)
-            assert gradient.residual_norm is not None
-            assert gradient.residual_norm > 0
-            assert 0 < (gradient.threshold or 0) < float("inf")
-            assert gradient.bytes_sent == 4 * gradient.wire_bytes
-            assert summary["density"] == gradient.density
-            assert summary["compression"] > 1
-        exchanges = [site for site in results[0][0] if site.kind != "gradient"]
-        assert [(site.kind, site.dense_bytes, site.wire_bytes, site.density) for site in exchanges] == [
-            ("activation", 1024, 48, None),
-            ("activation_gradient", 1024, 32, None),
-        ]

@@ -1,41 +1,37 @@
-"""Averaging inside of the compiled graph (option ``data_parallel``), the start it makes equal, and what a NaN does."""
+"""Averaging inside of the compiled graph (option ``data_parallel``), and the start that it makes equal."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dct_compile
 from dct_compile.backend import dct
-from tests.ranks import digest, fresh_compiler, run_ranks
+from tests import ranks_ddp
+from tests.rank_pool import Ranks
+from tests.ranks import digest
+from tests.ranks_stack import batch, stack
+
+pytestmark = pytest.mark.distributed
+
+SCHEMES = ("gather", "owner")
+SEEDS = {"ddp": (0, 0), "whole": (0, 1), "blocks": (0, 1)}
+"""Of the parameters of each rank: only rank 0's are the same in all."""
 
 
-class Block(nn.Module):
-    """The same code for every layer, so that Dynamo compiles it once."""
+class Outcome(NamedTuple):
+    """``digests``: of gradients and parameters at every step. ``residuals``: a digest of each. ``sites``: kinds and decisions."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.linear(x))
-
-
-def stack(seed: int) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(Block(), Block(), Block())
-
-
-def batch(rank: int, step: int) -> Tensor:
-    return torch.randn(8, 32, generator=torch.Generator().manual_seed(100 * step + rank))
+    digests: list[tuple[str, str]]
+    sites: set[tuple[str, str]]
+    graphs: int
+    residuals: list[str]
 
 
 def train(model: nn.Module, compiled: Any, rank: int, steps: int = 5) -> list[tuple[str, str]]:
-    """Digests of gradients and parameters at every step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     digests = []
     for step in range(steps):
@@ -47,162 +43,138 @@ def train(model: nn.Module, compiled: Any, rank: int, steps: int = 5) -> list[tu
     return digests
 
 
-def sites() -> set[tuple[str, str]]:
-    return {(site.kind, site.decision) for site in dct_compile.report().sites}
+def residuals_of(model: nn.Module) -> list[str]:
+    return [digest([entry["residual"]]) for entry in dct_compile.state_dict(model).values()]
 
 
-def ways(rank: int, world_size: int) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    pair = dist.new_group([0, 1])
-    for scheme in ("gather", "owner"):
-        options = {"dp_density": 0.05, "all_reduce": scheme}
-        with fresh_compiler():
-            model = stack(seed=0)
-            results[f"{scheme} ddp"] = (
-                train(model, torch.compile(DistributedDataParallel(model), backend=dct, options=options), rank),
-                sites(),
-            )
-        with fresh_compiler():
-            model = stack(seed=rank)  # only rank 0's parameters are those of the run above
-            compiled = torch.compile(model, backend=dct, options={**options, "data_parallel": True})
-            results[f"{scheme} whole"] = train(model, compiled, rank), sites()
-        with fresh_compiler():
-            model = stack(seed=rank)
-            for block in model:
-                block.compile(backend=dct, options={**options, "data_parallel": pair})
-            results[f"{scheme} blocks"] = train(model, model, rank), sites()
-            results[f"{scheme} graphs"] = len(dct_compile.report().graphs)
-            state = dct_compile.state_dict(model)
-            results[f"{scheme} residuals"] = [digest([entry["residual"]]) for entry in state.values()]
-            # Evaluation compiles a graph without a backward: nothing to average, and no state is touched.
-            model.eval()
-            with torch.no_grad():
-                model(batch(rank, 0))
-            again = dct_compile.state_dict(model)
-            assert [digest([entry["residual"]]) for entry in again.values()] == results[f"{scheme} residuals"]
-    with fresh_compiler():
-        model = stack(seed=0)
-        results["dense ddp"] = train(model, torch.compile(DistributedDataParallel(model), backend="inductor"), rank), set()
-    with fresh_compiler():
-        model = stack(seed=0)
+def outcome(model: nn.Module, digests: list[tuple[str, str]]) -> Outcome:
+    report = dct_compile.report()
+    return Outcome(digests, {(site.kind, site.decision) for site in report.sites}, len(report.graphs), residuals_of(model))
+
+
+def averaged(rank: int, world_size: int, scheme: str, how: str) -> Outcome:
+    """Trains, averaged by DDP, in the graph of the whole model, or in that of each block over a group that is named."""
+    options = {"dp_density": 0.05, "gradient_scheme": scheme}
+    model = stack(SEEDS[how][rank])
+    compiled: Any = model
+    if how == "ddp":
+        compiled = torch.compile(DistributedDataParallel(model), backend=dct, options=options)
+    elif how == "whole":
+        compiled = torch.compile(model, backend=dct, options={**options, "data_parallel": True})
+    else:
+        pair = dist.new_group([0, 1])
+        for block in model:
+            block.compile(backend=dct, options={**options, "data_parallel": pair})
+    return outcome(model, train(model, compiled, rank))
+
+
+@pytest.mark.parametrize("how", SEEDS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_ranks_stay_equal(ranks2_once: Ranks, scheme: str, how: str) -> None:
+    first, second = ranks2_once(averaged, scheme, how)
+    assert first.digests == second.digests
+
+
+@pytest.mark.parametrize("how", SEEDS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients_are_compressed(ranks2_once: Ranks, scheme: str, how: str) -> None:
+    assert ranks2_once(averaged, scheme, how)[0].sites == {("gradient", "compressed")}
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_in_graph_averaging_equals_ddp(ranks2_once: Ranks, scheme: str, how: str) -> None:
+    assert ranks2_once(averaged, scheme, how)[0].digests == ranks2_once(averaged, scheme, "ddp")[0].digests
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_blocks_of_the_same_code_are_compiled_once(ranks2_once: Ranks, scheme: str) -> None:
+    assert ranks2_once(averaged, scheme, "blocks")[0].graphs <= 2
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_blocks_that_share_a_graph_share_no_residual(ranks2_once: Ranks, scheme: str) -> None:
+    assert len(set(ranks2_once(averaged, scheme, "blocks")[0].residuals)) == 3
+
+
+def evaluated(rank: int, world_size: int, scheme: str) -> tuple[list[str], list[str]]:
+    """Returns the residuals after training, and after an evaluation: its graph has no backward, so nothing to average."""
+    model = stack(seed=0)
+    for block in model:
+        block.compile(backend=dct, options={"dp_density": 0.05, "gradient_scheme": scheme, "data_parallel": True})
+    train(model, model, rank, steps=2)
+    before = residuals_of(model)
+    model.eval()
+    with torch.no_grad():
+        model(batch(rank, 0))
+    return before, residuals_of(model)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_evaluation_touches_no_state(ranks2: Ranks, scheme: str) -> None:
+    for before, after in ranks2(evaluated, scheme):
+        assert len(before) == 3
+        assert before == after
+
+
+def dense(rank: int, world_size: int, how: str) -> Outcome:
+    """Trains, averaged by DDP under backend "inductor" or under density 1, or in the graph under density 1."""
+    model = stack(seed=rank if how == "data_parallel" else 0)
+    if how == "data_parallel":
+        compiled: Any = torch.compile(model, backend=dct, options={"dp_density": 1, "data_parallel": True})
+    elif how == "ddp":
         compiled = torch.compile(DistributedDataParallel(model), backend=dct, options={"dp_density": 1, "mp_density": 1})
-        results["density 1 ddp"] = train(model, compiled, rank), sites()
-    with fresh_compiler():
-        model = stack(seed=rank)
-        compiled = torch.compile(model, backend=dct, options={"dp_density": 1, "data_parallel": True})
-        results["density 1 data_parallel"] = train(model, compiled, rank), sites()
-    for inside in (True, False):
-        with fresh_compiler():
-            options = {"data_parallel": True}
-            model = stack(seed=0)
-            try:
-                if inside:
-                    DistributedDataParallel(torch.compile(model, backend=dct, options=options))(batch(rank, 0))
-                else:
-                    torch.compile(DistributedDataParallel(model), backend=dct, options=options)(batch(rank, 0))
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                results[f"twice {inside}"] = repr(error.inner_exception)
-    return results
+    else:
+        compiled = torch.compile(DistributedDataParallel(model), backend="inductor")
+    return outcome(model, train(model, compiled, rank))
 
 
-@pytest.mark.distributed
-def test_in_graph_averaging_equals_ddp() -> None:
-    first, second = run_ranks(ways, 2)
-    for name in first:
-        if isinstance(first[name], tuple):
-            assert first[name][0] == second[name][0], f"{name}: the ranks differ"
-    for scheme in ("gather", "owner"):
-        for how in ("ddp", "whole", "blocks"):
-            assert first[f"{scheme} {how}"] == (first[f"{scheme} ddp"][0], {("gradient", "compressed")}), (scheme, how)
-        assert len(set(first[f"{scheme} residuals"])) == 3, "layers that share a graph must not share a residual"
-        assert first[f"{scheme} graphs"] <= 2, "the block was compiled once for all layers"
-    for how in ("ddp", "data_parallel"):
-        assert first[f"density 1 {how}"][0] == first["dense ddp"][0], f"density 1, {how}: not what backend 'inductor' computes"
-        assert first[f"density 1 {how}"][1] == {("gradient", "dense")}
-    for inside in (True, False):
-        assert first[f"twice {inside}"].startswith("ValueError")
-        assert "data_parallel" in first[f"twice {inside}"]
+@pytest.mark.parametrize("how", ["ddp", "data_parallel"])
+def test_density_1_is_what_inductor_computes(ranks2_once: Ranks, how: str) -> None:
+    first, second = ranks2_once(dense, how)
+    assert first.digests == second.digests == ranks2_once(dense, "inductor")[0].digests
+    assert first.sites == {("gradient", "dense")}
 
 
-class Exchange(nn.Module):
-    """One exchange of activations between two layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.bottom, self.top = nn.Linear(32, 64), nn.Linear(64, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.top(funcol.all_to_all_single_autograd(torch.relu(self.bottom(x)), None, None, dist.group.WORLD))
+def test_inductors_own_ranks_are_equal(ranks2_once: Ranks) -> None:
+    first, second = ranks2_once(dense, "inductor")
+    assert first.digests == second.digests
 
 
-def generated(rank: int, world_size: int) -> list[tuple[list[Tensor], list[Tensor], int]]:
-    results = []
-    options = {"dp_density": 0.05, "mp_density": 0.25, "all_reduce": "owner", "data_parallel": True}
-    for fallback in (True, False):
-        with fresh_compiler(), torch._inductor.config.patch(fallback_by_default=fallback):
-            model = Exchange()
-            train(model, torch.compile(model, backend=dct, options=options), rank)
-            residuals = [entry["residual"] for entry in dct_compile.state_dict(model).values()]
-            compressed = sum(site.decision == "compressed" for site in dct_compile.report().sites)
-            results.append(([parameter.detach() for parameter in model.parameters()], residuals, compressed))
-    return results
+def averaged_twice(rank: int, world_size: int, inside: bool) -> str:
+    model = stack(seed=0)
+    options = {"data_parallel": True}
+    try:
+        if inside:
+            DistributedDataParallel(torch.compile(model, backend=dct, options=options))(batch(rank, 0))
+        else:
+            torch.compile(DistributedDataParallel(model), backend=dct, options=options)(batch(rank, 0))
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        return repr(error.inner_exception)
+    return "no error"
 
 
-@pytest.mark.distributed
-def test_inductors_generated_code_computes_the_same() -> None:
+@pytest.mark.parametrize("inside", [True, False])
+def test_averaging_in_the_graph_and_by_ddp_is_an_error(ranks2: Ranks, inside: bool) -> None:
+    for error in ranks2(averaged_twice, inside):
+        assert error.startswith("ValueError")
+        assert "data_parallel" in error
+
+
+def generated(rank: int, world_size: int, fallback: bool) -> tuple[list[Tensor], list[Tensor], int]:
+    """Returns parameters and residuals after a training, and the number of sites that were compressed."""
+    options = {"dp_density": 0.05, "mp_density": 0.25, "gradient_scheme": "owner", "data_parallel": True}
+    with torch._inductor.config.patch(fallback_by_default=fallback):
+        model = ranks_ddp.Exchanging()
+        ranks_ddp.train(model, torch.compile(model, backend=dct, options=options), rank, range(5))
+        residuals = [entry["residual"] for entry in dct_compile.state_dict(model).values()]
+        compressed = sum(site.decision == "compressed" for site in dct_compile.report().sites)
+        return [parameter.detach() for parameter in model.parameters()], residuals, compressed
+
+
+def test_inductors_generated_code_computes_the_same(ranks2: Ranks) -> None:
     """Buffers are reused and operators reordered around the mutated state; everywhere else these tests do without generated code."""
-    for (parameters, residuals, compressed), (generated_parameters, generated_residuals, generated_compressed) in run_ranks(generated, 2):
-        assert compressed == generated_compressed == 3
-        assert len(residuals) == 2
-        torch.testing.assert_close(generated_parameters, parameters)
-        torch.testing.assert_close(generated_residuals, residuals)
-
-
-def poisoned(rank: int, world_size: int) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for scheme in ("gather", "owner"):
-        for bad in (float("nan"), float("inf")):
-            for ddp in (True, False):
-                with fresh_compiler():
-                    model = stack(seed=0)
-                    options = {"dp_density": 0.05, "all_reduce": scheme, "data_parallel": not ddp}
-                    compiled = torch.compile(DistributedDataParallel(model) if ddp else model, backend=dct, options=options)
-                    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-                    skipped = []
-                    for step in range(6):
-                        x = batch(rank, step)
-                        if step == 3 and rank == 1:
-                            x[0, 0] = bad
-                        before = dct_compile.state_dict(model)
-                        compiled(x).square().mean().backward()
-                        finite = all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())
-                        if finite:
-                            optimizer.step()
-                        else:
-                            after = dct_compile.state_dict(model)
-                            # But for one rounding of gradient + residual: the gradient was added, and taken out again.
-                            same = [torch.allclose(before[name]["residual"], after[name]["residual"], atol=1e-6) for name in before]
-                            owners = [
-                                torch.allclose(before[name]["owner"]["residual"], after[name]["owner"]["residual"], atol=1e-6)
-                                for name in before
-                                if "owner" in before[name]
-                            ]
-                            skipped.append((step, all(same), all(owners)))
-                        optimizer.zero_grad()
-                    clean = all(bool(entry["residual"].isfinite().all()) for entry in dct_compile.state_dict(model).values())
-                    results[f"{scheme} {bad} {'ddp' if ddp else 'in graph'}"] = skipped, clean, digest(model.parameters())
-    return results
-
-
-@pytest.mark.distributed
-def test_a_rank_with_a_nan_is_seen_by_all_and_loses_nothing() -> None:
-    first, second = run_ranks(poisoned, 2)
-    for name, (skipped, clean, parameters) in second.items():
-        assert [step for step, *_ in skipped] == [step for step, *_ in first[name][0]] == [3], (
-            f"{name}: only step 3 is not finite, on all ranks"
-        )
-        assert skipped == [(3, True, True)], f"{name}: the rank with the bad gradient keeps its residuals"
-        assert clean
-        assert first[name][1], f"{name}: a residual is not finite"
-        assert parameters == first[name][2]
+    for expected, got in zip(ranks2(generated, True), ranks2(generated, False), strict=True):
+        assert expected[2] == got[2] == 3
+        assert len(expected[1]) == 2
+        torch.testing.assert_close(got[:2], expected[:2])

@@ -1,4 +1,4 @@
-"""What Dynamo leaves out of the graphs is told: graph breaks, collectives outside, torch's own containers inside of DDP."""
+"""Notes on all that Dynamo leaves out of graphs: graph breaks, collectives outside, torch's own containers inside of DDP."""
 
 import logging
 from collections.abc import Callable
@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import dct_compile
 from dct_compile.backend import dct
-from dct_compile.passes.reasons import Reason
+from dct_compile.reasons import Reason
 from dct_compile.report import GRADIENTS_OUTSIDE, NOTHING_COMPILED
-from tests.ranks import fresh_compiler, run_ranks
+from tests.rank_pool import Ranks
+from tests.ranks import fresh_compiler
+from tests.ranks_ddp import Part, ddp_of
 from tests.tracing import fake_group
 
 
@@ -28,17 +29,6 @@ class Two(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.top(self.between(torch.relu(self.bottom(x))))
-
-
-class Own(nn.Module):
-    """A module class of a user."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.linear(x))
 
 
 def broken(h: Tensor) -> Tensor:
@@ -91,7 +81,7 @@ def test_a_graph_break_is_told_once(between: Callable[[Tensor], Tensor], words: 
 def test_gradients_that_no_graph_reduces_are_told(options: dict[str, Any], ranks: int, told: bool) -> None:
     """A training loop that averages them itself would go on sending everything."""
     with fake_group(ranks), fresh_compiler():
-        compiled = torch.compile(Own(), backend=dct, options=options)
+        compiled = torch.compile(Part(nn.Linear(16, 16)), backend=dct, options=options)
         compiled(torch.randn(8, 16)).sum().backward()
         assert (GRADIENTS_OUTSIDE in dct_compile.report().notes) == told
         with torch.no_grad():
@@ -100,34 +90,36 @@ def test_gradients_that_no_graph_reduces_are_told(options: dict[str, Any], ranks
             assert GRADIENTS_OUTSIDE not in dct_compile.report().notes
 
 
-def notes_of(module: nn.Module, wrapped: bool) -> list[str]:
-    """The notes after two steps under DDP, compiled from outside of it (``wrapped``) or inside."""
-    with fresh_compiler():
-        if wrapped:
-            compiled: Any = torch.compile(DistributedDataParallel(module), backend=dct)
-        else:
-            compiled = DistributedDataParallel(torch.compile(module, backend=dct))  # type: ignore[arg-type]
-        for _ in range(2):
-            compiled(torch.randn(8, 16)).square().mean().backward()
-        return list(dct_compile.report().notes)
+CONTAINERS: dict[str, Callable[[], nn.Module]] = {
+    "sequential": lambda: nn.Sequential(nn.Linear(16, 16), nn.ReLU()),
+    "linear": lambda: nn.Linear(16, 16),
+    "partly": lambda: nn.Sequential(nn.Linear(16, 16), Part(nn.Linear(16, 16))),
+    "own class": lambda: Two(unbroken),
+}
 
 
-def containers(rank: int, world_size: int) -> dict[str, list[str]]:
-    torch.manual_seed(0)
-    return {
-        "sequential": notes_of(nn.Sequential(nn.Linear(16, 16), nn.ReLU()), wrapped=True),
-        "linear": notes_of(nn.Linear(16, 16), wrapped=True),
-        "partly": notes_of(nn.Sequential(nn.Linear(16, 16), Own()), wrapped=True),
-        "own class": notes_of(Two(unbroken), wrapped=True),
-        "compiled inside": notes_of(nn.Sequential(nn.Linear(16, 16), Own()), wrapped=False),
-    }
+def notes_of(rank: int, world_size: int, name: str, inside: bool) -> list[str]:
+    """Returns the notes after two steps under DDP, compiled from inside of it or from outside."""
+    _, compiled = ddp_of(CONTAINERS[name](), {}, inside)
+    for _ in range(2):
+        compiled(torch.randn(8, 16)).square().mean().backward()
+    return list(dct_compile.report().notes)
 
 
 @pytest.mark.distributed
-def test_containers_that_torch_skips_are_told() -> None:
-    for notes in run_ranks(containers, 2):
-        # A backend that is never called can only be asked afterwards.
-        assert notes["sequential"] == notes["linear"] == [NOTHING_COMPILED]
-        (partly,) = notes["partly"]
-        assert partly.startswith("parts of DDP's model run outside of compiled graphs: 0.weight, 0.bias. ")
-        assert notes["own class"] == notes["compiled inside"] == []
+@pytest.mark.parametrize("name", ["sequential", "linear"])
+def test_containers_that_torch_skips_are_told(ranks2: Ranks, name: str) -> None:
+    """A backend that is never called can only be asked afterwards."""
+    assert ranks2(notes_of, name, False) == [[NOTHING_COMPILED]] * 2
+
+
+@pytest.mark.distributed
+def test_parts_that_torch_skips_are_named(ranks2: Ranks) -> None:
+    for (note,) in ranks2(notes_of, "partly", False):
+        assert note.startswith("parts of DDP's model run outside of compiled graphs: 0.weight, 0.bias. ")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("name", "inside"), [("own class", False), ("partly", True)])
+def test_what_is_compiled_as_a_whole_needs_no_note(ranks2: Ranks, name: str, inside: bool) -> None:
+    assert ranks2(notes_of, name, inside) == [[], []]

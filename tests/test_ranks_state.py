@@ -1,18 +1,26 @@
 """A run that is saved and continued elsewhere is, to the bit, the run that was never interrupted."""
 
 import io
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dct_compile
 from dct_compile.backend import dct
-from tests.ranks import digest, fresh_compiler, run_ranks
+from tests.rank_pool import Ranks
+from tests.ranks import digest, fresh_compiler
+from tests.small_models import exchange
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.parametrize("ddp", [True, False], ids=["ddp", "in graph"]),
+    pytest.mark.parametrize("scheme", ["gather", "owner"]),
+]
 
 
 class Recommender(nn.Module):
@@ -25,8 +33,8 @@ class Recommender(nn.Module):
         self.bottom, self.middle, self.top = nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 8)
 
     def forward(self, ids: Tensor) -> Tensor:
-        vectors = funcol.all_to_all_single_autograd(self.table(ids), None, None, dist.group.WORLD)
-        h = funcol.all_to_all_single_autograd(torch.relu(self.bottom(vectors)), None, None, dist.group.WORLD)
+        vectors = exchange(self.table(ids))
+        h = exchange(torch.relu(self.bottom(vectors)))
         return self.top(torch.relu(self.middle(h)))
 
 
@@ -67,58 +75,99 @@ def tensors_of(stage: dict[str, Any]) -> list[Tensor]:
     return [value for _, value in sorted(stage.items()) if isinstance(value, Tensor)]
 
 
-VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
-    "ddp gather": ({"all_reduce": "gather"}, True),
-    "ddp owner": ({"all_reduce": "owner"}, True),
-    "data_parallel gather": ({"all_reduce": "gather", "data_parallel": True}, False),
-    "data_parallel owner": ({"all_reduce": "owner", "data_parallel": True}, False),
-}
+WEIGHTS = ["bottom.weight", "middle.weight", "table.weight", "top.weight"]
 
 
-def interrupted(rank: int, world_size: int) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for name, (options, ddp) in VARIANTS.items():
-        options = {"dp_density": 0.05, "mp_density": 0.25, "refresh_interval": 4, **options}
-        # Buckets of less than 1 MB: Dynamo must not split its graphs at them.
-        with fresh_compiler(), torch._dynamo.config.patch(optimize_ddp=False):
-            unbroken = Run(options, ddp, seed=0)
-            unbroken.steps(rank, range(3))
-            saved = unbroken.save()
-            at_save = unbroken.digest()
-            unbroken.steps(rank, range(3, 6))
-            expected = unbroken.digest()
-            # The same objects go back three steps: state that is in use is overwritten.
-            unbroken.load(saved)
-            restored_in_place = unbroken.digest()
-            unbroken.steps(rank, range(3, 6))
-            in_place = unbroken.digest()
-        with fresh_compiler(), torch._dynamo.config.patch(optimize_ddp=False):
-            # Another model, before its first compilation: its state is not there yet, and DDP's buckets have not been rebuilt.
-            resumed = Run(options, ddp, seed=1)
-            resumed.load(saved)
-            before_use = resumed.digest()
-            resumed.steps(rank, range(3, 6))
-            results[name] = (at_save, restored_in_place, before_use), (expected, in_place, resumed.digest())
-            residuals = dct_compile.state_dict(resumed.module)
-            sites = {(site.kind, site.decision) for site in dct_compile.report().sites}
-            results[f"{name} sites"] = sites, sorted(residuals), sum(entry["residual"].abs().sum().item() for entry in residuals.values())
-            resumed.steps(rank, range(1))
-            dct_compile.load_state_dict(resumed.module, {})
-            state = dct_compile.state_dict(resumed.module)
-            assert not any(entry["residual"].any() or entry["counters"].any() for entry in state.values()), "an empty dict resets the state"
-    return results
+@contextmanager
+def run(scheme: str, ddp: bool, seed: int) -> Iterator[Run]:
+    options = {"dp_density": 0.05, "mp_density": 0.25, "refresh_interval": 4, "gradient_scheme": scheme, "data_parallel": not ddp}
+    # Buckets of less than 1 MB: Dynamo must not split its graphs at them.
+    with fresh_compiler(), torch._dynamo.config.patch(optimize_ddp=False):
+        yield Run(options, ddp, seed)
 
 
-@pytest.mark.distributed
-def test_a_resumed_run_equals_the_one_that_went_on() -> None:
-    for results in run_ranks(interrupted, 2):
-        for name in VARIANTS:
-            at_save, after = results[name]
-            assert len(set(at_save)) == 1, f"{name}: what was loaded is not what was saved"
-            assert len(set(after)) == 1, f"{name}: (unbroken, restored in place, resumed) differ: {after}"
-            assert at_save[0] != after[0]
-            sites, compressed, residual = results[f"{name} sites"]
-            assert {decision for _, decision in sites} == {"compressed"}, sites
-            assert {"embedding", "embedding_gradient", "activation", "activation_gradient", "gradient"} == {kind for kind, _ in sites}
-            assert compressed == ["bottom.weight", "middle.weight", "table.weight", "top.weight"]
-            assert residual > 0
+class Outcome(NamedTuple):
+    """Digests: ``saved`` when saving, ``restored`` right after loading, ``expected`` three steps on without a break, ``got`` with one."""
+
+    saved: str
+    restored: str
+    expected: str
+    got: str
+
+
+def restored_in_place(rank: int, world_size: int, scheme: str, ddp: bool) -> Outcome:
+    """Takes the same objects back three steps: state that is in use is overwritten."""
+    with run(scheme, ddp, seed=0) as training:
+        training.steps(rank, range(3))
+        file, saved = training.save(), training.digest()
+        training.steps(rank, range(3, 6))
+        expected = training.digest()
+        training.load(file)
+        restored = training.digest()
+        training.steps(rank, range(3, 6))
+        return Outcome(saved, restored, expected, training.digest())
+
+
+def resumed(rank: int, world_size: int, scheme: str, ddp: bool) -> tuple[Outcome, set[tuple[str, str]], dict[str, float]]:
+    """Loads into another model before its first compilation: it has no state yet, and DDP's buckets have not been rebuilt.
+
+    Also returns its sites, and the sum of each parameter's residual.
+    """
+    with run(scheme, ddp, seed=0) as training:
+        training.steps(rank, range(3))
+        file, saved = training.save(), training.digest()
+        training.steps(rank, range(3, 6))
+        expected = training.digest()
+    with run(scheme, ddp, seed=1) as training:
+        training.load(file)
+        restored = training.digest()
+        training.steps(rank, range(3, 6))
+        sites = {(site.kind, site.decision) for site in dct_compile.report().sites}
+        state = dct_compile.state_dict(training.module)
+        waiting = {name: state[name]["residual"].abs().sum().item() for name in sorted(state)}
+        return Outcome(saved, restored, expected, training.digest()), sites, waiting
+
+
+def test_what_is_loaded_in_place_is_what_was_saved(ranks2_once: Ranks, scheme: str, ddp: bool) -> None:
+    for result in ranks2_once(restored_in_place, scheme, ddp):
+        assert result.restored == result.saved
+
+
+def test_a_run_restored_in_place_equals_the_one_that_went_on(ranks2_once: Ranks, scheme: str, ddp: bool) -> None:
+    for result in ranks2_once(restored_in_place, scheme, ddp):
+        assert result.got == result.expected != result.saved
+
+
+def test_what_another_model_loads_is_what_was_saved(ranks2_once: Ranks, scheme: str, ddp: bool) -> None:
+    for result, *_ in ranks2_once(resumed, scheme, ddp):
+        assert result.restored == result.saved
+
+
+def test_a_resumed_run_equals_the_one_that_went_on(ranks2_once: Ranks, scheme: str, ddp: bool) -> None:
+    for result, *_ in ranks2_once(resumed, scheme, ddp):
+        assert result.got == result.expected != result.saved
+
+
+def test_a_resumed_run_compresses_everything(ranks2_once: Ranks, scheme: str, ddp: bool) -> None:
+    for _, sites, waiting in ranks2_once(resumed, scheme, ddp):
+        kinds = ("embedding", "embedding_gradient", "activation", "activation_gradient", "gradient")
+        assert sites == {(kind, "compressed") for kind in kinds}
+        assert list(waiting) == WEIGHTS
+        assert sum(waiting.values()) > 0
+
+
+def reset(rank: int, world_size: int, scheme: str, ddp: bool) -> tuple[bool, bool]:
+    """Returns whether any state is not zero, before and after loading an empty one."""
+    with run(scheme, ddp, seed=0) as training:
+        training.steps(rank, range(2))
+        before = holds_anything(training.module)
+        dct_compile.load_state_dict(training.module, {})
+        return before, holds_anything(training.module)
+
+
+def holds_anything(module: nn.Module) -> bool:
+    return any(bool(entry["residual"].any() or entry["counters"].any()) for entry in dct_compile.state_dict(module).values())
+
+
+def test_an_empty_state_resets(ranks2: Ranks, scheme: str, ddp: bool) -> None:
+    assert ranks2(reset, scheme, ddp) == [(True, False)] * 2

@@ -66,7 +66,7 @@ def test_table_has_a_line_per_site() -> None:
 
 def test_columns_without_a_value_are_left_out() -> None:
     plain = replace(MASKED, density=None)
-    gradient = replace(plain, gather_bytes=200, owner_bytes=144, overflow=3)
+    gradient = replace(plain, offers={"gather": 200, "owner": 144}, overflow=3)
     assert not {"density", "overflow", "gather_B", "owner_B"} & set(str(Report((plain,), (), ())).split())
     assert {"overflow", "gather_B", "owner_B"} <= set(str(Report((plain, gradient), (), ())).split())
 

@@ -1,14 +1,10 @@
-"""The page: self-contained, well-formed, every link leads somewhere; in Chromium: it fits, unfolds, filters and turns dark."""
+"""The page: self-contained, well-formed, every link leads somewhere."""
 
 import html
 import json
 import re
-import shutil
-import subprocess
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,12 +12,11 @@ import torch
 import dct_compile
 from dct_compile.inspection import fake_ranks
 from dct_compile.report import GraphReport, NodeReport, Report, SiteReport, page
-from tests.small_models import Layers
+from tests.reports import explained_report, large_report
 from tests.test_inspect import Net
 
 CSS = (Path(page.__file__).parent / "page.css").read_text()
 VOID = {"meta", "br", "rect", "path"}
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 
 
 class Outline(HTMLParser):
@@ -57,48 +52,14 @@ class Outline(HTMLParser):
         return [value for _, key, value in self.attributes if key == name]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def report() -> Report:
-    """An activation with its backward and a gradient: real graphs, one with nodes that nothing touches."""
-
-    class Deep(Layers):
-        def forward(self, x: torch.Tensor) -> Any:
-            for _ in range(40):
-                x = torch.sin(x)
-            return super().forward(x)
-
-    return dct_compile.explain(Deep(exchanged=True), torch.randn(16, 64), options={"data_parallel": True})
+    return explained_report()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def large() -> Report:
-    """10,000 nodes, of which every 500th is a collective that was rewritten."""
-    before: list[NodeReport] = []
-    after: list[NodeReport] = []
-    sites: list[SiteReport] = []
-    last = "x"
-    for position in range(10_000):
-        node = NodeReport(
-            f"sin_{position}", "aten.sin.default", (last,), (16, 64), "float32", 4096, f"/model.py:{position % 90 + 1}", "", None, False
-        )
-        if position % 500 == 250:
-            number = len(sites)
-            gone = replace(node, operator="_c10d_functional.all_to_all_single.default", site=number)
-            packed = replace(node, name=f"pack_rows_{number}", operator="dct.pack_rows.default", site=number)
-            unpacked = replace(packed, name=f"unpack_rows_{number}", inputs=(packed.name,))
-            before.append(gone)
-            after += [packed, unpacked]
-            kind = "activation" if number % 2 else "embedding"
-            site = SiteReport(
-                "all_to_all_single", kind, "here", (16, 64), "float32", "compressed", "k of n", 3072, 144, "0", 4, number=number
-            )
-            sites.append(site)
-        else:
-            reading = tuple(f"unpack_rows_{len(sites) - 1}" if position % 500 == 251 else name for name in node.inputs)
-            before.append(node)
-            after.append(replace(node, inputs=reading))
-        last = node.name
-    return Report(tuple(sites), (GraphReport("graph 0/0", "", "", tuple(before), tuple(after)),), ())
+    return large_report()
 
 
 def test_is_self_contained_and_well_formed(report: Report, tmp_path: Path) -> None:
@@ -192,75 +153,3 @@ def test_text_can_be_read_on_its_background(theme: int) -> None:
     for text, ground in pairs:
         low, high = sorted((colors[text], colors[ground]))
         assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
-
-
-LISTEN = "<script>window.failures = []; onerror = error => window.failures.push(String(error));</script>"
-PROBE = """
-<script>
-addEventListener("load", () => {
-  const result = { errors: window.failures };
-  result.wide = [...document.querySelectorAll("body *")]
-    .filter(e => !e.closest(".canvas, .code, .skip, thead, svg") && e.getBoundingClientRect().right > innerWidth + 1)
-    .map(e => `${e.tagName}.${e.className}`);
-  const names = () => new Set([...document.querySelectorAll(".graph .n > b")].map(e => e.textContent)).size;
-  const visible = selector => [...document.querySelectorAll(selector)].filter(e => e.offsetParent !== null).length;
-  const color = () => getComputedStyle(document.body).backgroundColor;
-  result.before = names();
-  const gap = document.querySelector(".gap button");
-  result.gap = Number(gap.dataset.count);
-  gap.click();
-  result.after = names();
-  for (const button of document.querySelectorAll(".gap button")) while (button.isConnected) button.click();
-  result.all = names();
-  result.rows = visible(".sites tbody tr");
-  const kind = document.querySelector("[name=kind]");
-  kind.value = "activation";
-  kind.dispatchEvent(new Event("input", { bubbles: true }));
-  result.filtered = [visible(".sites tbody tr"), document.getElementById("shown").textContent];
-  result.colors = [color()];
-  document.getElementById("theme").click();
-  result.colors.push(color());
-  result.twins = visible(".graph .twin");
-  const target = [...document.querySelectorAll(".anchor")].at(-1);
-  location.hash = target.id;
-  result.reached = target.getBoundingClientRect().top < innerHeight;
-  result.keyboard = [...document.querySelectorAll("a[href], button, select, [tabindex]")].every(e => e.tabIndex >= 0);
-  const pre = document.createElement("pre");
-  pre.id = "result";
-  pre.textContent = JSON.stringify(result);
-  document.body.append(pre);
-});
-</script>
-"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: the page was not opened in a browser")
-@pytest.mark.parametrize(("width", "dark"), [(1400, False), (1400, True), (420, False), (420, True)])
-@pytest.mark.parametrize("which", ["report", "large"])
-def test_in_a_browser(which: str, width: int, dark: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    shown: Report = request.getfixturevalue(which)
-    text = shown.to_html().replace(
-        "<head>", "<head><script>window.failures = []; onerror = e => window.failures.push(String(e));</script>", 1
-    )
-    (tmp_path / "page.html").write_text(text.replace("</body>", PROBE + "</body>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1000"]
-    flags += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", (tmp_path / "page.html").as_uri()]
-    done = subprocess.run([str(CHROMIUM), *flags], capture_output=True, text=True, check=True, timeout=60)
-    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found is not None, done.stderr[-2000:]
-    result = json.loads(html.unescape(found[1]))
-    assert result["errors"] == []
-    assert result["wide"] == []
-    assert result["after"] == result["before"] + min(result["gap"], 300)
-    graph = shown.graphs[0]
-    everything = {node.name for one in shown.graphs for node in (*one.nodes_before, *one.nodes_after)}
-    assert result["all"] == len(everything) >= len(graph.nodes_before)
-    assert result["rows"] == len(shown.sites)
-    chosen = sum(site.kind == "activation" for site in shown.sites)
-    assert result["filtered"] == [chosen, f"{chosen} of {len(shown.sites)} sites"]
-    light_dark = ["rgb(255, 255, 255)", "rgb(22, 25, 28)"]
-    assert result["colors"] == (light_dark[::-1] if dark else light_dark)
-    assert (result["twins"] == 0) == (width < 820), "narrow pages show what stayed once"
-    assert result["keyboard"]
-    assert result["reached"]

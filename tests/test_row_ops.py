@@ -112,6 +112,6 @@ def test_a_wrong_argument_is_named(op: Any, arguments: tuple[Any, ...], message:
 def test_without_a_compiler_the_references_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 2, 40)
     expected = exchange(x, SEED)
-    monkeypatch.setattr("dct_compile.ops.library.load_library", lambda: None)
+    monkeypatch.setattr("dct_compile.ops.library.is_ready", lambda: False)
     for a, b in zip(exchange(x, SEED), expected, strict=True):
         assert torch.equal(a, b)

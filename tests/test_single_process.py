@@ -1,11 +1,8 @@
 """One process: without a process group, with a group of one rank, without a compiler for the kernels, and with bad options."""
 
 import importlib.metadata
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,9 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dct_compile
 from dct_compile.backend import dct
+from tests.processes import run_python
 from tests.ranks import fresh_compiler
-
-ROOT = Path(__file__).parent.parent
 
 
 class Net(nn.Module):
@@ -42,7 +38,7 @@ class Sharded(Net):
 
 
 def train(model: nn.Module, compiled: Any) -> list[Tensor]:
-    """Outputs of two steps and the parameters after them."""
+    """Returns outputs of two steps and the parameters after them."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     outputs = []
     for step in range(2):
@@ -69,13 +65,6 @@ def expected() -> list[Tensor]:
     return run("inductor")
 
 
-@pytest.fixture
-def group_of_one() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_without_a_process_group_it_is_inductor(expected: list[Tensor]) -> None:
     with fresh_compiler():
         model = Net()
@@ -92,7 +81,7 @@ def test_without_a_process_group_it_is_inductor(expected: list[Tensor]) -> None:
     [
         ({"dp_densty": 0.1}, ["'dp_densty'", "0.1", "'dp_density'"]),
         ({"mp_density": 0}, ["'mp_density'", "0", "(0, 1]"]),
-        ({"all_reduce": "ring"}, ["'all_reduce'", "'ring'", "'owner'"]),
+        ({"gradient_scheme": "ring"}, ["'gradient_scheme'", "'ring'", "'owner'"]),
         ({"max_autotune": "yes"}, ["'max_autotune'", "'yes'", "bool"]),
     ],
 )
@@ -104,26 +93,36 @@ def test_a_bad_option_is_named(options: dict[str, Any], words: list[str]) -> Non
         assert word in str(caught.value.inner_exception)
 
 
-def test_inductors_own_options_modes_and_passes_still_work(group_of_one: None, expected: list[Tensor]) -> None:
-    seen: dict[str, int] = {}
+@pytest.mark.usefixtures("group_of_one")
+def test_passes_given_as_options_run_once(expected: list[Tensor]) -> None:
+    seen: list[str] = []
 
-    def pass_named(name: str) -> Any:
-        def count(graph: fx.Graph) -> None:
-            seen[name] = seen.get(name, 0) + 1
-
-        return count
+    def pass_named(name: str) -> Callable[[fx.Graph], None]:
+        return lambda graph: seen.append(name)
 
     slots = ("joint_custom_pre_pass", "post_grad_custom_post_pass", "post_grad_custom_pre_pass")
-    assert_same(run(dct, {slot: pass_named(slot) for slot in slots} | {"max_autotune": False, "dp_density": 0.5}), expected)
+    options = {slot: pass_named(slot) for slot in slots}
+    assert_same(run(dct, {**options, "max_autotune": False, "dp_density": 0.5}), expected)
     assert set(seen) == set(slots)
-    with torch._inductor.config.patch(joint_custom_pre_pass=pass_named("configured")):
+    assert seen.count("joint_custom_pre_pass") == 1
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_pass_that_is_configured_runs_once() -> None:
+    seen: list[fx.Graph] = []
+    with torch._inductor.config.patch(joint_custom_pre_pass=seen.append):
         run(dct)
-    assert seen["configured"] == 1
-    for mode in ("default", "reduce-overhead"):
-        assert_same(run(dct, mode=mode), expected)
+    assert len(seen) == 1
 
 
-def test_in_a_group_of_one_rank_everything_is_dense_and_says_why(group_of_one: None, expected: list[Tensor]) -> None:
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inductors_modes_are_its_own(expected: list[Tensor], mode: str) -> None:
+    assert_same(run(dct, mode=mode), expected)
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_collectives_in_a_group_of_one_rank_are_dense_and_say_why(expected: list[Tensor]) -> None:
     with fresh_compiler():
         model = Sharded()
         assert_same(train(model, torch.compile(model, backend=dct, options={"data_parallel": True})), expected)
@@ -132,6 +131,10 @@ def test_in_a_group_of_one_rank_everything_is_dense_and_says_why(group_of_one: N
         assert {site.decision for site in sites} == {"dense"}
         assert all(site.reason.endswith("a group of one rank sends nothing") for site in sites)
         assert {site.wire_bytes for site in sites} == {0}
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_ddp_in_a_group_of_one_rank_is_dense_and_says_why(expected: list[Tensor]) -> None:
     with fresh_compiler():
         model = Net()
         module = DistributedDataParallel(model)
@@ -170,22 +173,27 @@ print(build.load_library() is not None)
 """
 
 
-def test_without_a_compiler_the_kernels_fall_back_with_one_warning_and_the_same_results(tmp_path: Path) -> None:
-    results, warnings = {}, {}
-    for name, environment in (("compiled", {}), ("fallback", {"CXX": str(tmp_path / "no-such-compiler")})):
-        file = tmp_path / f"{name}.pt"
-        done = subprocess.run(
-            [sys.executable, "-c", OWN_KERNELS, str(file)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stdout.strip() == str(name == "compiled")
-        results[name] = torch.load(file)
-        warnings[name] = [line for line in done.stderr.splitlines() if line.startswith("dct_compile.ops:")]
-    assert_same(results["fallback"], results["compiled"])
-    assert warnings["compiled"] == []
-    assert len(warnings["fallback"]) == 1
-    assert "could not be compiled" in warnings["fallback"][0]
+@pytest.fixture(scope="module")
+def with_and_without_a_compiler(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[Tensor], list[str], str]]:
+    """Returns results, warnings and output of the kernels, compiled and not."""
+    folder = tmp_path_factory.mktemp("kernels")
+
+    def run(name: str, environment: dict[str, str]) -> tuple[list[Tensor], list[str], str]:
+        file = folder / f"{name}.pt"
+        done = run_python(OWN_KERNELS, file, **environment)
+        return torch.load(file), [line for line in done.stderr.splitlines() if line.startswith("dct_compile.ops:")], done.stdout.strip()
+
+    with ThreadPoolExecutor() as pool:  # each waits for a process of its own
+        return list(pool.map(run, ("compiled", "fallback"), ({}, {"CXX": str(folder / "no-such-compiler")})))
+
+
+def test_without_a_compiler_the_kernels_fall_back_to_the_same_results(with_and_without_a_compiler: list[Any]) -> None:
+    (compiled, _, loaded), (fallback, _, loaded_without) = with_and_without_a_compiler
+    assert (loaded, loaded_without) == ("True", "False")
+    assert_same(fallback, compiled)
+
+
+def test_without_a_compiler_there_is_one_warning(with_and_without_a_compiler: list[Any]) -> None:
+    (_, none, _), (_, (warning,), _) = with_and_without_a_compiler
+    assert none == []
+    assert "could not be compiled" in warning

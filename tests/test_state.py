@@ -7,51 +7,55 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dct_compile.state import STATE_INPUTS, BucketState, StateStore
-from dct_compile.triton_kernels.layout import GradientLayout
-from tests.states import assert_same, fill, geometry, make_model
+from dct_compile.schemes.threshold import Gather
+from dct_compile.state import BucketState
+from dct_compile.state_store import StateStore
+from tests.hand_made_sites import decide, make_gradient
+from tests.states import assert_same, fill, make_model, state_spec
 
 
 def test_initial_state() -> None:
-    bucket = BucketState([], *geometry([300, 100]), torch.device("cpu"))
-    residual, threshold, counters = bucket.tensors()
+    bucket = BucketState([], state_spec([300, 100]), torch.device("cpu"))
+    residual, threshold, counters = bucket.tensors.values()
     assert (residual.dtype, residual.tolist()) == (torch.float32, [0.0] * 400)
     assert threshold.tolist() == [float("inf")] * 2
     assert (counters.dtype, counters.tolist()) == (torch.int64, [[0] * 4] * 2)
 
 
 def test_owner_has_a_second_stage_for_its_share() -> None:
-    bucket = BucketState([], *geometry([1000, 300], ranks=2, rank=1), torch.device("cpu"))
-    assert len(bucket.tensors()) == len(STATE_INPUTS) == 6
-    assert bucket.owner is not None
-    assert bucket.owner.residual.numel() == (1000 - 512) + (300 - 256)
+    bucket = BucketState([], state_spec([1000, 300], ranks=2, rank=1), torch.device("cpu"))
+    own = ["residual", "threshold", "counters"]
+    assert list(bucket.tensors) == own + [f"owner_{name}" for name in own]
+    assert bucket.tensors["owner_residual"].numel() == (1000 - 512) + (300 - 256)
     assert bucket.entry(1)["owner"]["residual"].numel() == 44
     assert bucket.entry(1)["owner_share"] == [256, 2, 1]
 
 
 def test_the_same_parameters_find_the_same_bucket() -> None:
     store, model = StateStore(), make_model(300, 100)
-    bucket = store.bucket(list(model.values()), *geometry([300, 100]))
-    assert store.bucket(list(model.values()), *geometry([300, 100])) is bucket
-    other_capacity = GradientLayout(((0, 300), (300, 100)), 4096, 1, -1, 0.5, torch.float32)
-    assert store.bucket(list(model.values()), other_capacity, None) is bucket
+    bucket = store.bucket(list(model.values()), state_spec([300, 100]))
+    assert store.bucket(list(model.values()), state_spec([300, 100])) is bucket
+    other_block = state_spec([300, 100], density=0.001)
+    assert store.bucket(list(model.values()), other_block) is bucket
 
 
 def test_offsets_in_the_buffer_do_not_matter() -> None:
     """The same parameters with a dense one between them keep their state."""
     store, model = StateStore(), make_model(300, 100)
-    bucket = store.bucket(list(model.values()), *geometry([300, 100]))
-    moved = GradientLayout(((0, 300), (364, 100)), 256, 1, -1, 0.1, torch.bfloat16)
-    assert store.bucket(list(model.values()), moved, None) is bucket
+    bucket = store.bucket(list(model.values()), state_spec([300, 100]))
+    between = decide(make_gradient(300, 64, 100, ranks=2), gradient_scheme="gather", exempt=["p1"], min_numel=0).offer
+    assert isinstance(between, Gather)
+    assert between.codec.layout.segments == ((0, 300), (364, 100))
+    assert store.bucket(list(model.values()), between.state) is bucket
 
 
 def test_parameters_of_equal_shape_never_share() -> None:
     store, one, other = StateStore(), make_model(300), make_model(300)
-    first = fill(store.bucket(list(one.values()), *geometry([300])))
-    second = store.bucket(list(other.values()), *geometry([300]))
+    first = fill(store.bucket(list(one.values()), state_spec([300])))
+    second = store.bucket(list(other.values()), state_spec([300]))
     assert second is not first
-    assert float(second.local.residual.abs().sum()) == 0
-    first.local.residual.zero_().add_(1)
+    assert float(second.tensors["residual"].abs().sum()) == 0
+    first.tensors["residual"].zero_().add_(1)
     assert float(store.state_dict(other)["p0"]["residual"].sum()) == 0
     assert float(store.state_dict(one)["p0"]["residual"].sum()) == 300
 
@@ -59,16 +63,16 @@ def test_parameters_of_equal_shape_never_share() -> None:
 def test_equal_parameters_in_another_order_are_another_bucket() -> None:
     store, model = StateStore(), make_model(100, 100)
     first, second = model.values()
-    assert store.bucket([first, second], *geometry([100, 100])) is not store.bucket([second, first], *geometry([100, 100]))
+    assert store.bucket([first, second], state_spec([100, 100])) is not store.bucket([second, first], state_spec([100, 100]))
 
 
 def test_parts_are_views() -> None:
     store, model = StateStore(), make_model(300, 100)
-    bucket = store.bucket(list(model.values()), *geometry([300, 100]))
+    bucket = store.bucket(list(model.values()), state_spec([300, 100]))
     bucket.entry(1)["residual"].add_(2)
     bucket.entry(0)["counters"].add_(3)
-    assert bucket.local.residual.tolist() == [0.0] * 300 + [2.0] * 100
-    assert bucket.local.counters.tolist() == [[3] * 4, [0] * 4]
+    assert bucket.tensors["residual"].tolist() == [0.0] * 300 + [2.0] * 100
+    assert bucket.tensors["counters"].tolist() == [[3] * 4, [0] * 4]
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
@@ -77,11 +81,11 @@ def test_rebuilt_buckets_take_the_state_along(ranks: int) -> None:
     store, model = StateStore(), make_model(300, 700, 1000)
     first, second, third = model.values()
     old = [
-        fill(store.bucket([first, second], *geometry([300, 700], ranks)), 1),
-        fill(store.bucket([third], *geometry([1000], ranks)), 2),
+        fill(store.bucket([first, second], state_spec([300, 700], ranks)), 1),
+        fill(store.bucket([third], state_spec([1000], ranks)), 2),
     ]
     before = store.state_dict(model)
-    new = [store.bucket([third, first], *geometry([1000, 300], ranks)), store.bucket([second], *geometry([700], ranks))]
+    new = [store.bucket([third, first], state_spec([1000, 300], ranks)), store.bucket([second], state_spec([700], ranks))]
     for bucket in new:
         store.move(old, bucket)
     store.retire(old)
@@ -92,36 +96,32 @@ def test_rebuilt_buckets_take_the_state_along(ranks: int) -> None:
 def test_parameters_that_were_in_no_bucket_start_afresh_when_moved() -> None:
     store, model = StateStore(), make_model(300, 100)
     first, second = model.values()
-    old = fill(store.bucket([first], *geometry([300])))
-    new = store.bucket([second, first], *geometry([100, 300]))
+    old = fill(store.bucket([first], state_spec([300])))
+    new = store.bucket([second, first], state_spec([100, 300]))
     store.move([old], new)
     assert float(new.entry(0)["residual"].abs().sum()) == 0
-    assert torch.equal(new.entry(1)["residual"], old.local.residual)
+    assert torch.equal(new.entry(1)["residual"], old.tensors["residual"])
 
 
 def total_waiting(buckets: Sequence[BucketState], segment: int, numel: int) -> Tensor:
     """What waits to be sent for one parameter, over all ranks and both stages."""
-    total = torch.zeros(numel, dtype=torch.float64)
-    for rank, bucket in enumerate(buckets):
-        entry = bucket.entry(segment)
-        total += entry["residual"].double()
-        if bucket.owner is not None:
-            share = bucket.layout.all_pieces[rank * len(bucket.layout.segments) + segment]
-            start = share.grad_offset - bucket.layout.segments[segment][0]
-            total[start : start + share.numel] += entry["owner"]["residual"].double()
-    return total
+    entries = [bucket.entry(segment) for bucket in buckets]
+    total = torch.stack([entry["residual"].double() for entry in entries]).sum(0)
+    owned = [entry["owner"]["residual"].double() for entry in entries if "owner" in entry]
+    assert not owned or torch.cat(owned).numel() == numel, "the shares of all ranks are the parameter"
+    return total + torch.cat(owned) if owned else total
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [((4, 256), (0, 256)), ((4, 256), (4, 4096)), ((4, 256), (2, 256)), ((4, 4096), (4, 256))],
+    [((4, 0.01), (0, 0.01)), ((4, 0.01), (4, 0.001)), ((4, 0.01), (2, 0.01)), ((4, 0.001), (4, 0.01))],
     ids=["to gather", "other block", "other number of ranks", "smaller block"],
 )
-def test_owned_share_is_folded_into_the_residual_when_the_geometry_changes(old: tuple[int, int], new: tuple[int, int]) -> None:
+def test_owned_share_is_folded_into_the_residual_when_the_geometry_changes(old: tuple[int, float], new: tuple[int, float]) -> None:
     """The sum over all ranks of what waits is the same before and after."""
     numels, device = [5000, 300], torch.device("cpu")
-    before = [fill(BucketState([], *geometry(numels, old[0], rank, old[1]), device), rank) for rank in range(4)]
-    after = [BucketState([], *geometry(numels, new[0], rank % max(1, new[0]), new[1]), device) for rank in range(4)]
+    before = [fill(BucketState([], state_spec(numels, old[0], rank, old[1]), device), rank) for rank in range(4)]
+    after = [BucketState([], state_spec(numels, new[0], rank % max(1, new[0]), new[1]), device) for rank in range(4)]
     for source, target in zip(before, after, strict=True):
         for segment in range(2):
             target.write(segment, source.entry(segment))
@@ -130,7 +130,7 @@ def test_owned_share_is_folded_into_the_residual_when_the_geometry_changes(old: 
         assert isinstance(waiting, Tensor)
         torch.testing.assert_close(waiting, total_waiting(before, segment, numel), rtol=0, atol=1e-5)
         for bucket in after:
-            if bucket.owner is not None:
+            if bucket.spec.owner_share is not None:
                 entry = bucket.entry(segment)["owner"]
                 assert float(entry["residual"].abs().sum()) == 0
                 assert float(entry["threshold"]) == float("inf")
@@ -138,44 +138,43 @@ def test_owned_share_is_folded_into_the_residual_when_the_geometry_changes(old: 
 
 def test_same_geometry_keeps_the_owned_share() -> None:
     device = torch.device("cpu")
-    source = fill(BucketState([], *geometry([1000, 300], 2, 1), device))
-    target = fill(BucketState([], *geometry([300, 1000], 2, 1), device), 9)
+    source = fill(BucketState([], state_spec([1000, 300], 2, 1), device))
+    target = fill(BucketState([], state_spec([300, 1000], 2, 1), device), 9)
     target.write(1, source.entry(0))
     assert_same(target.entry(1), source.entry(0))
 
 
 def test_from_gather_to_owner_the_owner_starts_afresh() -> None:
     device = torch.device("cpu")
-    source = fill(BucketState([], *geometry([1000]), device))
-    target = fill(BucketState([], *geometry([1000], 2, 0), device), 9)
+    source = fill(BucketState([], state_spec([1000]), device))
+    target = fill(BucketState([], state_spec([1000], 2, 0), device), 9)
     target.write(0, source.entry(0))
-    assert torch.equal(target.local.residual, source.local.residual)
-    assert target.owner is not None
-    assert float(target.owner.residual.abs().sum()) == 0
+    assert torch.equal(target.tensors["residual"], source.tensors["residual"])
+    assert float(target.tensors["owner_residual"].abs().sum()) == 0
 
 
 def test_state_goes_when_its_parameters_go() -> None:
     store, model, kept = StateStore(), make_model(300), make_model(100)
-    fill(store.bucket(list(model.values()), *geometry([300])))
+    fill(store.bucket(list(model.values()), state_spec([300])))
     del model
     gc.collect()
-    store.bucket(list(kept.values()), *geometry([100]))
-    assert [bucket.layout.segments for bucket in store._buckets] == [((0, 100),)]
+    store.bucket(list(kept.values()), state_spec([100]))
+    assert [bucket.spec.numels for bucket in store._buckets] == [(100,)]
 
 
 def test_loaded_state_goes_when_its_parameters_go() -> None:
     store, model, kept = StateStore(), make_model(300), make_model(100)
-    store.load_state_dict(model, {"p0": BucketState([], *geometry([300]), torch.device("cpu")).entry(0)})
+    store.load_state_dict(model, {"p0": BucketState([], state_spec([300]), torch.device("cpu")).entry(0)})
     del model
     gc.collect()
-    store.bucket(list(kept.values()), *geometry([100]))
+    store.bucket(list(kept.values()), state_spec([100]))
     assert store._pending == []
 
 
 def test_new_parameter_in_the_place_of_a_dead_one_starts_afresh() -> None:
-    store, layouts = StateStore(), geometry([300])
+    store, spec = StateStore(), state_spec([300])
     parameter = nn.Parameter(torch.zeros(300))
-    fill(store.bucket([parameter], *layouts))
+    fill(store.bucket([parameter], spec))
     del parameter
     gc.collect()
-    assert float(store.bucket([nn.Parameter(torch.zeros(300))], *layouts).local.residual.abs().sum()) == 0
+    assert float(store.bucket([nn.Parameter(torch.zeros(300))], spec).tensors["residual"].abs().sum()) == 0

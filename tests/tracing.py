@@ -19,7 +19,9 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dct_compile import backend
+from dct_compile.compiler.graph import JOINT_SLOT, GraphCompiler, Settings
+from dct_compile.compiler.options import gradient_group
+from dct_compile.compiler.state_inputs import add_state_inputs
 from dct_compile.config import DCTConfig
 from dct_compile.passes.graph_utils import WAIT
 from dct_compile.passes.manager import GraphInput, JointGraphPass, StateRequest
@@ -61,15 +63,15 @@ class Trace:
     @property
     def kinds(self) -> list[tuple[str, str, str]]:
         """Collective, kind and origin of every site."""
-        return [(item.site.collective, item.site.kind, item.site.origin) for item in self.decisions]
+        return [(item.exchange.collective.name, item.exchange.kind, item.exchange.origin) for item in self.decisions]
 
     @property
     def reasons(self) -> list[str]:
         return [decision.reason for decision in self.decisions]
 
     @property
-    def codecs(self) -> list[str]:
-        return [decision.codec for decision in self.decisions]
+    def schemes(self) -> list[str]:
+        return [decision.scheme for decision in self.decisions]
 
 
 class Tracer:
@@ -87,8 +89,8 @@ class Tracer:
         config = DCTConfig(**options)
 
         def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            group = backend._gradient_group(config, inside_ddp=False)
-            return _TracingCompiler(gm, inputs, config, {}, group, self.runtime, self.traces).run()
+            settings = Settings(config, {}, gradient_group(config, reduced_outside=False), self.runtime)
+            return _TracingCompiler(gm, inputs, settings, self.traces).run()
 
         compiled: Callable[..., Any] = torch.compile(function, backend=compile_graph, dynamic=dynamic)
         return compiled
@@ -127,14 +129,14 @@ class _CapturingPass(JointGraphPass):
         self.captured.before, self.captured.after, self.captured.decisions = before, copy.deepcopy(graph), self.decisions
 
 
-class _TracingCompiler(backend._GraphCompiler):
+class _TracingCompiler(GraphCompiler):
     """The product's compiler, with an interpreter in place of Inductor's code generation."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args[:-1])
-        self.traces: list[Trace] = args[-1]
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], settings: Settings, traces: list[Trace]) -> None:
+        super().__init__(gm, inputs, settings)
+        self.traces = traces
 
-    def _attempt(self, requests: list[StateRequest]) -> tuple[Callable[..., Any], list[Decision]]:
+    def _attempt(self, requests: list[StateRequest]) -> Callable[..., Any]:
         captured = Trace(self.inputs, requests)
         joint_pass = _CapturingPass(self.name, self.config, self.inputs, requests, self.group, self.runtime, [], self.backward_only)
         joint_pass.captured = captured
@@ -146,12 +148,12 @@ class _TracingCompiler(backend._GraphCompiler):
                 captured.forward = gm.graph
             return make_boxed_func(_NothingReceived(gm).run)
 
-        gm, inputs = backend.add_state_inputs(self.gm, self.example_inputs, requests)
+        gm, inputs = add_state_inputs(self.gm, self.example_inputs, requests)
         with functorch_config.patch(enable_autograd_cache=False):
-            compiled = compile_fx(gm, inputs, inner_compile=interpret, config_patches={backend._JOINT_SLOT: joint_pass})  # type: ignore[arg-type]
+            compiled = compile_fx(gm, inputs, inner_compile=interpret, config_patches={JOINT_SLOT: joint_pass})  # type: ignore[arg-type]
         self.traces.append(captured)
         assert callable(compiled)
-        return compiled, joint_pass.decisions
+        return compiled
 
 
 class _NothingReceived(fx.Interpreter):

@@ -12,7 +12,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @lru_cache(maxsize=4096)
 def grad_extent(layout: GradientLayout) -> int:
-    """The least number of elements of a gradient buffer that holds all pieces."""
+    """Returns the least number of elements of a gradient buffer that holds all pieces."""
     return max((piece.grad_offset + piece.numel for piece in layout.pieces), default=0)
 
 
@@ -31,7 +31,7 @@ def check_state(grad: Tensor, residual: Tensor, threshold: Tensor, counters: Ten
 
 
 def check_gathered(gathered: Tensor, layout: GradientLayout, dense: Tensor | None, numel: int) -> int:
-    """The number of chunk payloads in ``gathered``; raises ValueError where sizes do not go together."""
+    """Returns the number of chunk payloads in ``gathered``; raises ValueError where sizes do not go together."""
     chunk_bytes = max(layout.chunk_bytes, 1)
     payloads, rest = divmod(gathered.numel(), chunk_bytes)
     if gathered.dtype != torch.uint8 or rest or payloads % layout.payload_chunks:

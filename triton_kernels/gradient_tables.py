@@ -61,7 +61,7 @@ def piece_table(layout: GradientLayout, device: torch.device) -> Tensor:
 
 @jit
 def is_nonfinite(x):  # type: ignore[no-untyped-def]
-    """Whether float32 elements are NaN or infinite, by their exponents (a comparison could be folded away as always false)."""
+    """Returns True if float32 elements are NaN or infinite, by their exponents (a comparison could be folded away as always false)."""
     return (x.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000
 
 

@@ -34,7 +34,7 @@ COUNTERS = 4
 
 
 def choose_block(density: float, largest_numel: int) -> int:
-    """The block with the fewest metadata bytes per element: counts are paid per block, indices per kept entry.
+    """Returns the block with the fewest metadata bytes per element: counts are paid per block, indices per kept entry.
 
     ``largest_numel``: elements of the largest segment. One of more than `WHOLE_PIECE` elements is no single block.
     """
@@ -232,10 +232,10 @@ class RowLayout(Value):
 
 
 def row_bytes(width: int, capacity: int, value_dtype: torch.dtype) -> int:
-    """Bytes of one row's payload: ``capacity`` values, then ``capacity`` indices of 1 byte (width <= 256) or 2 bytes."""
+    """Returns bytes of one row's payload: ``capacity`` values, then ``capacity`` indices of 1 byte (width <= 256) or 2 bytes."""
     return capacity * (value_dtype.itemsize + (1 if width <= 256 else 2))
 
 
 def quantized_row_bytes(width: int, bits: int) -> int:
-    """Bytes of one quantised row: a bfloat16 scale, then ``width`` codes of 8 or 4 bits."""
+    """Returns bytes of one quantised row: a bfloat16 scale, then ``width`` codes of 8 or 4 bits."""
     return 2 + (width * bits + 7) // 8

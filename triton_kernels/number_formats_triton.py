@@ -15,12 +15,12 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 def as_stored(x: Tensor) -> Tensor:
-    """The tensor as kernels take it: bfloat16 as int16."""
+    """Returns the tensor as kernels take it: bfloat16 as int16."""
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
 
 def as_bits(x: Tensor) -> Tensor:
-    """The tensor as kernels write it: integers of the same size."""
+    """Returns the tensor as kernels write it: integers of the same size."""
     return x.view(torch.int32 if x.element_size() == 4 else torch.int16)
 
 

@@ -23,14 +23,17 @@ STAGE_ALL, STAGE_DUE, STAGE_NONE = 0, 1, 2
 
 @jit
 def is_piece_due(tile, counters_ptr, tables, schedule):  # type: ignore[no-untyped-def]
-    """Whether the threshold is due of the parameter that a tile belongs to."""
+    """Returns True if the threshold is due of the parameter that a tile belongs to."""
     segment = tl.load(tables.pieces + tl.load(tables.tiles + tile * 4 + 3) * 7)
     return is_due(counters_ptr + segment * 4, schedule.interval, schedule.GEOMETRIC)
 
 
 @jit
 def run_task(grad_ptr, state, schedule, tables, staging, tally, payload, control_ptr, wire, form, STAGES: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A task, see the top of this file: stages a tile, counts a group of tiles (the last one settles), or places a group's entries."""
+    """Executes a task, see the top of this file.
+
+    It stages a tile, counts a group of tiles (the last one settles), or places a group's entries.
+    """
     task = take_task(control_ptr).to(tl.int64)
     if STAGES != 2:
         if task < tables.tile_count:
@@ -98,7 +101,7 @@ def pack_kernel(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """`run_task` of tuples."""
+    """Executes `run_task` with tuples made of its arguments."""
     groups = tl.maximum(tl.cdiv(tile_count, GROUP), 1)
     run_task(
         grad_ptr,

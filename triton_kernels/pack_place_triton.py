@@ -13,7 +13,7 @@ from dct_compile.triton_kernels.wire_triton import as_indices, as_values, scale_
 
 @jit
 def tally_group(group, tiles, found_ptr, tally):  # type: ignore[no-untyped-def]
-    """Running sums of `found`, both of its kinds, within a group of tiles, and their totals."""
+    """Computes running sums of `found`, both of its kinds, within a group of tiles, and their totals."""
     tile = group * tally.GROUP + tl.arange(0, tally.GROUP)
     for kind in tl.static_range(0, 2):
         found = tl.load(found_ptr + kind * tiles + tile, mask=tile < tiles, other=0)
@@ -23,7 +23,10 @@ def tally_group(group, tiles, found_ptr, tally):  # type: ignore[no-untyped-def]
 
 @jit
 def found_before(tile, inside, kind, tiles, tally):  # type: ignore[no-untyped-def]
-    """How many candidates (``kind`` 0: staged, 1: not staged) lie in the tiles before ``tile``, once `settle` has summed the groups."""
+    """Returns the number of candidates (``kind`` 0: staged, 1: not staged) in the tiles before ``tile``.
+
+    `settle` must have summed the groups.
+    """
     before = tl.load(tally.sums + kind * tally.groups + (tile - 1) // tally.GROUP, mask=inside & (tile > 0), other=0)
     return before + tl.load(tally.reached + kind * tiles + tile - 1, mask=inside & (tile > 0), other=0)
 
@@ -76,14 +79,20 @@ def settle(counters_ptr, held, tables, tally):  # type: ignore[no-untyped-def]
 
 @jit
 def kept_before(rank, entries, start, kept):  # type: ignore[no-untyped-def]
-    """How many of a piece's candidates before the one of this rank are sent: ``kept`` of ``entries`` are, cyclically from ``start``."""
+    """Returns the number of a piece's sent candidates before the one of this rank.
+
+    ``kept`` of ``entries`` are sent, cyclically from ``start``.
+    """
     wrapped = tl.maximum(start + kept - entries, 0)
     return tl.minimum(rank, wrapped) + tl.minimum(tl.maximum(rank - start, 0), kept - wrapped)
 
 
 @jit
 def place_group(group, residual_ptr, tables, staging, tally, payload, wire, form, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The staged entries of a group of tiles: those inside their piece's window go to the payload, the others back to the residual."""
+    """Places the staged entries of a group of tiles.
+
+    Those inside their piece's window go to the payload, the others back to the residual.
+    """
     tile = group * tally.GROUP + tl.arange(0, tally.GROUP)
     real = tile < tables.tile_count
     residual = residual_ptr + tl.load(tables.tiles + tile * 4 + 1, mask=real, other=0)

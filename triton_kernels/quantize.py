@@ -21,7 +21,7 @@ SMALLEST_SCALE = 2.0**-126
 
 
 def largest_code(bits: int) -> int:
-    """127 or 7: the codes are symmetric around 0. Raises ValueError for other ``bits`` than 8 and 4."""
+    """Returns 127 or 7: the codes are symmetric around 0. Raises ValueError for other ``bits`` than 8 and 4."""
     if bits not in (8, 4):
         raise ValueError(f"bits {bits} is not 8 or 4")
     return 127 if bits == 8 else 7
@@ -45,7 +45,7 @@ def check_quantized(payload: Tensor, row_shape: Sequence[int], bits: int, dtype:
 
 
 def _mix(h: Tensor) -> Tensor:
-    """A bijection of 32-bit integers (held in int64) in which each bit of the result depends on all bits: hash-prospector's lowbias32."""
+    """Mixes 32-bit integers (held in int64) by a bijection whose every result bit depends on all bits: hash-prospector's lowbias32."""
     h = h ^ h >> 16
     h = h * 0x7FEB352D & 0xFFFFFFFF
     h = h ^ h >> 15
@@ -58,7 +58,7 @@ SHARED = 32
 
 
 def uniform(seed: Tensor, row: Tensor, column: Tensor, width: int) -> Tensor:
-    """float32 in (-0.5, 0.5) for the entries at ``row`` and ``column`` (int64) of rows of ``width``, with 16 random bits for each.
+    """Returns float32 in (-0.5, 0.5) for the entries at ``row`` and ``column`` (int64) of rows of ``width``, with 16 random bits for each.
 
     The same on any device for one ``seed`` (int64 [1]).
     """
@@ -70,15 +70,22 @@ def uniform(seed: Tensor, row: Tensor, column: Tensor, width: int) -> Tensor:
 
 
 def quantize_rows_reference(x: Tensor, seed: Tensor, bits: int) -> Tensor:
-    """Each row becomes one scale and a code of ``bits`` bits for each entry.
-
-    ``x``: float32, bfloat16 or float16 [R, *row_shape], any strides; a row is its last dimension. ``seed``: int64 [1] on the same device,
-    read there. ``bits``: 8 or 4. Returns uint8 [R, inner * quantized_row_bytes]. Nothing is mutated.
+    """Encodes each row as one scale and a code of ``bits`` bits for each entry. Nothing is mutated.
 
     scale = max|x| / qmax, rounded up to bfloat16; code = round(x * (1 / scale) + u) with u uniform in (-0.5, 0.5): but for the rounding of
     the product the expectation of code * scale is x, and no entry moves by more than one scale. A row of zeros has scale 0; a row with
     NaN or Inf has scale NaN and decodes to NaN.
-    Raises ValueError for other ``bits`` and for other dtypes.
+
+    Args:
+        x: float32, bfloat16 or float16 [R, *row_shape], any strides; a row is its last dimension.
+        seed: int64 [1] on the same device, read there.
+        bits: 8 or 4.
+
+    Returns:
+        uint8 [R, inner * quantized_row_bytes].
+
+    Raises:
+        ValueError: ``bits`` or a dtype is another one.
     """
     check_quantize_arguments(x, seed, bits)
     qmax = largest_code(bits)
@@ -102,11 +109,22 @@ def quantize_rows_reference(x: Tensor, seed: Tensor, bits: int) -> Tensor:
 
 
 def dequantize_rows_reference(payload: Tensor, row_shape: Sequence[int], bits: int, dtype: torch.dtype) -> Tensor:
-    """code * scale: the rows of ``quantize_rows``.
+    """Decodes the rows of ``quantize_rows``: code * scale.
 
-    ``payload``: uint8 [R, inner * quantized_row_bytes]. Returns ``dtype`` [R, *row_shape], contiguous. The scale is rounded up, so the
-    largest code may stand for more than the row's largest entry: what would pass the range of ``dtype`` becomes its largest finite value.
-    Raises ValueError for other ``bits`` than 8 and 4 and for a payload of another shape.
+    The scale is rounded up, so the largest code may stand for more than the row's largest entry. A value beyond the range of ``dtype``
+    becomes its largest finite value.
+
+    Args:
+        payload: uint8 [R, inner * quantized_row_bytes].
+        row_shape: The sizes of a result behind the leading dimension.
+        bits: 8 or 4.
+        dtype: The dtype of the result.
+
+    Returns:
+        ``dtype`` [R, *row_shape], contiguous.
+
+    Raises:
+        ValueError: ``bits`` is another one, or ``payload`` has another shape.
     """
     check_quantized(payload, row_shape, bits, dtype)
     width = row_shape[-1]

@@ -17,7 +17,7 @@ from dct_compile.triton_kernels.row_codec_triton import load_bytes, power_of_two
 
 @jit
 def mix(h):  # type: ignore[no-untyped-def]
-    """`quantize._mix` for uint32."""
+    """Computes `quantize._mix` for uint32."""
     h = h ^ (h >> 16)
     h = h * 0x7FEB352D
     h = h ^ (h >> 15)
@@ -27,7 +27,7 @@ def mix(h):  # type: ignore[no-untyped-def]
 
 @jit
 def row_codes(x, scale, seed, row, column, WIDTH: tl.constexpr, QMAX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """int32 codes of ``x`` at ``column`` of ``row`` (int64); 0 where there is no scale."""
+    """Returns int32 codes of ``x`` at ``column`` of ``row`` (int64); 0 where there is no scale."""
     number = (row * ((WIDTH + 31) // 32) + column // 32) * 16 + column % 16  # quantize.SHARED
     upper = mix((seed >> 32).to(tl.uint32) ^ mix((number >> 32).to(tl.uint32)))
     h = mix(number.to(tl.uint32) ^ mix(seed.to(tl.uint32) ^ upper))
@@ -53,7 +53,7 @@ def quantize_rows_kernel(  # type: ignore[no-untyped-def]
     ROW_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Scale and codes of a row; each byte of codes holds ENTRIES of them."""
+    """Writes scale and codes of a row; each byte of codes holds ENTRIES of them."""
     row = tl.program_id(0).to(tl.int64)
     seed = tl.load(seed_ptr)
     column = tl.arange(0, BLOCK) * ENTRIES
@@ -89,7 +89,7 @@ def dequantize_rows_kernel(  # type: ignore[no-untyped-def]
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A part of a row: code * scale, kept in the range of the output."""
+    """Writes a part of a row: code * scale, kept in the range of the output."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -108,7 +108,7 @@ def dequantize_rows_kernel(  # type: ignore[no-untyped-def]
 
 @torch.no_grad()
 def quantize_rows_triton(x: Tensor, seed: Tensor, bits: int) -> Tensor:
-    """`quantize_rows_reference` with Triton. No host sync."""
+    """Computes `quantize_rows_reference` with Triton. No host sync."""
     check_quantize_arguments(x, seed, bits)
     width, inner = x.shape[-1], math.prod(x.shape[1:-1])
     columns = quantized_row_bytes(width, bits)
@@ -135,7 +135,7 @@ def quantize_rows_triton(x: Tensor, seed: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def dequantize_rows_triton(payload: Tensor, row_shape: Sequence[int], bits: int, dtype: torch.dtype) -> Tensor:
-    """`dequantize_rows_reference` with Triton. No host sync."""
+    """Computes `dequantize_rows_reference` with Triton. No host sync."""
     check_quantized(payload, row_shape, bits, dtype)
     width = row_shape[-1]
     out = torch.empty(payload.shape[0], *row_shape, dtype=dtype, device=payload.device)

@@ -19,7 +19,7 @@ def repack_reference(
     selection: Selection,
     error_feedback: bool,
 ) -> Tensor:
-    """The payload of the sum of payloads: uint8 [layout.chunk_bytes].
+    """Returns the payload of the sum of payloads: uint8 [layout.chunk_bytes].
 
     ``gathered``: uint8 [P * layout.chunk_bytes], one chunk of every rank, as in `unpack_accumulate_reference` with ``chunk >= 0``; the
     sum is not divided. ``residual``, ``threshold`` and ``counters`` are those of the owner, and mutated as by `select_threshold_reference`

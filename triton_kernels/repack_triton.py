@@ -24,7 +24,7 @@ from dct_compile.triton_kernels.unpack_kernels_triton import accumulate_tile
 
 @jit
 def repack_tile(grad, gathered, state, schedule, tables, staging, payload, wire, form, STEP: tl.constexpr, CONSTANT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of the owner's sum, and what `stage_tile` makes of it where the threshold is known."""
+    """Writes a tile of the owner's sum. Where the threshold is known, stages it by `stage_tile`."""
     accumulate_tile(gathered, tables, grad, wire, form.PART, form.TILE, STEP)
     tile = tl.program_id(0).to(tl.int64)
     due = False
@@ -73,7 +73,7 @@ def repack_kernel(  # type: ignore[no-untyped-def]
     FEEDBACK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """`repack_tile` of tuples."""
+    """Executes `repack_tile` with tuples made of its arguments."""
     repack_tile(
         grad_ptr,
         named("Gathered")(payloads_ptr, reached_ptr, rounds, chunks, blocks_per_chunk, capacity),
@@ -99,7 +99,7 @@ def repack_triton(
     selection: Selection,
     error_feedback: bool,
 ) -> Tensor:
-    """`repack_reference` with Triton. No host sync; the same bytes in every run."""
+    """Computes `repack_reference` with Triton. No host sync; the same bytes in every run."""
     check_gathered(gathered, layout, None, layout.state_numel)
     total = torch.empty(layout.state_numel, dtype=torch.float32, device=gathered.device)
     state = (residual, threshold, counters)

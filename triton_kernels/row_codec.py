@@ -83,7 +83,7 @@ def round_to_value(values: Tensor, value_dtype: torch.dtype) -> Tensor:
 
 
 def encode_rows(values: Tensor, indices: Tensor, layout: RowLayout) -> Tensor:
-    """Bytes of rows: ``values`` [N, capacity] in the value dtype and ``indices`` int64 [N, capacity] -> uint8 [N, row_bytes]."""
+    """Returns bytes of rows: ``values`` [N, capacity] in the value dtype and ``indices`` int64 [N, capacity] -> uint8 [N, row_bytes]."""
     rows, capacity = values.shape
     value_bytes = values.contiguous().view(torch.uint8).reshape(rows, capacity * values.element_size())
     parts = [indices] if layout.index_bytes == 1 else [indices & 255, indices >> 8]

@@ -6,7 +6,7 @@ from dct_compile.triton_kernels.compat import jit, tl
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that is not less than ``n`` >= 1."""
+    """Returns the least power of two that is not less than ``n`` >= 1."""
     return 1 << (n - 1).bit_length()
 
 

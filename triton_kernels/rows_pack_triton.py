@@ -29,7 +29,7 @@ def pack_rows_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """The largest CAPACITY eligible entries of a row, by ascending index."""
+    """Writes the largest CAPACITY eligible entries of a row, by ascending index."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     x = as_float(tl.load(x_ptr + row * WIDTH + column, mask=column < WIDTH, other=0), SOURCE)
@@ -66,7 +66,7 @@ def pack_rows_kernel(  # type: ignore[no-untyped-def]
 
 @torch.no_grad()
 def pack_rows_triton(x: Tensor, layout: RowLayout, method: str, density: float, fixed: float) -> Tensor:
-    """`pack_rows_reference` with Triton. No host sync."""
+    """Computes `pack_rows_reference` with Triton. No host sync."""
     check_pack_arguments(x, layout, method, density, fixed)
     x = x.contiguous()
     payload = torch.empty(x.shape[0], layout.inner * layout.row_bytes, dtype=torch.uint8, device=x.device)

@@ -36,7 +36,7 @@ def unpack_rows_reference(payload: Tensor, layout: RowLayout, addends: int, dtyp
 
 
 def gather_rows_reference(grad: Tensor, payload: Tensor, layout: RowLayout, value_dtype: torch.dtype) -> Tensor:
-    """The entries of ``grad`` at a payload's valid indices.
+    """Returns the entries of ``grad`` at a payload's valid indices.
 
     ``grad``: float32, bfloat16 or float16 [R, *row_shape], any strides. ``payload``: uint8 [A * R, inner * row_bytes]; each of its A
     blocks of R rows reads the same gradient rows (the backward of a sum of A payloads). Returns ``value_dtype`` [A * R, inner * capacity],
@@ -53,7 +53,7 @@ def gather_rows_reference(grad: Tensor, payload: Tensor, layout: RowLayout, valu
 
 
 def scatter_rows_reference(values: Tensor, payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
-    """The counterpart of ``gather_rows``: dense rows with ``values`` at the payload's valid indices.
+    """Returns the counterpart of ``gather_rows``: dense rows with ``values`` at the payload's valid indices.
 
     ``values``: float32, bfloat16 or float16 [addends * R, inner * capacity]. ``payload``: uint8 [R, inner * row_bytes]. Returns ``dtype``
     [R, *row_shape], contiguous: zeros and, at the valid indices, the sum over the addends, accumulated in float32 in their order, then

@@ -1,6 +1,6 @@
 """``unpack_rows``, ``gather_rows``, ``scatter_rows`` on the device.
 
-A dense row is not scattered into: each of its elements looks for its entry by halving (indices ascend). So every element is written once,
+A dense row is not scattered into: each of its elements searches its entry by halving (indices ascend). So every element is written once,
 by one thread, sums have one order, and a damaged payload cannot write outside its row.
 """
 
@@ -18,7 +18,10 @@ from dct_compile.triton_kernels.row_codec_triton import load_bytes, power_of_two
 
 @jit
 def find_entries(packed, column, WIDTH: tl.constexpr, CAPACITY: tl.constexpr, VALUE_BYTES: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """For each ``column`` of the row at ``packed``: the number of its entry, and whether it has one (if not, the number means nothing)."""
+    """Finds the entry of each ``column`` of the row at ``packed``.
+
+    Returns its number, and whether there is one. If there is none, the number means nothing.
+    """
     INDEX_BYTES: tl.constexpr = 1 if WIDTH <= 256 else 2
     indices = packed + CAPACITY * VALUE_BYTES
     entry = tl.zeros_like(column)
@@ -50,7 +53,7 @@ def dense_rows_kernel(  # type: ignore[no-untyped-def]
     OUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A part of a dense row: the sum, in float32 and in their order, of what the addends hold at each index."""
+    """Writes a part of a dense row: at each index the sum of the addends' values, in float32 and in their order."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -83,7 +86,7 @@ def gather_rows_kernel(  # type: ignore[no-untyped-def]
     VALUE: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """The gradient at the valid indices of one packed row."""
+    """Writes the gradient at the valid indices of one packed row."""
     INDEX_BYTES: tl.constexpr = 1 if WIDTH <= 256 else 2
     row = tl.program_id(0).to(tl.int64)
     entry = tl.arange(0, ENTRIES)
@@ -123,7 +126,7 @@ def _dense_rows(payload: Tensor, values: Tensor | None, out: Tensor, layout: Row
 
 @torch.no_grad()
 def unpack_rows_triton(payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
-    """`unpack_rows_reference` with Triton. No host sync."""
+    """Computes `unpack_rows_reference` with Triton. No host sync."""
     check_row_payload(payload, layout, addends, dtype)
     out = torch.empty(payload.shape[0] // addends, *layout.row_shape, dtype=dtype, device=payload.device)
     return _dense_rows(payload, None, out, layout, addends)
@@ -131,7 +134,7 @@ def unpack_rows_triton(payload: Tensor, layout: RowLayout, addends: int, dtype: 
 
 @torch.no_grad()
 def scatter_rows_triton(values: Tensor, payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
-    """`scatter_rows_reference` with Triton. No host sync."""
+    """Computes `scatter_rows_reference` with Triton. No host sync."""
     check_row_payload(payload, layout, 1, dtype)
     check_row_values(values, payload, layout, addends)
     out = torch.empty(payload.shape[0], *layout.row_shape, dtype=dtype, device=payload.device)
@@ -140,7 +143,7 @@ def scatter_rows_triton(values: Tensor, payload: Tensor, layout: RowLayout, adde
 
 @torch.no_grad()
 def gather_rows_triton(grad: Tensor, payload: Tensor, layout: RowLayout, value_dtype: torch.dtype) -> Tensor:
-    """`gather_rows_reference` with Triton. No host sync."""
+    """Computes `gather_rows_reference` with Triton. No host sync."""
     check_dense_rows(grad, layout)
     check_row_payload(payload, layout, grad.shape[0], value_dtype)
     out = torch.empty(payload.shape[0], layout.inner * layout.capacity, dtype=value_dtype, device=payload.device)

@@ -2,7 +2,7 @@
 
 
 def is_refresh_step(step: int, refresh_interval: int, refresh_warmup: str, overflowed: bool) -> bool:
-    """Whether the threshold is selected at ``step`` (0, 1, 2, ...) of a parameter.
+    """Returns True if the threshold is selected at ``step`` (0, 1, 2, ...) of a parameter.
 
     "off" is the paper's plain schedule ([Gupta21] Alg. 1): every ``refresh_interval`` steps. Its first threshold is chosen while the
     residual is empty and is too low for the steps that follow. "geometric" therefore starts with a refresh at every step and lets the gap

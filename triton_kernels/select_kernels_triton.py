@@ -26,7 +26,7 @@ def load_sum(samples, region, start, lanes, inside):  # type: ignore[no-untyped-
 
 @jit
 def is_any_due(regions, region_count, schedule, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether the threshold of any parameter is due."""
+    """Returns True if the threshold of any parameter is due."""
     due = tl.zeros([LANES], dtype=tl.int1)
     for first in range(0, region_count, LANES):
         number = tl.minimum(first + tl.arange(0, LANES), region_count - 1)

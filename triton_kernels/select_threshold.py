@@ -31,7 +31,7 @@ class Region:
 
 
 def sample_stride(numel: int) -> int:
-    """The distance of sampled groups, the largest that leaves enough of them."""
+    """Returns the distance of sampled groups, the largest that leaves enough of them."""
     return next((stride for stride in STRIDES if numel >= stride * SAMPLE_GROUP * FEWEST_GROUPS), 1)
 
 
@@ -42,13 +42,13 @@ def sample_numel(numel: int, stride: int) -> int:
 
 
 def sample(x: Tensor, stride: int) -> Tensor:
-    """Every ``stride``-th group of ``x`` [n]; the last may be shorter."""
+    """Returns every ``stride``-th group of ``x`` [n]; the last may be shorter."""
     return x if stride == 1 else torch.cat([part[:SAMPLE_GROUP] for part in x.split(SAMPLE_GROUP * stride)])
 
 
 @lru_cache(maxsize=4096)
 def regions(layout: GradientLayout, selection: Selection) -> tuple[Region, ...]:
-    """The region of each parameter that has elements here: of the whole segment (``chunk == -1``) or of the owner's piece of it."""
+    """Returns the region of each parameter that has elements here: of the whole segment (``chunk == -1``) or of the owner's piece of it."""
     found: list[Region] = []
     state_offset = 0
     if layout.chunk < 0:
@@ -66,7 +66,7 @@ def regions(layout: GradientLayout, selection: Selection) -> tuple[Region, ...]:
 
 
 def constant_threshold(selection: Selection) -> float | None:
-    """The threshold that needs no look at the gradient: 0 if everything is kept, the given one for "fixed", else None."""
+    """Returns the threshold that needs no look at the gradient: 0 if everything is kept, the given one for "fixed", else None."""
     if selection.density >= 1:
         return 0.0
     return selection.fixed if selection.method == "fixed" else None

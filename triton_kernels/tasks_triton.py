@@ -11,7 +11,7 @@ from dct_compile.triton_kernels.compat import jit, tl
 
 @jit
 def take_task(ticket_ptr):  # type: ignore[no-untyped-def]
-    """The number of this program's next task; ``ticket_ptr``: an integer, zero before the launch."""
+    """Returns the number of this program's next task; ``ticket_ptr``: an integer, zero before the launch."""
     return tl.atomic_add(ticket_ptr, 1, sem="relaxed")
 
 

@@ -62,7 +62,7 @@ def encode_with_scale(w: Tensor, scale: Tensor) -> Tensor:
 
 
 def window_mask(candidates: Tensor, capacity: int, step: int) -> Tensor:
-    """The candidates that are sent: all if they fit, else ``capacity`` of them, cyclically from one that moves on at each step."""
+    """Returns the candidates that are sent: all if they fit, else ``capacity`` of them, cyclically from one that moves on at each step."""
     total = int(candidates.sum())
     if total <= capacity:
         return candidates
@@ -71,7 +71,7 @@ def window_mask(candidates: Tensor, capacity: int, step: int) -> Tensor:
 
 
 def first_of_block(candidates: Tensor, layout: GradientLayout) -> Tensor:
-    """The candidates that their block's count can express: the first ``layout.max_count`` of each block."""
+    """Returns the candidates that their block's count can express: the first ``layout.max_count`` of each block."""
     if layout.max_count == layout.block:
         return candidates
     rows = torch.nn.functional.pad(candidates, (0, -candidates.numel() % layout.block)).view(-1, layout.block)

@@ -57,12 +57,12 @@ class Packer:
         return cls(layout, state, error_feedback, tiles, piece_table(layout, device), payload, staging, control)
 
     def stage_arguments(self, grad: Tensor, interval: int) -> tuple[Any, ...]:
-        """The first arguments of the kernels that stage tiles, in this order."""
+        """Returns the first arguments of the kernels that stage tiles, in this order."""
         tables = (self.tiles, self.tiles.shape[0], self.pieces)
         return as_stored(grad), *self.state, interval, *tables, self.payload, *self.staging, self.control
 
     def stage_options(self, grad: Tensor) -> dict[str, Any]:
-        """The options that the kernels that stage tiles are compiled for."""
+        """Returns the options that the kernels that stage tiles are compiled for."""
         options = {"GRAD": CODES[grad.dtype], "PART": PART, "TILE": TILE, "FEEDBACK": self.error_feedback, "num_warps": WARPS}
         return {**wire_arguments(self.layout), **options}
 

@@ -8,7 +8,10 @@ from dct_compile.triton_kernels.threshold_pack import chunk_view, unsigned
 
 
 def uncovered_ranges(layout: GradientLayout, numel: int) -> tuple[tuple[int, int], ...]:
-    """The parts ``(offset, size)`` of a bucket of ``numel`` elements that no segment covers, in order; none in an owner's buffer."""
+    """Returns the parts ``(offset, size)`` of a bucket of ``numel`` elements that no segment covers, in order.
+
+    An owner's buffer has none.
+    """
     if layout.chunk >= 0:
         return ()
     ranges: list[tuple[int, int]] = []
@@ -40,7 +43,10 @@ def _add_chunk(total: Tensor, payload: Tensor, layout: GradientLayout, chunk: in
 
 
 def finish(total: Tensor, dense: Tensor | None, dtype: torch.dtype, layout: GradientLayout, divisor: int) -> Tensor:
-    """The sum over the divisor (as a tensor: by a number CUDA would multiply with the reciprocal), with the dense elements put in."""
+    """Returns the sum over the divisor, with the dense elements put in.
+
+    The divisor is a tensor: for a number, CUDA would multiply with the reciprocal.
+    """
     result = (total if divisor == 1 else total / total.new_full((), divisor)).to(dtype)
     if dense is not None:
         start = 0
@@ -54,11 +60,16 @@ def finish(total: Tensor, dense: Tensor | None, dtype: torch.dtype, layout: Grad
 def unpack_accumulate_reference(
     gathered: Tensor, dense: Tensor | None, numel: int, dtype: torch.dtype, layout: GradientLayout, divisor: int
 ) -> Tensor:
-    """The bucket ``dtype`` [numel] that the gathered payloads stand for: entries summed in float32 in payload order, over ``divisor``.
+    """Returns the bucket ``dtype`` [numel] of the gathered payloads: entries summed in float32 in payload order, over ``divisor``.
 
-    ``gathered``: uint8 [M * layout.chunk_bytes]. For ``chunk == -1`` the j-th chunk payload covers chunk ``j % chunks`` of the bucket;
-    for ``chunk >= 0`` every one covers the owner's compact buffer, which is what is returned. ``dense``: the elements of the bucket that
-    no segment covers, in order, of any float dtype, copied; without it they are 0.
+    Args:
+        gathered: uint8 [M * layout.chunk_bytes]. For ``chunk == -1`` the j-th chunk payload covers chunk ``j % chunks`` of the bucket; for
+            ``chunk >= 0`` every one covers the owner's compact buffer, which is the result.
+        dense: The elements of the bucket that no segment covers, in order, of any float dtype, copied; without it they are 0.
+        numel: Elements of the result.
+        dtype: Dtype of the result.
+        layout: The geometry of the payloads.
+        divisor: The divisor of the sums.
     """
     total = torch.zeros(numel, dtype=torch.float32, device=gathered.device)
     for j in range(gathered.numel() // max(layout.chunk_bytes, 1)):

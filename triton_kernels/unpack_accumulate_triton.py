@@ -44,7 +44,7 @@ def entries_reached(gathered: Tensor, layout: GradientLayout) -> Tensor:
 
 
 def gathered_arguments(gathered: Tensor, layout: GradientLayout) -> dict[str, object]:
-    """The fields of `Gathered`, as arguments of a kernel."""
+    """Returns the fields of `Gathered`, as arguments of a kernel."""
     payloads = gathered.contiguous()
     return {
         "payloads_ptr": payloads,

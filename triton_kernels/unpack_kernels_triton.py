@@ -10,7 +10,7 @@ from dct_compile.triton_kernels.wire_triton import as_indices, as_values
 
 @jit
 def lower_bound(sorted_ptr, low, high, wanted):  # type: ignore[no-untyped-def]
-    """The first position in [low, high) whose element is not below ``wanted``, else ``high``."""
+    """Returns the first position in [low, high) whose element is not below ``wanted``, else ``high``."""
     while low < high:
         middle = (low + high) // 2
         below = tl.load(sorted_ptr + middle) < wanted
@@ -21,9 +21,9 @@ def lower_bound(sorted_ptr, low, high, wanted):  # type: ignore[no-untyped-def]
 
 @jit
 def accumulate_tile(gathered, tables, total_ptr, wire, PART: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sum of all payloads' entries of this program's tile, in `total`.
+    """Forms the sum of all payloads' entries of this program's tile, in `total`.
 
-    Within a payload an index occurs once; between payloads all lanes meet. What a damaged payload says beyond them is left out.
+    Within a payload an index occurs once; between payloads all lanes meet. Entries of a damaged payload outside of the tile are left out.
     """
     tile = tl.program_id(0).to(tl.int64)
     size = tl.load(tables.tiles + tile * 4 + 2).to(tl.int32)
@@ -74,7 +74,10 @@ def accumulate_tile(gathered, tables, total_ptr, wire, PART: tl.constexpr, TILE:
 
 @jit
 def unpack_tile(gathered, tables, total_ptr, out_ptr, divisor, wire, form, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of the output: the payloads' sum over the divisor. The sum is formed where the tile lies, in the first levels of cache."""
+    """Writes a tile of the output: the payloads' sum over the divisor.
+
+    The sum is formed where the tile lies, in the first levels of cache.
+    """
     tile = tl.program_id(0).to(tl.int64)
     accumulate_tile(gathered, tables, total_ptr, wire, form.PART, form.TILE, STEP)
     start = tl.load(tables.tiles + tile * 4)
@@ -115,7 +118,7 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
     STEP: tl.constexpr,
     OUT: tl.constexpr,
 ):
-    """`unpack_tile` of tuples."""
+    """Executes `unpack_tile` with tuples made of its arguments."""
     unpack_tile(
         named("Gathered")(payloads_ptr, reached_ptr, rounds, chunks, blocks_per_chunk, capacity),
         named("Tables")(tiles_ptr, tile_count, pieces_ptr),
@@ -138,7 +141,7 @@ def fill_kernel(  # type: ignore[no-untyped-def]
     HAS_DENSE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The elements of the output that no segment covers: copied, or 0."""
+    """Writes the elements of the output that no segment covers: copied, or 0."""
     row = gaps_ptr + tl.program_id(0).to(tl.int64) * 3
     offsets = tl.arange(0, TILE)
     inside = offsets < tl.load(row + 2)

@@ -8,7 +8,7 @@ from dct_compile.triton_kernels.number_formats_triton import CODES
 
 
 def wire_arguments(layout: GradientLayout) -> dict[str, object]:
-    """The fields of `Wire`, as arguments of a kernel."""
+    """Returns the fields of `Wire`, as arguments of a kernel."""
     return {
         "chunk_bytes": layout.chunk_bytes,
         "values_offset": layout.values_offset,
@@ -24,7 +24,7 @@ def wire_arguments(layout: GradientLayout) -> dict[str, object]:
 
 @jit
 def as_values(pointer, VALUE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A pointer to the bits of values of the dtype with the code VALUE."""
+    """Returns a pointer to the bits of values of the dtype with the code VALUE."""
     if VALUE == 0:
         return pointer.to(tl.pointer_type(tl.int32))
     elif VALUE == 3:
@@ -35,7 +35,7 @@ def as_values(pointer, VALUE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def as_indices(pointer, INDEX_BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A pointer to counts or indices."""
+    """Returns a pointer to counts or indices."""
     if INDEX_BYTES == 1:
         return pointer.to(tl.pointer_type(tl.uint8))
     elif INDEX_BYTES == 2:

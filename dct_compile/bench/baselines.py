@@ -13,18 +13,18 @@ from dct_compile.triton_kernels.select_threshold import SAMPLE_GROUP
 
 
 def kthvalue_threshold(grad: Tensor, residual: Tensor, rank: int, stride: int) -> Tensor:
-    """The ``rank``-th largest abs(grad + residual) of every ``stride``-th group, all of which are whole."""
+    """Returns the ``rank``-th largest abs(grad + residual) of every ``stride``-th group, all of which are whole."""
     magnitude = _magnitude(grad, residual, stride)
     return magnitude.kthvalue(magnitude.numel() - rank + 1).values
 
 
 def sort_threshold(grad: Tensor, residual: Tensor, rank: int, stride: int) -> Tensor:
-    """The same from sorted magnitudes."""
+    """Returns the same from sorted magnitudes."""
     return _magnitude(grad, residual, stride).sort(descending=True).values[rank - 1]
 
 
 def topk_threshold(grad: Tensor, residual: Tensor, rank: int, stride: int) -> Tensor:
-    """The same as the least of the largest."""
+    """Returns the same as the least of the largest."""
     return _magnitude(grad, residual, stride).topk(rank, sorted=False).values.min()
 
 
@@ -34,12 +34,12 @@ def _magnitude(grad: Tensor, residual: Tensor, stride: int) -> Tensor:
 
 
 def laplace_threshold(grad: Tensor, residual: Tensor, density: float) -> Tensor:
-    """The threshold of a Laplace distribution."""
+    """Returns the threshold of a Laplace distribution."""
     return (grad + residual).abs().mean() * -math.log(density)
 
 
 def threshold_chain(grad: Tensor, residual: Tensor, threshold: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices, values and residual of the entries that reach the threshold."""
+    """Returns indices, values and residual of the entries that reach the threshold."""
     w = grad + residual
     kept = w.abs() >= threshold
     indices = kept.nonzero().view(-1)
@@ -47,14 +47,14 @@ def threshold_chain(grad: Tensor, residual: Tensor, threshold: Tensor, rank: int
 
 
 def topk_compression(grad: Tensor, residual: Tensor, threshold: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices, values and residual of the ``rank`` largest entries."""
+    """Returns indices, values and residual of the ``rank`` largest entries."""
     w = grad + residual
     indices = w.abs().topk(rank, sorted=False).indices
     return indices, w[indices].to(torch.bfloat16), w.index_fill(0, indices, 0.0)
 
 
 def index_add(numel: int, dtype: torch.dtype, *entries: Tensor) -> Tensor:
-    """The mean of payloads; ``entries``: indices and values of each."""
+    """Returns the mean of payloads; ``entries``: indices and values of each."""
     total = torch.zeros(numel, device=entries[0].device)
     for indices, values in zip(entries[::2], entries[1::2], strict=True):
         total.index_add_(0, indices, values.float())
@@ -62,7 +62,7 @@ def index_add(numel: int, dtype: torch.dtype, *entries: Tensor) -> Tensor:
 
 
 def index_add_chain(residual: Tensor, threshold: Tensor, *entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of payloads, and what `threshold_chain` makes of it."""
+    """Returns the sum of payloads, and what `threshold_chain` makes of it."""
     total = torch.zeros_like(residual)
     for indices, values in zip(entries[::2], entries[1::2], strict=True):
         total.index_add_(0, indices, values.float())
@@ -70,7 +70,7 @@ def index_add_chain(residual: Tensor, threshold: Tensor, *entries: Tensor) -> tu
 
 
 def topk_rows(x: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Indices and values of the ``capacity`` largest entries of each row."""
+    """Returns indices and values of the ``capacity`` largest entries of each row."""
     indices = x.abs().topk(capacity, dim=-1, sorted=False).indices
     return indices, x.gather(-1, indices).to(torch.bfloat16)
 
@@ -81,7 +81,7 @@ def scatter_dense(width: int, dtype: torch.dtype, indices: Tensor, values: Tenso
 
 
 def gather_values(grad: Tensor, indices: Tensor) -> Tensor:
-    """The entries of each row at the indices."""
+    """Returns the entries of each row at the indices."""
     return grad.gather(-1, indices).to(torch.bfloat16)
 
 

@@ -39,7 +39,7 @@ class Problem:
         return ceil(self.density * self.width)
 
     def at_most(self, numel: int) -> "Problem":
-        """The same with ``numel`` elements, if it has more."""
+        """Returns the same with ``numel`` elements, if it has more."""
         return replace(self, numel=min(self.numel, numel), width=min(self.width, numel))
 
     @property
@@ -53,7 +53,7 @@ class Problem:
         return Selection(self.density, method, 0.0, CONFIG.refresh_interval, "off")
 
     def row_layout(self, method: str = "exact") -> RowLayout:
-        """A row, with the capacity that the plan chooses for the method."""
+        """Returns a row, with the capacity that the plan chooses for the method."""
         capacity = self.kept if method == "exact" else min(self.width, ceil(self.kept * CONFIG.capacity_factor))
         return RowLayout((self.width,), capacity, VALUE_DTYPE)
 
@@ -71,7 +71,7 @@ class Inputs:
         return list(found.values())
 
     def clone(self) -> "Inputs":
-        """The same in memory of its own."""
+        """Returns the same in memory of its own."""
         clones = {id(tensor): tensor.clone() for tensor in self.tensors()}
         arguments, operands = (tuple(clones.get(id(value), value) for value in values) for values in (self.arguments, self.operands))
         return Inputs(arguments, operands)

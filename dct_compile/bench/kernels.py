@@ -67,7 +67,7 @@ class Measurement:
         return self.timings[OP].median_ms / self.timings[ADD].median_ms
 
     def speedup(self, name: str) -> float | None:
-        """How many times faster than ``name`` the op is, by medians; None where that was not measured."""
+        """Returns the median time of ``name`` over that of the op. None where that was not measured."""
         return self.timings[name].median_ms / self.timings[OP].median_ms if name in self.timings else None
 
 
@@ -86,7 +86,7 @@ class Settings:
 
 
 def plan(settings: Settings) -> list[tuple[Case, Problem]]:
-    """The measurements to make, size by size, so that the random numbers of a size are made once."""
+    """Returns the measurements to make, size by size, so that the random numbers of a size are made once."""
     return [
         (case, Problem(numel, width, density, dtype, settings.device))
         for numel in settings.sizes
@@ -176,7 +176,10 @@ def _equal(actual: Tensor, expected: Tensor, rtol: float) -> bool:
 
 
 def _contenders(case: Case, made: Inputs, copies: int, inductor: bool) -> dict[str, Contender]:
-    """The op and its baselines on the same ``copies`` of the inputs. ``made`` stays as it is: the op's changes are undone from it."""
+    """Returns the op and its baselines on the same ``copies`` of the inputs.
+
+    ``made`` stays as it is: the op's changes are undone from it.
+    """
     sets = [made.clone() for _ in range(copies)]
     mutated = [
         i for i, argument in enumerate(case.op._schema.arguments) if argument.alias_info is not None and argument.alias_info.is_write
@@ -201,7 +204,7 @@ def _contenders(case: Case, made: Inputs, copies: int, inductor: bool) -> dict[s
 
 
 def _compiled(chain: Callable[..., object], operands: tuple[Any, ...]) -> Callable[..., object]:
-    """The chain compiled by Inductor for exactly these sizes, as one graph."""
+    """Returns the chain compiled by Inductor for exactly these sizes, as one graph."""
     torch._dynamo.reset()  # or the sizes before would make this one dynamic
     with dynamo_config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(chain, fullgraph=True, dynamic=False)

@@ -18,7 +18,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def processor_name() -> str:
-    """The CPU's model name."""
+    """Returns the CPU's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -28,12 +28,12 @@ def processor_name() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU, or of the CPU."""
+    """Returns the name of the GPU, or of the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def last_level_cache_bytes(device: torch.device) -> int:
-    """Bytes of the GPU's L2 cache, or of all last-level caches of the CPU together."""
+    """Returns bytes of the GPU's L2 cache, or of all last-level caches of the CPU together."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     caches: dict[tuple[int, str], int] = {}
@@ -48,12 +48,12 @@ def last_level_cache_bytes(device: torch.device) -> int:
 
 
 def line_bytes(device: torch.device) -> int:
-    """The least that memory moves for one element: a cache line of a CPU, a sector of a GPU's."""
+    """Returns the least that memory moves for one element: a cache line of a CPU, a sector of a GPU's."""
     return 32 if device.type == "cuda" else 64
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes of memory that can still be had on the device."""
+    """Returns bytes of memory that can still be had on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     _give_back_freed_memory()

@@ -119,7 +119,7 @@ class CsvFile:
         self._file.close()
 
     def add(self, measured: Measurement) -> None:
-        """A row for an op."""
+        """Adds a row for an op."""
         row = {
             **_sizes(measured.problem),
             "op": measured.case.op_name,
@@ -132,7 +132,7 @@ class CsvFile:
         self._write(row | (_times(measured) if measured.timings else {}))
 
     def add_step(self, step: StepOverhead) -> None:
-        """A row for what a data-parallel step costs."""
+        """Adds a row for the cost of compression in a data-parallel step."""
         self._write(
             {
                 **_sizes(step.problem),
@@ -152,7 +152,7 @@ class CsvFile:
 
 
 def ops_table(measurements: Sequence[Measurement]) -> str:
-    """Every measurement, with what was not run."""
+    """Returns every measurement, with what was not run."""
     headers = ["op", "numel", "density", "dtype", "ms", "p20", "p80", "GB/s", "% copy", "vs add", *BASELINES]
     rows = []
     for measured in measurements:
@@ -189,7 +189,7 @@ def steps_table(steps: Sequence[StepOverhead]) -> str:
 
 
 def copy_range(measurements: Iterable[Measurement]) -> str:
-    """The bandwidth of the copy over the run: "31.0 to 33.2 GB/s"."""
+    """Returns the bandwidth of the copy over the run: "31.0 to 33.2 GB/s"."""
     bandwidths = [measured.copy_bytes_per_s / 1e9 for measured in measurements if measured.timings]
     return f"{min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s" if bandwidths else "not measured"
 

@@ -19,7 +19,7 @@ _MARKERS = "osD^v<>P*Xphd"
 
 
 def draw_roofline(measurements: Sequence[Measurement], caption: str) -> bytes:
-    """A PNG image: panels for the ops on gradients and on rows, and for each dtype; in each a line for each op.
+    """Returns a PNG image: panels for the ops on gradients and on rows, and for each dtype; in each a line for each op.
 
     Shown is the measured density that is nearest to the backend's default. ``caption``: machine and versions. At least one of the
     measurements must have been run.

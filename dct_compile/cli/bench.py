@@ -27,7 +27,7 @@ class _PowerOfTwo(click.ParamType[int]):
     name = "2^N"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number that ``2^24`` or ``16777216`` says."""
+        """Returns the number that ``2^24`` or ``16777216`` says."""
         match = re.fullmatch(r"2\^(\d{1,2})|(\d{1,12})", value)
         numel = 0 if match is None else 2 ** int(match[1]) if match[1] else int(match[2])
         if numel & (numel - 1) or not _SMALLEST <= numel <= _LARGEST:
@@ -103,7 +103,7 @@ def kernels(
 
 
 def _device(name: str | None) -> torch.device:
-    """The device to measure; an error where it is missing, or where its kernels are."""
+    """Returns the device to measure; an error where it is missing, or where its kernels are."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("--device cuda: torch finds no CUDA device")

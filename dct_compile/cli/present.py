@@ -35,7 +35,7 @@ def present(folder: Path) -> None:
 
 
 def as_text(table: Table) -> str:
-    """The table for a terminal: long cells are shortened, numbers are as they are."""
+    """Returns the table for a terminal: long cells are shortened, numbers are as they are."""
     rows = [[cell if len(cell) <= _SHORT else cell[: _SHORT - 1] + "…" for cell in row] for row in table.rows]
     left = ("backend", "traffic", "collective", "kind", "name", "decision", "reason", "replicas")
     align = ["left" if header in left else "right" for header in table.headers]

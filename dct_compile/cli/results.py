@@ -85,7 +85,7 @@ class Results:
     backends: list[BackendResult]
 
     def get(self, backend: str) -> BackendResult | None:
-        """The result of one backend, if it was run."""
+        """Returns the result of one backend, if it was run."""
         return next((result for result in self.backends if result.backend == backend), None)
 
     def save(self, folder: Path) -> None:

@@ -42,7 +42,7 @@ class Settings:
         return self.dp * self.mp
 
     def load(self, seed: int, max_samples: int | None = None) -> Dataset:
-        """The data set, split by ``seed``. Raises what :func:`dct_compile.models.datasets.load` raises."""
+        """Returns the data set, split by ``seed``. Raises what :func:`dct_compile.models.datasets.load` raises."""
         return load(self.dataset, seed, self.criteo_path, max_samples or self.max_samples)
 
     def check(self) -> None:
@@ -64,7 +64,7 @@ class Settings:
 
 
 def parse_value(text: str) -> Any:
-    """An option's value as JSON or Python would read it (``true``, ``0.1``, ``["*.bias"]``, ``None``), else the text itself."""
+    """Returns an option's value as JSON or Python would read it (``true``, ``0.1``, ``["*.bias"]``, ``None``), else the text itself."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)

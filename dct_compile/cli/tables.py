@@ -50,7 +50,7 @@ def traffic(results: Results) -> Table | None:
 
 
 def sites(results: Results) -> Table | None:
-    """Every collective of the training graphs of rank 0."""
+    """Returns every collective of the training graphs of rank 0."""
     dct = results.get("dct")
     if dct is None or not any(dct.sites):
         return None

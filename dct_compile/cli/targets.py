@@ -43,7 +43,7 @@ MOVIELENS_TABLES = (
 
 
 def dlrm() -> Target:
-    """The demo's DLRM: two model-parallel ranks (one if the ranks are odd in number), all others data parallel, in DDP."""
+    """Returns the demo's DLRM: two model-parallel ranks (one if the ranks are odd in number), all others data parallel, in DDP."""
     ranks = dist.get_world_size()
     mp = 2 - ranks % 2
     # Groups are made by hand: a device mesh would make the groups of all other ranks, too, which takes a while for a thousand of them.
@@ -60,7 +60,7 @@ _EXPECTED = f"a model ({', '.join(MODELS)}) or file.py:function, where the funct
 
 
 def find(name: str) -> Callable[[], Target]:
-    """The maker of a target, to be called under the process group that the model is for.
+    """Returns the maker of a target, to be called under the process group that the model is for.
 
     Raises :class:`TargetError` for an unknown name, a missing or broken file and a missing function.
     """

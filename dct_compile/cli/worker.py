@@ -18,7 +18,6 @@ from tqdm import tqdm
 from dct_compile.cli.replicas import check_replicas
 from dct_compile.cli.results import BackendResult, Results, Run, environment, gradient_density
 from dct_compile.cli.settings import Settings
-from dct_compile.integrations.gloo import shorten_names
 from dct_compile.models.datasets import Samples, batches
 from dct_compile.models.dlrm import DLRM
 from dct_compile.models.metrics import auc, log_loss
@@ -26,6 +25,7 @@ from dct_compile.models.parallel import Mesh, average_sharded_gradients, make_me
 from dct_compile.monitor import Monitor
 from dct_compile.report import SiteReport
 from dct_compile.runtime import RUNTIME
+from dct_compile.workarounds.gloo import shorten_names
 
 WARMUP_STEPS = 10
 """Steps at the start of a run that do not count for its speed: the first one of a backend compiles."""
@@ -165,12 +165,12 @@ class _Trainer:
         return torch.cat(gathered[:: self.mesh.mp], dim=1).flatten()[: len(samples)]
 
     def _sites(self) -> list[SiteReport]:
-        """The sites of the training graphs: those of the graph for testing are compiled, and reported, after them."""
+        """Returns the sites of the training graphs: those of the graph for testing are compiled, and reported, after them."""
         sites = list(RUNTIME.reports.snapshot().sites) if self.backend == "dct" else []
         return sites[: self.training_sites or None]
 
     def all_sites(self) -> list[list[dict[str, object]]]:
-        """The sites of every rank, by rank; on rank 0."""
+        """Returns the sites of every rank, by rank; on rank 0."""
         gathered: list[list[dict[str, object]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, [asdict(site) for site in self._sites()])
         return gathered

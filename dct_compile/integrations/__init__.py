@@ -1,1 +1,8 @@
-"""Collectives that live outside every graph: a small reducer function is put in their place and rewritten by the same passes."""
+"""Collectives that live outside of every graph: an integration puts the schemes in their place. This is the list of all."""
+
+from dct_compile.integrations.ddp import DDPIntegration
+from dct_compile.integrations.interface import Integration
+
+INTEGRATIONS: tuple[Integration, ...] = (DDPIntegration(),)
+
+__all__ = ["INTEGRATIONS", "Integration"]

@@ -14,7 +14,7 @@ from torch._library import opaque_object
 from torch.profiler import record_function
 
 from dct_compile.triton_kernels.compat import HAS_TRITON
-from dct_compile.triton_kernels.cpu.build import load_library
+from dct_compile.triton_kernels.cpu.build import is_ready
 from dct_compile.triton_kernels.layout import GradientLayout, RowLayout, Selection
 from dct_compile.triton_kernels.values import Value
 
@@ -82,11 +82,14 @@ def _on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _where_compiled(compiled: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls ``compiled`` where the C++ kernels could be compiled, else ``reference``."""
+    """Calls ``compiled`` where the C++ kernels are ready, else ``reference``, whose results are the same bytes.
+
+    So a first training step does not wait for the kernels, which are built beside Inductor's own work.
+    """
 
     @wraps(compiled)
     def call(*args: Any) -> Any:
-        return reference(*args) if load_library() is None else compiled(*args)
+        return compiled(*args) if is_ready() else reference(*args)
 
     return call
 

@@ -1,4 +1,4 @@
-"""What has been compiled: every collective found, what was decided about it and why, what it sends, and the graphs around it."""
+"""The report of compilations: every collective, the decision about it and its reason, the bytes it sends, and the graphs around it."""
 
 from dct_compile.report.data import GraphReport, NodeReport, SiteReport
 from dct_compile.report.diff import ReportDiff

@@ -20,7 +20,7 @@ class Block:
 
     @property
     def reads_the_same(self) -> bool:
-        """Of a kept node: whether the nodes that it reads have been kept, too."""
+        """True for a kept node whose inputs have been kept, too."""
         return [node.inputs for node in self.before] == [node.inputs for node in self.after]
 
     @property
@@ -30,7 +30,7 @@ class Block:
 
     @property
     def is_of_interest(self) -> bool:
-        """Whether nodes are new, gone, read other nodes than before, or belong to a site."""
+        """True if nodes are new, gone, read other nodes than before, or belong to a site."""
         return not self.is_kept or not self.reads_the_same or bool(self.sites)
 
 
@@ -43,7 +43,7 @@ class Stretch:
 
 
 def align(before: Sequence[NodeReport], after: Sequence[NodeReport]) -> list[Block]:
-    """Every node of both graphs, in order."""
+    """Returns every node of both graphs, in order."""
     matcher = SequenceMatcher(None, [node.name for node in before], [node.name for node in after], autojunk=False)
     blocks: list[Block] = []
     for tag, low, high, new_low, new_high in matcher.get_opcodes():

@@ -1,6 +1,7 @@
-"""What a report is made of: plain values, no graph and no process group."""
+"""The parts of a report: plain values, no graph and no process group."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -14,10 +15,9 @@ class SiteReport:
     far (for row thresholds: of a row's elements that its payload holds). ``overflow``: entries above the threshold that found no room in
     a payload so far; error feedback keeps them in the residual.
 
-    ``gather_bytes``, ``owner_bytes``: what either scheme would send for a gradient; ``None`` where there is no choice. ``source``: the
-    user's line as ``path:line``, empty where the trace holds none. ``graph``: the position in the report's ``graphs``; ``number``: the
-    place among the sites of that graph; ``pair``: the number of the site's twin, the backward of a forward collective or the other way
-    round.
+    ``offers``: what each scheme would send, in bytes; empty where no offer was turned down. ``source``: the user's line as ``path:line``,
+    empty where the trace holds none. ``graph``: the position in the report's ``graphs``; ``number``: the place among the sites of that
+    graph; ``pair``: the number of the site's twin, the backward of a forward collective or the other way round.
     """
 
     collective: str
@@ -33,8 +33,7 @@ class SiteReport:
     group_size: int
     density: float | None = None
     overflow: int | None = None
-    gather_bytes: int | None = None
-    owner_bytes: int | None = None
+    offers: Mapping[str, int] = field(default_factory=dict)
     source: str = ""
     graph: int = 0
     number: int = 0
@@ -42,7 +41,7 @@ class SiteReport:
 
     @property
     def ratio(self) -> float | None:
-        """How many times fewer bytes are sent; ``None`` where nothing is."""
+        """Dense bytes over bytes sent; ``None`` where nothing is sent."""
         return self.dense_bytes / self.wire_bytes if self.wire_bytes else None
 
     @property

@@ -1,4 +1,4 @@
-"""What differs between two reports of one model, site by site."""
+"""The differences between two reports of one model, site by site."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -46,7 +46,7 @@ class Drawing:
 
     @property
     def text(self) -> str:
-        """The drawing in words, for those who cannot see it."""
+        """The drawing in words, for readers who cannot see it."""
         return "; ".join(f"{box.title}: {box.lines[0]}, {box.lines[1]}" for box in self.boxes)
 
 
@@ -60,7 +60,7 @@ class _Cell:
 
 
 def draw(nodes: Sequence[NodeReport], sites: Collection[int]) -> Drawing:
-    """The region of ``sites`` (one site, or a forward and its backward) in the graph of ``nodes``."""
+    """Returns the region of ``sites`` (one site, or a forward and its backward) in the graph of ``nodes``."""
     region = [node for node in nodes if node.site in sites]
     cells = [_Cell(node.name, _box(node, _role(node)), node.backward) for node in region]
     inside = {node.name for node in region}
@@ -71,7 +71,7 @@ def draw(nodes: Sequence[NodeReport], sites: Collection[int]) -> Drawing:
 
 
 def _inputs(nodes: Sequence[NodeReport], region: Sequence[NodeReport], inside: set[str]) -> tuple[list[_Cell], list[tuple[str, str]]]:
-    """What the region reads from outside; nodes that the same ones read share a box."""
+    """Returns the boxes of the nodes that the region reads from outside. Nodes that are read by the same nodes share a box."""
     readers: dict[str, list[NodeReport]] = defaultdict(list)
     for node in region:
         for source in node.inputs:
@@ -92,7 +92,7 @@ def _inputs(nodes: Sequence[NodeReport], region: Sequence[NodeReport], inside: s
 
 
 def _users(nodes: Sequence[NodeReport], region: Sequence[NodeReport], inside: set[str]) -> tuple[list[_Cell], list[tuple[str, str]]]:
-    """What uses the region's results, below them; beyond a few, their number."""
+    """Returns the boxes of the nodes that use the region's results, below them. Beyond a few, a box holds their number."""
     lane = {node.name: node.backward for node in region}
     users = [node for node in nodes if node.name not in inside and inside.intersection(node.inputs)]
     shown, rest = users[:_USERS_SHOWN], users[_USERS_SHOWN:]
@@ -112,7 +112,7 @@ def _last(node: NodeReport, inside: set[str]) -> str:
 
 
 def _orders(nodes: Sequence[NodeReport], region: Sequence[NodeReport]) -> list[tuple[str, str]]:
-    """A node without a result updates its inputs in place: the next one to read them comes after it."""
+    """Returns the edges of updates in place: a node without a result updates its inputs, so their next reader comes after it."""
     used = {source for node in nodes for source in node.inputs}
     pairs = []
     for position, node in enumerate(region):
@@ -156,7 +156,7 @@ def _lay_out(cells: Sequence[_Cell], edges: Sequence[tuple[str, str]], orders: S
 
 
 def _layers(cells: Sequence[_Cell], edges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """The longest way from the top to each cell; what nothing feeds stands right above its first reader."""
+    """Returns the longest way from the top to each cell; what nothing feeds stands right above its first reader."""
     layer = {cell.key: 0 for cell in cells}
     fed = {target for _, target in edges}
     # As many rounds as there are cells settle every path.
@@ -175,13 +175,13 @@ def _layers(cells: Sequence[_Cell], edges: Sequence[tuple[str, str]]) -> dict[st
 
 
 def _sideways(source: Box, target: Box) -> str:
-    """From the forward's lane to the backward's."""
+    """Returns the path of an edge from the forward's lane to the backward's."""
     x1, y1, x2, y2 = source.x + WIDTH, source.y + HEIGHT // 2, target.x, target.y + HEIGHT // 2
     return f"M{x1} {y1}C{x1 + 30} {y1} {x2 - 30} {y2} {x2} {y2}"
 
 
 def _downward(source: Box, target: Box, boxes: Collection[Box]) -> str:
-    """From bottom to top; past the boxes in between, not through them."""
+    """Returns the path of an edge from the bottom of a box to the top of another. It goes past the boxes in between, not through them."""
     x1, y1, x2, y2, bend = source.x + WIDTH // 2, source.y + HEIGHT, target.x + WIDTH // 2, target.y, _DROP // 2
     between = [box for box in boxes if y1 < box.y < y2 - HEIGHT]
     if not between:

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from dct_compile.report.alignment import Block, align, stretches
 from dct_compile.report.data import GraphReport, NodeReport, SiteReport
 from dct_compile.report.drawing import HEIGHT, WIDTH, Drawing, draw
-from dct_compile.report.table import sites_table, totals
+from dct_compile.report.table import schemes_offered, sites_table, totals
 
 KINDS = ("gradient", "activation", "activation_gradient", "embedding", "embedding_gradient", "other")
 _AROUND = 1
@@ -49,7 +49,7 @@ class GraphView:
 
     @property
     def changes(self) -> tuple[int, int]:
-        """How many nodes went, and how many came."""
+        """The number of nodes that went, and the number of nodes that came."""
         changed = [block for part in self.parts for block in part.blocks if not block.is_kept]
         return sum(len(block.before) for block in changed), sum(len(block.after) for block in changed)
 
@@ -64,7 +64,7 @@ class Excerpt:
 
 
 def render(title: str, sites: Sequence[SiteReport], graphs: Sequence[GraphReport], notes: Sequence[str]) -> str:
-    """The whole page, under the headline ``title``."""
+    """Returns the whole page, under the headline ``title``."""
     dense, wire = sum(site.dense_bytes for site in sites), sum(site.wire_bytes for site in sites)
     sources = _Sources(node for graph in graphs for node in graph.nodes_before)
     scale = _Scale(sites)
@@ -80,7 +80,7 @@ def render(title: str, sites: Sequence[SiteReport], graphs: Sequence[GraphReport
             scale=scale,
             kinds=[kind for kind in KINDS if any(site.kind == kind for site in sites)],
             decisions=sorted({site.decision for site in sites}),
-            schemes=any(site.gather_bytes is not None for site in sites),
+            schemes=schemes_offered(sites),
             compressed=sum(site.decision == "compressed" for site in sites),
             regions=list(_regions(sites, graphs)),
             graphs=[_view(graph, sources) for graph in graphs],
@@ -142,7 +142,7 @@ class _Sources:
         self.excerpts = [_excerpt(path, number, lines[path]) for path, number in self.numbers.items()]
 
     def anchor(self, source: str) -> str:
-        """The id of a line on the page, ``""`` for a line that no node comes from."""
+        """Returns the id of a line on the page, ``""`` for a line that no node comes from."""
         path, _, line = source.rpartition(":")
         return f"src-{self.numbers[path]}-{line}" if path in self.numbers else ""
 

@@ -22,7 +22,7 @@ GRADIENTS_OUTSIDE = (
 
 @dataclass
 class ReportEntry:
-    """What one compilation added to the report."""
+    """The addition of one compilation to the report."""
 
     graph: GraphReport
     sites: Sequence[tuple[SiteReport, Measure | None]]
@@ -68,7 +68,7 @@ class ReportRegistry:
         return Report(tuple(sites), tuple(entry.graph for entry in self.entries), (*self.notes, *self._hints(sites)))
 
     def _hints(self, sites: Sequence[SiteReport]) -> list[str]:
-        """What is missing, as far as is known by now."""
+        """Returns notes about what is missing, as far as is known by now."""
         if not self.called:
             return [NOTHING_COMPILED]
         return [GRADIENTS_OUTSIDE] if self.trains_alone and not any(site.kind == "gradient" for site in sites) else []

@@ -12,7 +12,10 @@ from dct_compile.report.table import sites_table, totals
 
 @dataclass(frozen=True)
 class Report:
-    """A snapshot; ``str(report)`` is a table. ``notes`` tell what no site can: why nothing was looked at, what was not compiled."""
+    """A snapshot; ``str(report)`` is a table.
+
+    ``notes`` hold what belongs to no site: why no graph was examined, or what was not compiled.
+    """
 
     sites: tuple[SiteReport, ...]
     graphs: tuple[GraphReport, ...]
@@ -30,23 +33,41 @@ class Report:
         return self.table()
 
     def table(self, width: int | None = None) -> str:
-        """Sites, totals and notes as text; where lines would exceed ``width`` characters, a site takes several shorter ones."""
+        """Returns sites, totals and notes as text.
+
+        Args:
+            width: The longest line, in characters. Where lines would exceed it, a site takes several shorter ones. ``None`` sets no limit.
+        """
         text = sites_table(self.sites, width)
         if self.wire_bytes:
             text += "\n" + totals(self.dense_bytes, self.wire_bytes)
         return text + "".join(f"\nnote: {note}" for note in self.notes)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Totals, sites, graphs (code and nodes) and notes as JSON, also written to ``path`` if given. Raises ``OSError``."""
+        """Returns totals, sites, graphs (code and nodes) and notes as JSON.
+
+        Args:
+            path: The file to write the text to, if given.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
         text = json.dumps({"dense_bytes": self.dense_bytes, "wire_bytes": self.wire_bytes, **asdict(self)}, indent=1)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
 
     def to_html(self, path: str | Path | None = None, title: str = "Collectives, dense and on the wire") -> str:
-        """One self-contained page, also written to ``path`` if given: sites, graphs side by side, and a drawing of every region.
+        """Returns one self-contained page: sites, graphs side by side, and a drawing of every region.
 
-        ``title`` is its headline. It quotes the source lines that issued the nodes. Raises ``OSError``.
+        The page quotes the source lines that issued the nodes.
+
+        Args:
+            path: The file to write the page to, if given.
+            title: The headline of the page.
+
+        Raises:
+            OSError: The file cannot be written.
         """
         text = page.render(title, self.sites, self.graphs, self.notes)
         if path is not None:
@@ -57,5 +78,12 @@ class Report:
         return page.summary(self.sites, self.notes)
 
     def diff(self, other: "Report") -> ReportDiff:
-        """What changes from this report to ``other``, such as one of the same model with another option; ``str`` of it is a table."""
+        """Compares this report with ``other``, such as one of the same model with another option.
+
+        Args:
+            other: The later report.
+
+        Returns:
+            The changes from this report to ``other``; ``str`` of it is a table.
+        """
         return compare(self.sites, other.sites)

@@ -1,13 +1,15 @@
 """Tables of sites as text."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tabulate import tabulate
 
 from dct_compile.report.data import SiteReport
 
-_COLUMNS: dict[str, tuple[Callable[[SiteReport], Any], str]] = {
+Columns = dict[str, tuple[Callable[[SiteReport], Any], str]]
+_COLUMNS: Columns = {
     "collective": (lambda site: site.collective, "g"),
     "kind": (lambda site: site.kind, "g"),
     "name": (lambda site: site.name, "g"),
@@ -17,8 +19,6 @@ _COLUMNS: dict[str, tuple[Callable[[SiteReport], Any], str]] = {
     "dense_B": (lambda site: site.dense_bytes, "g"),
     "wire_B": (lambda site: site.wire_bytes, "g"),
     "ratio": (lambda site: site.ratio, ".1f"),
-    "gather_B": (lambda site: site.gather_bytes, "g"),
-    "owner_B": (lambda site: site.owner_bytes, "g"),
     "density": (lambda site: site.density, ".4f"),
     "overflow": (lambda site: site.overflow, "g"),
     "reason": (lambda site: site.reason, "g"),
@@ -31,14 +31,16 @@ _STACKED = ("collective", "kind", "name", "shape", "dtype", "decision", "reason"
 
 
 def sites_table(sites: Sequence[SiteReport], width: int | None = None, html: bool = False) -> str:
-    """One line per site; columns in which no site has a value are left out.
+    """Returns a table with one line per site. Columns in which no site has a value are left out.
 
-    Where lines would be longer than ``width`` characters, the texts of a site stand below each other in one column. As text, or as an
-    HTML table.
+    Args:
+        sites: The sites, in the order of the lines.
+        width: The longest line, in characters. Where lines would be longer, the texts of a site stand below each other in one column.
+        html: Returns an HTML table instead of text.
     """
     if not sites:
         return "no collectives found"
-    columns = {header: [read(site) for site in sites] for header, (read, _) in _COLUMNS.items()}
+    columns = {header: [read(site) for site in sites] for header, (read, _) in _columns(sites).items()}
     columns = {header: values for header, values in columns.items() if any(value is not None for value in values)}
     short = {header: [shorten(text, limit) for text in columns[header]] for header, limit in _WIDTHS.items()}
     table = _tabulate({**columns, **short}, "html" if html else "simple")
@@ -47,6 +49,23 @@ def sites_table(sites: Sequence[SiteReport], width: int | None = None, html: boo
     numbers = {header: values for header, values in columns.items() if header not in _STACKED}
     left = max(30, width - len(_tabulate(numbers).partition("\n")[0]) - 2)
     return _tabulate({"site": [_stacked(site, left) for site in sites], **numbers})
+
+
+def _columns(sites: Sequence[SiteReport]) -> Columns:
+    """Returns the columns, with one for each scheme that would carry a site, in front of the density."""
+    schemes: Columns = {f"{scheme}_B": (partial(_offered, scheme), "g") for scheme in schemes_offered(sites)}
+    first = list(_COLUMNS).index("density")
+    items = list(_COLUMNS.items())
+    return dict([*items[:first], *schemes.items(), *items[first:]])
+
+
+def schemes_offered(sites: Sequence[SiteReport]) -> list[str]:
+    """Returns the names of all schemes among which a site had the choice."""
+    return list(dict.fromkeys(scheme for site in sites for scheme in site.offers))
+
+
+def _offered(scheme: str, site: SiteReport) -> int | None:
+    return site.offers.get(scheme)
 
 
 def _stacked(site: SiteReport, width: int) -> str:
@@ -61,10 +80,10 @@ def _tabulate(columns: Mapping[str, Sequence[Any]], style: str = "simple") -> st
 
 
 def totals(dense_bytes: int, wire_bytes: int) -> str:
-    """The sum over all sites as one sentence."""
+    """Returns the sum over all sites as one sentence."""
     return f"per rank and step: {dense_bytes} bytes dense, {wire_bytes} on the wire ({dense_bytes / wire_bytes:.1f}x)"
 
 
 def shorten(text: str, width: int) -> str:
-    """``text`` cut to ``width`` characters, the last one an ellipsis."""
+    """Returns ``text`` cut to ``width`` characters, the last one an ellipsis."""
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -18,7 +18,7 @@ DENSE = {"data_parallel": True, "dp_density": 1}
 
 
 def parameters(*numels: int) -> list[Parameter]:
-    return [Parameter(position, f"p{position}", numel) for position, numel in enumerate(numels)]
+    return [Parameter(position, f"p{position}", (numel,)) for position, numel in enumerate(numels)]
 
 
 def names(buckets: list[tuple[Parameter, ...]]) -> list[list[str]]:

@@ -13,9 +13,9 @@ from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRe
 from dct_compile.report import NOTHING_COMPILED
 from dct_compile.runtime import Runtime
 from dct_compile.state import BucketState
-from dct_compile.triton_kernels.layout import GradientLayout
 from tests.lockstep import make_inputs, run_in_lockstep
 from tests.small_models import Layers, Weighted, exchange, leaf
+from tests.states import state_spec
 from tests.tracing import Tracer, backward, fake_group, placeholders, trace
 
 
@@ -50,7 +50,7 @@ def test_uuid_tells_options_apart() -> None:
 def test_graph_without_collectives_is_not_reported() -> None:
     with fake_group(4):
         tracer = Tracer()
-        tracer.trace(lambda x: x.relu(), leaf(16, 64))
+        backward(tracer.compile(lambda x: x.relu())(leaf(16, 64)))
         assert tracer.report.graphs == ()
         assert tracer.report.sites == ()
         assert NOTHING_COMPILED not in tracer.report.notes
@@ -88,19 +88,16 @@ def test_density_is_measured_once_it_has_run() -> None:
 
 
 def test_measure_adds_up_buckets() -> None:
-    layout = GradientLayout(((0, 100), (100, 300)), 256, 1, -1, 0.5, torch.float32)
-    bucket = BucketState([], layout, None, torch.device("cpu"))
+    bucket = BucketState([], state_spec([100, 300]), torch.device("cpu"))
     assert BucketMeasure([bucket])() is None
-    bucket.local.counters[:] = torch.tensor([[2, 10, 1, 0], [2, 30, 4, 4]])
+    bucket.tensors["counters"][:] = torch.tensor([[2, 10, 1, 0], [2, 30, 4, 4]])
     assert BucketMeasure([bucket, bucket])() == (40 / 800, 10)
 
 
 def test_measure_counts_the_owners_overflow() -> None:
-    layout = GradientLayout(((0, 100),), 256, 2, -1, 0.5, torch.float32)
-    bucket = BucketState([], layout, GradientLayout(((0, 100),), 256, 2, 0, 0.5, torch.float32), torch.device("cpu"))
-    assert bucket.owner is not None
-    bucket.local.counters[0] = torch.tensor([1, 10, 2, 0])
-    bucket.owner.counters[0] = torch.tensor([1, 5, 3, 0])
+    bucket = BucketState([], state_spec([100], ranks=2), torch.device("cpu"))
+    bucket.tensors["counters"][0] = torch.tensor([1, 10, 2, 0])
+    bucket.tensors["owner_counters"][0] = torch.tensor([1, 5, 3, 0])
     assert BucketMeasure([bucket])() == (0.1, 5)
 
 
@@ -117,13 +114,12 @@ def test_state_is_asked_for_and_then_found() -> None:
 
 
 def test_requests_differ_by_parameter_and_geometry() -> None:
-    layouts = [GradientLayout(((0, numel),), 256, 1, -1, 0.5, torch.float32) for numel in (100, 200)]
-    request = StateRequest((1,), layouts[0], None)
-    assert request.matches(StateRequest((1,), layouts[0], None))
-    assert not request.matches(StateRequest((2,), layouts[0], None))
-    assert not request.matches(StateRequest((1,), layouts[1], None))
-    assert not request.matches(StateRequest((1,), layouts[0], layouts[0]))
-    assert (request.tensor_count, StateRequest((1,), layouts[0], layouts[0]).tensor_count) == (3, 6)
+    request, owned = StateRequest((1,), state_spec([100])), StateRequest((1,), state_spec([100], ranks=2))
+    assert request.matches(StateRequest((1,), state_spec([100])))
+    assert not request.matches(StateRequest((2,), state_spec([100])))
+    assert not request.matches(StateRequest((1,), state_spec([200])))
+    assert not request.matches(owned)
+    assert (len(request.names), len(owned.names)) == (3, 6)
 
 
 def test_recompilation_and_evaluation_share_the_state() -> None:
@@ -136,7 +132,7 @@ def test_recompilation_and_evaluation_share_the_state() -> None:
         with torch.no_grad():
             compiled(torch.randn(16, 64))
         state = tracer.runtime.states.state_dict(model)
-    assert len(tracer.traces) == 3
+    assert len(tracer.traces) == 2, "the evaluation holds no site: it is compiled as by Inductor"
     assert list(state) == ["weight"]
     assert int(state["weight"]["counters"][0]) == 3
 
@@ -165,7 +161,7 @@ def test_two_buckets_in_one_graph() -> None:
             return self.top(torch.relu(self.bottom(x)).bfloat16())
 
     traced = trace(Mixed(), torch.randn(16, 64), data_parallel=True)
-    assert traced.codecs == ["gradient", "gradient"]
+    assert traced.schemes == ["owner", "owner"]
     assert len(traced.requests) == 2
 
 

@@ -41,14 +41,14 @@ FORWARD_REASONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_forward_left_dense(reason: str) -> None:
     changes, options = FORWARD_REASONS[reason]
     decision = decide(make_site(**changes), training="22" not in str(changes), **options)
-    assert (decision.codec, decision.reason) == ("dense", reason)
+    assert (decision.scheme, decision.reason) == ("dense", reason)
     assert decision.wire_bytes == decision.dense_bytes
 
 
 def test_evaluation_is_left_dense_on_request_only() -> None:
     assert decide(make_site(), training=False, mp_eval=False).reason == "mp_eval=False leaves evaluation dense"
-    assert decide(make_site(), training=False).codec == "mask"
-    assert decide(make_site(), training=True, mp_eval=False).codec == "mask"
+    assert decide(make_site(), training=False).scheme == "row_threshold"
+    assert decide(make_site(), training=True, mp_eval=False).scheme == "row_threshold"
 
 
 def test_unwaited_result_is_left_dense() -> None:
@@ -99,10 +99,10 @@ GRADIENT_REASONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dp_density=1 keeps everything": ({}, {"dp_density": 1}),
     "exempt by pattern 'p?'": ({}, {"exempt": ["q*", "p?"]}),
     "fewer than min_numel=5000 elements": ({}, {"min_numel": 5000}),
-    "gather with 64 ranks would send 77868 bytes, dense sends 32256": ({"ranks": 64}, {"dp_density": 0.09, "all_reduce": "gather"}),
+    "gather with 64 ranks would send 77868 bytes, dense sends 32256": ({"ranks": 64}, {"dp_density": 0.09, "gradient_scheme": "gather"}),
     "owner with 4 ranks would send 27096 bytes, dense sends 24576": (
         {"ranks": 4},
-        {"dp_density": 0.8, "dp_value_dtype": "float32", "all_reduce": "owner"},
+        {"dp_density": 0.8, "dp_value_dtype": "float32", "gradient_scheme": "owner"},
     ),
 }
 
@@ -111,7 +111,7 @@ GRADIENT_REASONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_gradient_left_dense(reason: str) -> None:
     changes, options = GRADIENT_REASONS[reason]
     decision = decide(make_gradient(4096, **changes), **options)
-    assert (decision.codec, decision.reason) == ("dense", reason)
+    assert (decision.scheme, decision.reason) == ("dense", reason)
 
 
 def test_every_reason_of_a_bucket_is_given_once() -> None:
@@ -122,27 +122,32 @@ def test_every_reason_of_a_bucket_is_given_once() -> None:
 def test_layout_follows_the_options() -> None:
     options = {"dp_density": 0.001, "capacity_factor": 2.0, "dp_value_dtype": "float32"}
     decision = decide(make_gradient(10**6, ranks=2), **options)
-    assert decision.gradient is not None
-    layout = decision.gradient.layout
+    layout = decision.offer.codec.layout
     assert (layout.block, layout.capacity_fraction, layout.value_dtype) == (4096, 0.002, torch.float32)
-    assert decide(make_gradient(4096, ranks=2), dp_density=0.5, capacity_factor=4.0).gradient.layout.capacity_fraction == 1.0  # type: ignore[union-attr]
+    assert decide(make_gradient(4096, ranks=2), dp_density=0.5, capacity_factor=4.0).offer.codec.layout.capacity_fraction == 1.0
 
 
 @pytest.mark.parametrize("shape", [(64,), (16, 64), (16, 2, 64)])
 def test_decisions_do_not_depend_on_the_batch(shape: tuple[int, ...]) -> None:
-    def signatures(rows: int) -> list[str]:
+    def signatures(rows: int) -> list[tuple[str, str]]:
         sites = [make_site(name, (rows, *shape[1:])) for name in ("all_to_all_single", "all_gather_into_tensor", "all_reduce")]
         sites.append(make_site(shape=(rows, *shape[1:]), kind="embedding", origin="embedding"))
-        return [item.signature() for item in plan(sites, DCTConfig(), False)]
+        return [(item.exchange.key(), item.digest) for item in plan(sites, DCTConfig(), False)]
 
     assert signatures(4) == signatures(4096) == signatures(0)
 
 
 def test_decisions_do_not_depend_on_the_rank() -> None:
-    def signature(rank: int) -> str:
-        return decide(make_gradient(64, 4096, rank=rank)).signature()
+    def signature(rank: int) -> tuple[str, str]:
+        decision = decide(make_gradient(64, 4096, rank=rank))
+        return decision.exchange.key(), decision.digest
 
-    assert signature(0) == signature(3) == "all_reduce gradient float32 [64,4096] gradient slots=0 bits=0"
+    assert signature(0) == signature(3)
+    assert signature(0)[0] == "all_reduce gradient float32 [64,4096] avg training"
+    assert signature(0)[1] == (
+        "owner: 1 parameters, 160 bytes in 4 chunks, blocks of 256, bfloat16 values; "
+        "threshold exact for density 0.01, every 1000 steps, warm-up geometric"
+    )
 
 
 def test_signatures_tell_decisions_apart() -> None:
@@ -153,8 +158,9 @@ def test_signatures_tell_decisions_apart() -> None:
         make_site("all_gather_into_tensor"),
         make_site(kind="embedding"),
     ]
-    found = [decide(site).signature() for site in sites] + [decide(make_site(), mp_density=density).signature() for density in (0.1, 1)]
-    assert found[0] == "all_to_all_single activation float32 [64] mask slots=4 bits=0"
+    decisions = [decide(site) for site in sites] + [decide(make_site(), mp_density=density) for density in (0.1, 1)]
+    found = [(decision.exchange.key(), decision.digest) for decision in decisions]
+    assert found[0] == ("all_to_all_single activation float32 [64] training", "row_threshold: 4 of 64, bfloat16 values, exact")
     assert len(set(found)) == len(found)
 
 
@@ -169,7 +175,7 @@ def test_every_site_gets_its_decision_in_order() -> None:
     ]
     decisions = plan(sites, DCTConfig(), True)
     assert [decision.site for decision in decisions] == sites
-    assert [decision.codec for decision in decisions] == ["dense", "mask", "gradient", "mask", "dense"]
+    assert [decision.scheme for decision in decisions] == ["dense", "row_threshold", "owner", "row_threshold", "dense"]
     assert [decision.compressed for decision in decisions] == [False, True, True, True, False]
 
 
@@ -180,8 +186,8 @@ def test_a_forward_is_masked_only_together_with_its_backward() -> None:
         def forward(self, x: torch.Tensor) -> Any:
             return x @ exchange(self.weight * 2)
 
-    codecs = trace(Scaled(), torch.randn(16, 64)).codecs
-    assert codecs in (["dense", "dense"], ["mask", "mask"])
+    codecs = trace(Scaled(), torch.randn(16, 64)).schemes
+    assert codecs in (["dense", "dense"], ["row_threshold", "row_threshold"])
 
 
 class HandWritten(torch.autograd.Function):
@@ -212,8 +218,8 @@ def test_hand_written_exchanges_are_masked_only_together_with_their_backward() -
     single = trace(lambda x: HandWritten.apply(x.relu()).sin(), leaf(16, 64))  # type: ignore[no-untyped-call]
     double = trace(lambda x, y: torch.stack(TwoHandWritten.apply(x.relu(), y.tanh())).sin(), leaf(16, 64), leaf(16, 64))  # type: ignore[no-untyped-call]
     for traced in (single, double):
-        forward = [item.site for item in traced.decisions if item.codec == "mask" and item.site.kind == "activation"]
-        masked = [item.site.twin for item in traced.decisions if item.codec == "mask" and item.site.kind == "activation_gradient"]
+        forward = [item.site for item in traced.decisions if item.scheme == "row_threshold" and item.site.kind == "activation"]
+        masked = [item.site.twin for item in traced.decisions if item.scheme == "row_threshold" and item.site.kind == "activation_gradient"]
         assert len(forward) == len(masked)
         assert all(site in masked for site in forward)
 
@@ -223,11 +229,11 @@ def test_traced_decisions_with_a_dynamic_batch(batch: int) -> None:
     x = leaf(batch, 64)
     torch._dynamo.mark_dynamic(x, 0)
     traced = trace(lambda x: gather(exchange(x.relu()).sin()), x)
-    assert {(item.codec, item.slots) for item in traced.decisions} == {("mask", 4)}
+    assert {(item.scheme, item.offer.capacity) for item in traced.decisions} == {("row_threshold", 4)}
     assert [item.dense_bytes for item in traced.decisions] == [batch * 192, batch * 768, batch * 768, batch * 192]
 
 
 def test_quantised_only_if_embedding() -> None:
     table = torch.nn.Embedding(8, 64)
-    assert trace(lambda index: exchange(table(index)), ids(16), embedding_codec="int4").codecs == ["quantize", "quantize"]
-    assert trace(lambda index: exchange(table(index).relu()), ids(16), embedding_codec="int4").codecs == ["mask", "mask"]
+    assert trace(lambda index: exchange(table(index)), ids(16), embedding_codec="int4").schemes == ["quantized_rows", "quantized_rows"]
+    assert trace(lambda index: exchange(table(index).relu()), ids(16), embedding_codec="int4").schemes == ["row_threshold", "row_threshold"]

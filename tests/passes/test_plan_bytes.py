@@ -5,9 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from dct_compile import cost
 from dct_compile.config import DCTConfig
 from dct_compile.passes.plan import plan
+from dct_compile.schemes.quantized_rows import QuantizedRows
+from dct_compile.schemes.threshold import Gather
+from dct_compile.schemes.threshold_owner import Owner
+from dct_compile.traffic import share_leaving
 from tests.hand_made_sites import decide, make_gradient, make_site
 
 ACTIVATION_BYTES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int, int]] = {
@@ -34,8 +37,8 @@ ACTIVATION_BYTES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int,
 def test_bytes_of_a_masked_site(name: str) -> None:
     collective, changes, options, slots, dense_bytes, wire_bytes = ACTIVATION_BYTES[name]
     decision = decide(make_site(collective, **changes), training=False, **options)
-    assert decision.codec == "mask"
-    assert (decision.slots, decision.dense_bytes, decision.wire_bytes) == (slots, dense_bytes, wire_bytes)
+    assert decision.scheme == "row_threshold"
+    assert (decision.offer.capacity, decision.dense_bytes, decision.wire_bytes) == (slots, dense_bytes, wire_bytes)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +54,8 @@ def test_bytes_of_a_masked_backward(collective: str, backward: str, shape: tuple
     forward = make_site(collective)
     gradient = make_site(backward, shape, kind="activation_gradient", twin=forward)
     decision = plan([forward, gradient], DCTConfig(), True)[1]
-    assert (decision.codec, decision.reason) == ("mask", "the forward's mask, values only")
-    assert (decision.slots, decision.dense_bytes, decision.wire_bytes) == (4, dense_bytes, wire_bytes)
+    assert (decision.scheme, decision.reason) == ("row_threshold", "the forward's mask, values only")
+    assert (decision.offer.capacity, decision.dense_bytes, decision.wire_bytes) == (4, dense_bytes, wire_bytes)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,8 @@ def test_embeddings_are_quantised_both_ways(codec: str, bits: int, wire_bytes: i
     forward = make_site(kind="embedding", origin="embedding")
     backward = make_site(kind="embedding_gradient", twin=forward)
     for decision in plan([forward, backward], DCTConfig(embedding_codec=codec, mp_density=1), True):
-        assert (decision.codec, decision.bits, decision.slots) == ("quantize", bits, 0)
+        assert isinstance(decision.offer, QuantizedRows)
+        assert decision.offer.bits == bits
         assert (decision.reason, decision.wire_bytes) == (f"{codec} rows with stochastic rounding", wire_bytes)
 
 
@@ -71,7 +75,7 @@ def test_embeddings_are_masked_on_request() -> None:
     forward = make_site(kind="embedding", origin="embedding")
     backward = make_site(kind="embedding_gradient", twin=forward)
     decisions = plan([forward, backward], DCTConfig(embedding_codec="threshold"), True)
-    assert [(item.codec, item.slots) for item in decisions] == [("mask", 4), ("mask", 4)]
+    assert [(item.scheme, item.offer.capacity) for item in decisions] == [("row_threshold", 4), ("row_threshold", 4)]
 
 
 # density .01 of 4096 elements: at most 46 entries (capacity_factor 1.1), 3 bytes each, and 16 blocks of 1 byte: 154, padded to 156.
@@ -81,7 +85,7 @@ def test_embeddings_are_masked_on_request() -> None:
     [(2, 156, 2 * 80, 16384), (4, 3 * 156, 6 * 40, 24576), (64, 63 * 156, 126 * 12, 32256)],
 )
 def test_gather_or_owner_whichever_sends_less(ranks: int, gather_bytes: int, owner_bytes: int, dense_bytes: int) -> None:
-    found = {choice: decide(make_gradient(4096, ranks=ranks, rank=1), all_reduce=choice) for choice in ("gather", "owner", "auto")}
+    found = {choice: decide(make_gradient(4096, ranks=ranks, rank=1), gradient_scheme=choice) for choice in ("gather", "owner", "auto")}
     assert {choice: item.wire_bytes for choice, item in found.items()} == {
         "gather": gather_bytes,
         "owner": owner_bytes,
@@ -89,22 +93,22 @@ def test_gather_or_owner_whichever_sends_less(ranks: int, gather_bytes: int, own
     }
     assert {item.dense_bytes for item in found.values()} == {dense_bytes}
     assert found["auto"].reason == ("gather, density 0.01" if ranks == 2 else "owner, density 0.01")
-    gathered, owned = found["gather"].gradient, found["owner"].gradient
-    assert gathered is not None
-    assert owned is not None
-    assert (gathered.layout.chunks, gathered.layout.chunk, gathered.owner_layout) == (1, -1, None)
-    assert owned.owner_layout is not None
-    assert (owned.layout.chunks, owned.layout.chunk, owned.owner_layout.chunks, owned.owner_layout.chunk) == (ranks, -1, ranks, 1)
+    assert found["auto"].offers == {"gather": gather_bytes, "owner": owner_bytes}
+    gathered, owned = found["gather"].offer, found["owner"].offer
+    assert isinstance(gathered, Gather)
+    assert isinstance(owned, Owner)
+    assert (gathered.codec.layout.chunks, gathered.codec.layout.chunk) == (1, -1)
+    layouts = owned.codec.layout, owned.owner_codec.layout
+    assert [(layout.chunks, layout.chunk) for layout in layouts] == [(ranks, -1), (ranks, 1)]
 
 
 def test_bucket_with_dense_members() -> None:
     decision = decide(make_gradient(64, 4096, 256, ranks=2), exempt=["p2"])
-    plan_ = decision.gradient
-    assert plan_ is not None
+    assert isinstance(decision.offer, Gather)
     assert decision.reason == "gather, density 0.01; dense: p0, p2"
-    assert plan_.layout.segments == ((64, 4096),)
-    assert [segment.parameter.name for segment in plan_.dense] == ["p0", "p2"]
-    assert plan_.numel == 64 + 4096 + 256
+    assert decision.offer.codec.layout.segments == ((64, 4096),)
+    assert [segment.parameter.name for segment in decision.offer.members.rest] == ["p0", "p2"]
+    assert decision.offer.members.numel == 64 + 4096 + 256
     assert decision.wire_bytes == 156 + (64 + 256) * 4  # a ring all_reduce on two ranks sends its input once
     assert decision.dense_bytes == 4416 * 4
 
@@ -124,9 +128,10 @@ def test_bucket_with_dense_members() -> None:
     ],
 )
 def test_bytes_of_dense_collectives(collective: str, ranks: int, sent: int) -> None:
-    assert cost.sent_bytes(collective, 100, ranks) == sent
+    site = make_site(collective, ranks=ranks)
+    assert site.collective.sent(100, ranks) == sent
 
 
 def test_share_of_uneven_splits() -> None:
-    assert cost.share_leaving([2, 6], 0) == 0.75
-    assert cost.share_leaving([0, 0], 0) == 0.0
+    assert share_leaving([2, 6], 0) == 0.75
+    assert share_leaving([0, 0], 0) == 0.0

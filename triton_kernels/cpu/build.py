@@ -106,7 +106,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _lock(name: str, folder: Path, timeout: float) -> FileLock:
-    """A lock that ends with the process that holds it."""
+    """Returns a lock that ends with the process that holds it."""
     return FileLock(folder / f"{name}.lock", timeout=timeout)
 
 
@@ -184,12 +184,22 @@ class _Library:
                 self._build.start()
             return self._build
 
+    def is_ready(self) -> bool:
+        """Says whether there is a library now; waits for one only where nobody has started to build it in the background."""
+        build = self._build
+        if build is None or not (build.is_done or build.is_alive()):
+            return self.wait() is not None
+        if not build.is_done:
+            build.compilation.hurry()
+        return build.is_done and build.library is not None
+
     def wait(self) -> ctypes.CDLL | None:
         """Returns the library, or None where there can be none. An exception that arrives meanwhile ends the build, and is raised."""
         while True:
             build = self._build or self.start()
             if build.is_done:
                 return build.library
+            build.compilation.hurry()
             try:
                 build.join()
             except BaseException:
@@ -209,8 +219,13 @@ _LIBRARY = _Library()
 
 
 def prebuild() -> None:
-    """Starts to build the library, or to load it, on a background thread, so that it is there when `load_library` asks for it."""
+    """Starts to build the library, or to load it, on a background thread. Until it is there, callers use the PyTorch references."""
     _LIBRARY.start()
+
+
+def is_ready() -> bool:
+    """Says whether the library can be used. Does not wait for a build that `prebuild` has started; builds it now where nobody has."""
+    return _LIBRARY.is_ready()
 
 
 def load_library() -> ctypes.CDLL | None:

@@ -3,6 +3,9 @@
 Every compiler runs in a process group of its own, beside a watcher that reads from a pipe which this process holds open. When this process
 ends, in whatever way, the pipe breaks and the watcher kills the group; `Compilation.cancel` breaks it on purpose. A Ctrl-C at the terminal
 does not reach the group, so the compiler never reports an error of its own because of it.
+
+Compilers begin with the lowest priority, because Inductor compiles a model's code meanwhile. They start anew with the ordinary one as soon
+as somebody misses the library.
 """
 
 import os
@@ -46,6 +49,8 @@ class Compilation:
         self._lock = threading.Lock()
         self._running: list[_Compiler] = []
         self._cancelled = False
+        self._priority: tuple[str, ...] = ("nice", "-n", "19")
+        self._is_missed = False
 
     def compile(self, units: Sequence[Path], folder: Path) -> Path:
         """Compiles ``units`` side by side, and links them.
@@ -75,6 +80,10 @@ class Compilation:
             for running in self._running:
                 running.end()
 
+    def hurry(self) -> None:
+        """Lets the compilers run with the ordinary priority from now on."""
+        self._is_missed = True
+
     def check(self) -> None:
         """Raises CancelledError if `cancel` was called."""
         if self._cancelled:
@@ -87,8 +96,12 @@ class Compilation:
             while waiting or self._running:
                 with self._lock:
                     self.check()
+                    if self._is_missed and self._priority:
+                        self._priority = ()
+                        waiting.extend(running.restartable() for running in self._running)
+                        self._running = []
                     while waiting and len(self._running) < _cpus():
-                        self._running.append(_Compiler(*waiting.pop()))
+                        self._running.append(_Compiler(self._priority, *waiting.pop()))
                     self._running = [running for running in self._running if not running.has_ended()]
                 time.sleep(_POLL_S)
         finally:
@@ -101,16 +114,17 @@ class Compilation:
 class _Compiler:
     """One process group: a compiler, what it starts, and the watcher."""
 
-    def __init__(self, arguments: list[str], target: Path) -> None:
+    def __init__(self, priority: Sequence[str], arguments: list[str], target: Path) -> None:
+        self.arguments, self.target = arguments, target
         self.command = [*compiler(), *arguments, "-o", str(target)]
         self.errors = target.with_suffix(".err")
         with self.errors.open("wb") as stderr:
             self.process = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARDED, "sh", *self.command],
+                ["/bin/sh", "-c", _GUARDED, "sh", *priority, *self.command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                start_new_session=True,
+                process_group=0,  # not a session of its own: Linux shares the CPUs among sessions first, whatever their priorities
             )
 
     def has_ended(self) -> bool:
@@ -122,6 +136,11 @@ class _Compiler:
         if status != 0:
             raise subprocess.CalledProcessError(status, self.command, stderr=self.errors.read_bytes())
         return True
+
+    def restartable(self) -> tuple[list[str], Path]:
+        """Ends the group and returns what another compiler needs to do its work."""
+        self.end()
+        return self.arguments, self.target
 
     def end(self) -> None:
         """Lets the watcher end the group, if it runs, and waits for that."""

@@ -15,7 +15,7 @@ VALUE_DTYPE_CODES = {**DTYPE_CODES, torch.int8: 3}
 
 
 def dtype_code(name: str, dtype: torch.dtype, codes: dict[torch.dtype, int]) -> int:
-    """The kernels' number of a dtype; raises ValueError, naming the argument, where they do not know it."""
+    """Returns the kernels' number of a dtype. Raises ValueError with the argument's name where they have none."""
     if dtype not in codes:
         raise ValueError(f"{name} is {dtype}: expected one of {', '.join(str(known) for known in codes)}")
     return codes[dtype]
@@ -23,7 +23,11 @@ def dtype_code(name: str, dtype: torch.dtype, codes: dict[torch.dtype, int]) -> 
 
 @cache
 def cpu_function(name: str, parameters: tuple[type, ...]) -> Callable[..., None]:
-    """The C function ``name`` with the given ctypes parameter types and no result. Raises RuntimeError where there is no library."""
+    """Returns the C function ``name`` with the given ctypes parameter types and no result.
+
+    Raises:
+        RuntimeError: There is no library.
+    """
     library = load_library()
     if library is None:
         raise RuntimeError(f"there is no {name}: the C++ kernels could not be compiled")

@@ -35,7 +35,7 @@ _GROUP = 64
 
 @lru_cache(maxsize=4096)
 def _geometry(layout: GradientLayout) -> Tensor:
-    """The layout as the array that gradient.h describes; raises ValueError where the kernels do not know its block or value dtype."""
+    """Returns the layout as the array that gradient.h describes. Raises ValueError where the kernels have no such block or value dtype."""
     if layout.block not in [1 << bits for bits in range(_GROUP.bit_length() - 1, WHOLE_PIECE.bit_length())]:
         raise ValueError(f"block is {layout.block}: expected a power of two from {_GROUP} to {WHOLE_PIECE}")
     value_code = dtype_code("value_dtype", layout.value_dtype, VALUE_DTYPE_CODES)
@@ -76,7 +76,7 @@ def select_threshold_cpu(
     selection: Selection,
     error_feedback: bool,
 ) -> None:
-    """`select_threshold_reference`, compiled: one pass over the memory, only at refresh steps."""
+    """Computes `select_threshold_reference`, compiled: one pass over the memory, only at refresh steps."""
     check_state(grad, residual, threshold, counters, layout, error_feedback)
     grad = grad.contiguous()
     state = State.of(residual, threshold, counters, error_feedback)
@@ -86,7 +86,7 @@ def select_threshold_cpu(
 def threshold_pack_cpu(
     grad: Tensor, residual: Tensor, threshold: Tensor, counters: Tensor, layout: GradientLayout, error_feedback: bool
 ) -> Tensor:
-    """`threshold_pack_reference`, compiled: gradient and residual are read once, and the residual is written once."""
+    """Computes `threshold_pack_reference`, compiled: gradient and residual are read once, and the residual is written once."""
     check_state(grad, residual, threshold, counters, layout, error_feedback)
     geometry = _geometry(layout)
     grad = grad.contiguous()
@@ -100,7 +100,7 @@ def threshold_pack_cpu(
 def unpack_accumulate_cpu(
     gathered: Tensor, dense: Tensor | None, numel: int, dtype: torch.dtype, layout: GradientLayout, divisor: int
 ) -> Tensor:
-    """`unpack_accumulate_reference`, compiled: the output is written once, each tile's sum is formed in cache."""
+    """Computes `unpack_accumulate_reference`, compiled: the output is written once, each tile's sum is formed in cache."""
     payloads = check_gathered(gathered, layout, dense, numel)
     dtype_code("dtype", dtype, DTYPE_CODES)
     geometry, ranges = _geometry(layout), _range_table(layout, numel)
@@ -127,7 +127,7 @@ def repack_cpu(
     selection: Selection,
     error_feedback: bool,
 ) -> Tensor:
-    """`repack_reference`, compiled: the sum of the payloads is formed in cache and never written, but where a threshold is due."""
+    """Computes `repack_reference`, compiled. The sum of the payloads is formed in cache. It is written only where a threshold is due."""
     payloads = check_gathered(gathered, layout, None, layout.state_numel)
     total = torch.empty(1).expand(layout.state_numel)  # stands for the sum, which does not exist
     check_state(total, residual, threshold, counters, layout, error_feedback)

@@ -22,7 +22,7 @@ _DEQUANTIZE = (POINTER, INT, INT, ROWS, INT)
 
 
 def pack_rows_cpu(x: Tensor, layout: RowLayout, method: str, density: float, fixed: float) -> Tensor:
-    """`pack_rows_reference`, compiled: one pass over the memory, the selection of a row in the first-level cache."""
+    """Computes `pack_rows_reference`, compiled: one pass over the memory, the selection of a row in the first-level cache."""
     check_pack_arguments(x, layout, method, density, fixed)
     x = x.contiguous()
     payload = torch.empty(x.shape[0], layout.inner * layout.row_bytes, dtype=torch.uint8)
@@ -34,7 +34,7 @@ def pack_rows_cpu(x: Tensor, layout: RowLayout, method: str, density: float, fix
 
 
 def unpack_rows_cpu(payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
-    """`unpack_rows_reference`, compiled."""
+    """Computes `unpack_rows_reference`, compiled."""
     check_row_payload(payload, layout, addends, dtype)
     payload = payload.contiguous()
     out = torch.empty(payload.shape[0] // addends, *layout.row_shape, dtype=dtype)
@@ -44,7 +44,7 @@ def unpack_rows_cpu(payload: Tensor, layout: RowLayout, addends: int, dtype: tor
 
 
 def gather_rows_cpu(grad: Tensor, payload: Tensor, layout: RowLayout, value_dtype: torch.dtype) -> Tensor:
-    """`gather_rows_reference`, compiled."""
+    """Computes `gather_rows_reference`, compiled."""
     check_dense_rows(grad, layout)
     check_row_payload(payload, layout, grad.shape[0], value_dtype)
     grad, payload = grad.contiguous(), payload.contiguous()
@@ -55,7 +55,7 @@ def gather_rows_cpu(grad: Tensor, payload: Tensor, layout: RowLayout, value_dtyp
 
 
 def scatter_rows_cpu(values: Tensor, payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
-    """`scatter_rows_reference`, compiled."""
+    """Computes `scatter_rows_reference`, compiled."""
     check_row_payload(payload, layout, 1, dtype)
     check_row_values(values, payload, layout, addends)
     values, payload = values.contiguous(), payload.contiguous()
@@ -66,7 +66,7 @@ def scatter_rows_cpu(values: Tensor, payload: Tensor, layout: RowLayout, addends
 
 
 def quantize_rows_cpu(x: Tensor, seed: Tensor, bits: int) -> Tensor:
-    """`quantize_rows_reference`, compiled: one pass over the memory."""
+    """Computes `quantize_rows_reference`, compiled: one pass over the memory."""
     check_quantize_arguments(x, seed, bits)
     width, inner = x.shape[-1], math.prod(x.shape[1:-1])
     x = x.contiguous()
@@ -77,7 +77,7 @@ def quantize_rows_cpu(x: Tensor, seed: Tensor, bits: int) -> Tensor:
 
 
 def dequantize_rows_cpu(payload: Tensor, row_shape: Sequence[int], bits: int, dtype: torch.dtype) -> Tensor:
-    """`dequantize_rows_reference`, compiled: one pass over the memory."""
+    """Computes `dequantize_rows_reference`, compiled: one pass over the memory."""
     check_quantized(payload, row_shape, bits, dtype)
     payload = payload.contiguous()
     out = torch.empty(payload.shape[0], *row_shape, dtype=dtype)

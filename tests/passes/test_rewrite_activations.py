@@ -80,7 +80,7 @@ LEFT_ALONE: dict[str, tuple[Callable[[Tensor], Any], Tensor, dict[str, Any]]] = 
 def test_what_the_plan_leaves_dense_is_not_touched(name: str) -> None:
     function, x, options = LEFT_ALONE[name]
     traced = trace(lambda x: function(x + 1), x, **options)
-    assert traced.codecs == ["dense"]
+    assert traced.schemes == ["dense"]
     assert str(traced.after) == str(traced.before)
 
 
@@ -98,7 +98,7 @@ def test_chain_of_exchanges() -> None:
         return gather(torch.relu(exchange(torch.tanh(hidden))), 1)
 
     traced = trace(chain, leaf(16, 64))
-    assert traced.codecs == ["mask"] * 6
+    assert traced.schemes == ["row_threshold"] * 6
     assert communication(traced.after) == {A2A: 5, AG: 1, WAIT: 6, PACK: 3, UNPACK: 3, GATHER: 3, SCATTER: 3}
     traced.after.lint()
 
@@ -174,7 +174,7 @@ def test_row_parallel_layer_masks_the_gradient_where_it_is() -> None:
         return SumOfParts.apply(hidden), x * 2  # type: ignore[no-untyped-call]
 
     everyone = trace_all(part, leaf(16, 64), mp_value_dtype="float32")
-    assert everyone[0].codecs == ["mask"]
+    assert everyone[0].schemes == ["row_threshold"]
     assert communication(everyone[0].after) == {PACK: 1, AG: 1, WAIT: 1, UNPACK: 1, GATHER: 1, SCATTER: 1}
     for rank, (dense, compressed) in enumerate(zip(*run_both(everyone), strict=True)):
         x, *tangents = make_inputs(everyone[rank], rank)
@@ -241,6 +241,6 @@ def test_dynamic_batch(collective: Callable[[Tensor], Tensor]) -> None:
     x = leaf(16, 64)
     torch._dynamo.mark_dynamic(x, 0)
     traced = trace(lambda x: collective(x.relu()), x)
-    assert traced.codecs == ["mask", "mask"]
+    assert traced.schemes == ["row_threshold", "row_threshold"]
     assert not isinstance(nodes_of(traced.after, PACK)[0].meta["val"].shape[0], int)
     traced.after.lint()

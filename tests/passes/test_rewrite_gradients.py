@@ -1,5 +1,6 @@
 """Rewriting of gradient all_reduces: the graph, and what several ranks compute with it over several steps."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ OWNER_SCHEME = {SELECT: 1, PACK: 1, A2A: 1, REPACK: 1, AG: 1, WAIT: 2, UNPACK: 1
 
 @pytest.mark.parametrize(("scheme", "wanted", "state"), [("gather", GATHER_SCHEME, 3), ("owner", OWNER_SCHEME, 6)])
 def test_all_reduce_is_rewritten(scheme: str, wanted: dict[Any, int], state: int) -> None:
-    traced = trace(Weighted(), torch.randn(16, 64), all_reduce=scheme)
+    traced = trace(Weighted(), torch.randn(16, 64), gradient_scheme=scheme)
     assert communication(traced.before) == {AR: 1, WAIT: 1}
     assert communication(traced.after) == wanted
     traced.after.lint()
@@ -30,7 +31,7 @@ def test_all_reduce_is_rewritten(scheme: str, wanted: dict[Any, int], state: int
 
 @pytest.mark.parametrize("synchronise", [Averaged, SummedAndDivided, AveragedFlat])
 def test_state_enters_as_inputs(synchronise: type[torch.autograd.Function]) -> None:
-    traced = trace(Weighted(synchronise), torch.randn(16, 64), all_reduce="gather")
+    traced = trace(Weighted(synchronise), torch.randn(16, 64), gradient_scheme="gather")
     select, pack = nodes_of(traced.after, SELECT)[0], nodes_of(traced.after, PACK)[0]
     state = placeholders(traced.after)[len(traced.inputs) :][:3]
     assert [argument(select, name) for name in ("residual", "threshold", "counters")] == state
@@ -42,7 +43,7 @@ def test_operators_carry_the_options() -> None:
     traced = trace(
         Weighted(),
         torch.randn(16, 64),
-        all_reduce="gather",
+        gradient_scheme="gather",
         dp_density=0.02,
         threshold=0.25,
         refresh_interval=7,
@@ -53,17 +54,20 @@ def test_operators_carry_the_options() -> None:
     )
     select, pack = nodes_of(traced.after, SELECT)[0], nodes_of(traced.after, PACK)[0]
     assert argument(select, "selection") == Selection(0.02, "fixed", 0.25, 7, "off")
-    assert argument(select, "layout") == argument(pack, "layout") == GradientLayout(((0, 4096),), 256, 1, -1, 0.02 * 1.5, torch.int8)
+    layout = argument(pack, "layout")
+    assert argument(select, "layout") == layout
+    assert (layout.segments, layout.block, layout.chunks, layout.chunk) == (((0, 4096),), 256, 1, -1)
+    assert (layout.capacity_fraction, layout.value_dtype) == (pytest.approx(0.03), torch.int8)
     assert [argument(node, "error_feedback") for node in (select, pack)] == [False, False]
 
 
 def test_owner_sends_each_chunk_to_its_owner() -> None:
-    traced = trace(Weighted(), torch.randn(16, 64), all_reduce="owner", rank=2)
+    traced = trace(Weighted(), torch.randn(16, 64), gradient_scheme="owner", rank=2)
     exchange = nodes_of(traced.after, A2A)[0]
     layout = GradientLayout(((0, 4096),), 256, 4, -1, 0.01 * 1.1, torch.bfloat16)
     assert argument(exchange, "input_split_sizes") == argument(exchange, "output_split_sizes") == [layout.chunk_bytes] * 4
     pack, repack, unpack = (nodes_of(traced.after, op)[0] for op in (PACK, REPACK, UNPACK))
-    assert [argument(node, "layout").chunk for node in (pack, repack, unpack)] == [-1, 2, -1]
+    assert [argument(node, "layout") for node in (pack, repack, unpack)] == [layout, replace(layout, chunk=2), layout]
     assert argument(unpack, "divisor") == 4, "the owner's sum is not divided"
     state = placeholders(traced.after)[len(traced.inputs) :][:6]
     assert [argument(node, name) for node in (pack, repack) for name in ("residual", "threshold", "counters")] == state
@@ -103,7 +107,7 @@ class WaitedTwice(Averaged):
 
 
 def test_result_waited_for_twice_is_no_error() -> None:
-    counts = communication(trace(Weighted(WaitedTwice), torch.randn(16, 64), all_reduce="gather").after)
+    counts = communication(trace(Weighted(WaitedTwice), torch.randn(16, 64), gradient_scheme="gather").after)
     assert counts in ({AR: 1, WAIT: 2}, {**GATHER_SCHEME, WAIT: 1})
 
 
@@ -120,27 +124,27 @@ class Several(nn.Module):
 
 
 def test_several_sites_keep_their_states_apart() -> None:
-    traced = trace(Several(), torch.randn(16, 64), all_reduce="gather")
+    traced = trace(Several(), torch.randn(16, 64), gradient_scheme="gather")
     assert communication(traced.after) == {SELECT: 2, PACK: 2, AG: 2, AR: 1, WAIT: 3, UNPACK: 2}
-    by_name = {item.site.name: item.codec for item in traced.decisions}
-    assert by_name == {"first.weight": "gradient", "second.weight": "gradient", "bias": "dense"}
+    by_name = {item.site.name: item.scheme for item in traced.decisions}
+    assert by_name == {"first.weight": "gather", "second.weight": "gather", "bias": "dense"}
     residuals = {argument(node, "residual") for node in nodes_of(traced.after, PACK)}
     assert len(residuals) == 2
     sites = {item.site.name: item.site for item in traced.decisions}
     for request, place in zip(traced.requests, (0, 3), strict=True):
         residual = placeholders(traced.after)[len(traced.inputs) + place]
         packed = next(node for node in nodes_of(traced.after, PACK) if argument(node, "residual") is residual)
-        source = argument(packed, "grad")
-        while source.target is torch.ops.aten.reshape.default:
-            source = source.args[0]
         gradient = sites[traced.inputs[request.positions[0]].name].input
         assert gradient is not None
+        source = argument(packed, "grad")
+        while source.target is torch.ops.aten.view.default and source.name != gradient.name:
+            source = source.args[0]
         assert source.name == gradient.name
 
 
 def test_beside_activations() -> None:
-    traced = trace(Layers(exchanged=True), torch.randn(16, 64), data_parallel=True, all_reduce="gather", min_numel=64)
-    assert sorted(traced.codecs) == ["gradient", "mask", "mask"]
+    traced = trace(Layers(exchanged=True), torch.randn(16, 64), data_parallel=True, gradient_scheme="gather", min_numel=64)
+    assert sorted(traced.schemes) == ["gather", "row_threshold", "row_threshold"]
     counts = communication(traced.after)
     assert counts[SELECT] == counts[PACK] == counts[UNPACK] == counts[AG] == 1
     assert counts[A2A] == counts[dct.pack_rows.default] + counts[dct.gather_rows.default] == 2
@@ -148,14 +152,14 @@ def test_beside_activations() -> None:
 
 
 def test_what_mutates_state_stays_in_the_backward() -> None:
-    traced = trace(Layers(), torch.randn(16, 64), data_parallel=True, all_reduce="owner", min_numel=1)
+    traced = trace(Layers(), torch.randn(16, 64), data_parallel=True, gradient_scheme="owner", min_numel=1)
     assert communication(traced.forward) == {}
     assert communication(traced.backward) == OWNER_SCHEME
     assert {node.meta["partitioner_tag"] for node in traced.after.nodes if node.target in (SELECT, PACK, REPACK)} == {"is_backward"}
 
 
 def test_residual_is_updated_in_place_not_copied() -> None:
-    traced = trace(Weighted(), torch.randn(16, 64), all_reduce="gather")
+    traced = trace(Weighted(), torch.randn(16, 64), gradient_scheme="gather")
     state = {node.name for node in placeholders(traced.after)[len(traced.inputs) :][:3]}
     assert not nodes_of(traced.after, torch.ops.aten.copy_.default)
     saved = {node.name for node in outputs(traced.forward) if node.op == "placeholder"}
@@ -164,7 +168,7 @@ def test_residual_is_updated_in_place_not_copied() -> None:
 
 def run_steps(everyone: list[Trace], steps: int) -> tuple[list[Tensor], list[Tensor], list[list[Any]]]:
     """Steps of a model with one gradient: the dense results summed, the compressed ones summed, and each rank's state at the end."""
-    count, total = len(everyone), 3 if everyone[0].requests[0].owner_layout is None else 6
+    count, total = len(everyone), len(everyone[0].requests[0].names)
     first = len(everyone[0].inputs)
     states = [make_inputs(item, rank)[first : first + total] for rank, item in enumerate(everyone)]
     dense, compressed = [torch.zeros(4096) for _ in range(count)], [torch.zeros(4096) for _ in range(count)]
@@ -182,7 +186,7 @@ def run_steps(everyone: list[Trace], steps: int) -> tuple[list[Tensor], list[Ten
 @pytest.mark.parametrize("synchronise", [Averaged, SummedAndDivided, AveragedFlat])
 @pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8"])
 def test_gather_loses_nothing_over_time(synchronise: type[torch.autograd.Function], value_dtype: str) -> None:
-    everyone = trace_all(Weighted(synchronise), torch.randn(16, 64), ranks=2, all_reduce="gather", dp_value_dtype=value_dtype)
+    everyone = trace_all(Weighted(synchronise), torch.randn(16, 64), ranks=2, gradient_scheme="gather", dp_value_dtype=value_dtype)
     dense, compressed, states = run_steps(everyone, 4)
     assert torch.equal(compressed[0], compressed[1])
     assert 0 < int((compressed[0] != 0).sum()) < 2 * 4 * 47
@@ -193,7 +197,7 @@ def test_gather_loses_nothing_over_time(synchronise: type[torch.autograd.Functio
 
 @pytest.mark.parametrize(("ranks", "options"), [(2, {}), (4, {}), (2, {"dp_value_dtype": "int8"}), (2, {"dp_density": 0.0002})])
 def test_owner_loses_nothing_over_time(ranks: int, options: dict[str, Any]) -> None:
-    everyone = trace_all(Weighted(), torch.randn(16, 64), ranks=ranks, all_reduce="owner", **options)
+    everyone = trace_all(Weighted(), torch.randn(16, 64), ranks=ranks, gradient_scheme="owner", **options)
     dense, compressed, states = run_steps(everyone, 4)
     for rank in range(1, ranks):
         assert torch.equal(compressed[0], compressed[rank])
@@ -211,14 +215,14 @@ def test_equal_where_everything_fits(scheme: str) -> None:
             return super().forward(torch.relu(x - 3.5))
 
     options = {"threshold": 0.0, "dp_density": 0.4, "capacity_factor": 1.5, "dp_value_dtype": "float32"}
-    dense, compressed, states = run_steps(trace_all(Sparse(), torch.randn(16, 64), ranks=2, all_reduce=scheme, **options), 2)
+    dense, compressed, states = run_steps(trace_all(Sparse(), torch.randn(16, 64), ranks=2, gradient_scheme=scheme, **options), 2)
     assert int((dense[0] != 0).sum()) > 0
     torch.testing.assert_close(compressed, dense)
     assert all(float(state[0].abs().sum()) == 0 for state in states)
 
 
 def test_without_error_feedback_the_rest_is_dropped() -> None:
-    everyone = trace_all(Weighted(), torch.randn(16, 64), ranks=2, all_reduce="gather", error_feedback=False, dp_value_dtype="float32")
+    everyone = trace_all(Weighted(), torch.randn(16, 64), ranks=2, gradient_scheme="gather", error_feedback=False, dp_value_dtype="float32")
     dense, compressed, states = run_steps(everyone, 1)
     assert all(float(state[0].abs().sum()) == 0 for state in states)
     assert 41 <= int((compressed[0] != 0).sum()) <= 92
@@ -227,7 +231,9 @@ def test_without_error_feedback_the_rest_is_dropped() -> None:
 
 @pytest.mark.parametrize("scheme", ["gather", "owner"])
 def test_dense_members_of_a_bucket_are_exact(scheme: str) -> None:
-    everyone = trace_all(Layers(), torch.randn(16, 64), ranks=2, all_reduce=scheme, data_parallel=True, exempt=["bottom.*"], min_numel=64)
+    everyone = trace_all(
+        Layers(), torch.randn(16, 64), ranks=2, gradient_scheme=scheme, data_parallel=True, exempt=["bottom.*"], min_numel=64
+    )
     assert everyone[0].reasons == [f"{scheme}, density 0.01; dense: top.bias, bottom.bias, bottom.weight"]
     counts = communication(everyone[0].after)
     assert counts[AR] == 1

@@ -14,12 +14,17 @@ class Reason(StrEnum):
     DTYPE = "dtype {dtype} is not compressed (float32, bfloat16 and float16 are)"
     REDUCE_OP = "reduce operation {op!r} is not compressed (sum and avg are)"
 
+    NO_SCHEME = "the options name no scheme that carries this"
+
     GRADIENT_COLLECTIVE = "{collective} of a gradient is not compressed"
     WHOSE_GRADIENT = "compiled autograd's graph does not say whose gradient this is; use DDP's default reducer"
     DP_DENSITY_ONE = "dp_density=1 keeps everything"
     MIN_NUMEL = "fewer than min_numel={min_numel} elements"
     EXEMPT = "exempt by pattern {pattern!r}"
     GRADIENT_TOO_LARGE = "{scheme} with {ranks} ranks would send {wire} bytes, dense sends {dense}"
+    MAY_BE_UNUSED = "{scheme} cannot leave out a parameter for one step, as find_unused_parameters asks"
+    NO_MATRIX = "a vector has no low-rank factors"
+    HIGH_RANK = "factors of rank {rank} are at least half of a {rows} x {columns} matrix"
     OWN_HOOK = "DDP has a communication hook of its own"
     PYTHON_REDUCER = "DDP's python reducer issues its collectives itself"
 
@@ -43,8 +48,10 @@ class Reason(StrEnum):
 
     GRADIENT = "{scheme}, density {density:g}"
     GRADIENT_BUT = "{scheme}, density {density:g}; dense: {names}"
+    LOW_RANK = "powersgd, rank {rank}"
+    LOW_RANK_BUT = "powersgd, rank {rank}; dense: {names}"
     QUANTIZED = "int{bits} rows with stochastic rounding"
-    MASKED = "row threshold, {slots} of {width} kept"
+    ROW_THRESHOLD = "row threshold, {capacity} of {width} kept"
     FOLLOWS_FORWARD = "the forward's mask, values only"
 
 

@@ -1,0 +1,45 @@
+"""The collectives that a scheme calls, over one group: functional ones, which work eagerly, in a trace and in a compiled graph alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+c10d = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class Comm:
+    """Starts collectives over a group of ``size`` ranks; ``wait`` ends one.
+
+    ``group``: the group's name. ``splits``: output and input splits of an uneven all_to_all, in rows of the first dimension; ``None`` where
+    every rank gets an equal share.
+    """
+
+    group: Any
+    size: int
+    splits: tuple[Sequence[Any], Sequence[Any]] | None = None
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Sends ``x`` [n, ...] to all ranks. The result is [size * n, ...]."""
+        gathered: Tensor = c10d.all_gather_into_tensor(x, self.size, self.group)
+        return gathered
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Sends one share of ``x`` [n, ...] to each rank. The result holds the shares received, in order of rank."""
+        even = [x.shape[0] // self.size] * self.size
+        received, sent = self.splits or (even, even)
+        exchanged: Tensor = c10d.all_to_all_single(x, received, sent, self.group)
+        return exchanged
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        """Adds up ``x`` over the ranks; ``op`` "avg" divides by their number."""
+        reduced: Tensor = c10d.all_reduce(x, op, self.group)
+        return reduced
+
+    def wait(self, x: Tensor) -> Tensor:
+        """Waits for the collective whose result is ``x``."""
+        waited: Tensor = c10d.wait_tensor(x)
+        return waited

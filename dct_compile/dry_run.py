@@ -1,0 +1,67 @@
+"""A backend that decides and rewrites as backend "dct" does, and computes nothing."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dct_compile.compiler.graph import Compiled, GraphCompiler, Settings
+from dct_compile.compiler.options import gradient_group, read_options
+from dct_compile.compiler.state_inputs import blank_state
+from dct_compile.integrations import INTEGRATIONS
+from dct_compile.passes import graph_utils as gu
+from dct_compile.runtime import Runtime
+
+
+def dry_run(options: Mapping[str, Any] | None, runtime: Runtime) -> Compiled:
+    """Returns a backend that compiles up to the graphs that Inductor would generate code from.
+
+    Its findings are reported to ``runtime``. A compiled graph computes nothing: outputs are zeros of the right shape. Nothing is attached
+    to a wrapper such as DDP, and nothing is exchanged with other ranks. Needs a process group.
+
+    Raises:
+        ValueError: An option is unknown, or its value is not allowed.
+    """
+    config, patches = read_options(options)
+    previewed: list[Any] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        active = [(integration, target) for integration in INTEGRATIONS for target in integration.active()]
+        group = gradient_group(config, bool(active))
+        for integration, target in active:
+            if target not in previewed:
+                integration.preview(target, config, runtime)
+                previewed.append(target)
+        settings = Settings(config, patches, group, runtime, _nothing_computed)
+        compiled, requests = GraphCompiler(gm, example_inputs, settings, reduced_outside=bool(active)).compile()
+        return lambda *args: compiled(*args, *(tensor for request in requests for tensor in blank_state(request, args)))
+
+    return backend
+
+
+def _nothing_computed(gm: fx.GraphModule, _: Sequence[Any], **__: Any) -> Compiled:
+    """In place of Inductor's code generation: returns zeros. What is only saved for a backward, which never runs, is left uninitialised."""
+    output = gu.output_node(gm.graph)
+    results: tuple[Any, ...] = output.args[0]  # type: ignore[assignment]
+    # By name: torch 2.13 has two such classes, torch 2.11 one.
+    saved = [type(item).__name__.startswith("SavedForBackwards") for item in output.meta.get("desc", ())] or [False] * len(results)
+
+    def run(_: list[Any]) -> list[Any]:
+        return [_stand_in(node, is_saved) for node, is_saved in zip(results, saved, strict=True)]
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _stand_in(node: Any, is_saved: bool) -> Any:
+    value = node.meta["val"] if isinstance(node, fx.Node) and "val" in node.meta else node
+    if isinstance(value, fx.Node):  # a constant of Inductor's own passes: they leave it without a value, and it has no inputs
+        value = value.target(*value.args, **value.kwargs)  # type: ignore[operator]
+    if isinstance(value, torch.SymInt):
+        return gu.hint(value)
+    if not isinstance(value, Tensor):
+        return value
+    shape, strides = ([gu.hint(size) for size in sizes] for sizes in (value.shape, value.stride()))
+    tensor = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+    return tensor if is_saved else tensor.zero_()

@@ -1,0 +1,223 @@
+"""Averages the gradient buckets of one DDP module: calls the function of a scheme where DDP would call all_reduce.
+
+On CPU the function runs on a worker thread with a process group of its own. So a bucket never blocks the backward that fills the next
+one, and the exchanges of several buckets come in the same order on every rank. On CUDA it runs on a side stream.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+
+from dct_compile.agreement import timeout_s
+from dct_compile.comm import Comm
+from dct_compile.config import DCTConfig
+from dct_compile.exchange import Parameter, gradient_exchange, segments_of
+from dct_compile.measure import BucketMeasure
+from dct_compile.passes.collectives import ALL_REDUCE
+from dct_compile.passes.manager import publish
+from dct_compile.passes.plan import Decision, decide
+from dct_compile.passes.record import describe_function, describe_site
+from dct_compile.posts import Signature
+from dct_compile.reasons import Note
+from dct_compile.report import GraphReport, Measure, ReportEntry
+from dct_compile.runtime import Runtime
+from dct_compile.schemes import GradientOffer
+from dct_compile.state import BucketState
+from dct_compile.state_store import named_parameters
+
+_NAMED = 8
+"""Parameters that a note names."""
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """The decision about one bucket. ``device``: where its buffer is."""
+
+    decision: Decision
+    comm: Comm
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, parameters: Sequence[Tensor], names: dict[int, str], group: ProcessGroup, config: DCTConfig, *, may_be_unused: bool
+    ) -> "BucketPlan":
+        members = [Parameter(index, names[id(item)], tuple(item.shape)) for index, item in enumerate(parameters)]
+        exchange = gradient_exchange(ALL_REDUCE, segments_of(members), parameters[0].dtype, group, may_be_unused)
+        return cls(decide(exchange, config), Comm(group.group_name, group.size()), parameters[0].device)
+
+    @property
+    def offer(self) -> GradientOffer | None:
+        offer = self.decision.offer
+        assert offer is None or isinstance(offer, GradientOffer)
+        return offer
+
+    def signature(self, reason_to_leave: str | None) -> Signature:
+        """Returns the values that the ranks compare. ``reason_to_leave``: the reason to keep DDP's own reducer, if it is kept."""
+        exchange = self.decision.exchange
+        return Signature(exchange.key(), self.decision.digest if reason_to_leave is None else "dense", exchange.label)
+
+    def reduce(self, grad: Tensor, *state: Tensor) -> Tensor:
+        """Averages the buffer ``grad``, with the state in the order of the offer's spec."""
+        if self.offer is None:
+            return self.reduce_dense(grad)
+        names = [tensor.input_name for tensor in self.offer.state.tensors]
+        return self.offer.reduce(grad, dict(zip(names, state, strict=True)), self.comm)
+
+    def reduce_dense(self, grad: Tensor) -> Tensor:
+        """Averages the buffer ``grad`` uncompressed."""
+        return self.comm.wait(self.comm.all_reduce(grad, "avg"))
+
+    def publish(self, name: str, runtime: Runtime, measure: Measure | None) -> ReportEntry:
+        """Reports the bucket as a graph of its own, with the traced function as what it is after the rewriting."""
+        exchange = self.decision.exchange
+        assert exchange.shape is not None
+        with FakeTensorMode():
+            grad = {"grad": torch.empty(exchange.shape, dtype=exchange.dtype, device=self.device)}
+            state = BucketState([], self.offer.state, self.device).tensors if self.offer is not None else {}
+        before, nodes_before = describe_function(self.reduce_dense, grad)
+        after, nodes_after = describe_function(self.reduce, {**grad, **state})
+        graph = GraphReport(name, before, after, nodes_before, nodes_after)
+        return publish(graph, [(describe_site(self.decision), measure)], runtime)
+
+
+class GradientCompressor:
+    """The communication hook of one DDP module, and a reducer for each of its buckets.
+
+    ``agree``: compares the decisions with those of the other ranks; called once, before the first exchange.
+    """
+
+    def __init__(self, module: DistributedDataParallel, config: DCTConfig, runtime: Runtime, agree: Callable[[], None]) -> None:
+        self.find_unused = module.find_unused_parameters
+        self.config, self.runtime, self.process_group, self.agree = config, runtime, module.process_group, agree
+        self.names = {id(parameter): name for name, parameter in named_parameters(module)}
+        # Parameters that no compiled graph was called with; a parameter that was not used at all cannot be told from those.
+        self.uncompiled = {} if self.find_unused else {id(p): self.names[id(p)] for p in module.parameters() if p.requires_grad}
+        self.group: ProcessGroup | None = None
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dct-reducer")
+        weakref.finalize(module, self.worker.shutdown, wait=False)
+        self.stream: torch.cuda.Stream | None = None
+        self.reducers: dict[int, BucketReducer] = {}
+        self.retired: list[BucketReducer] = []
+
+    def reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Starts the bucket's averaging and returns at once: the hook. Buckets come in the same order on all ranks."""
+        buffer = bucket.buffer()
+        reducer = self._reducer(bucket.index(), bucket.parameters())
+        if bucket.is_last():
+            self._forget_retired()
+            self._warn_of_uncompiled()
+        if buffer.is_cuda:
+            return self._reduce_on_side_stream(reducer, buffer)
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        self.worker.submit(_run, reducer, buffer, future)
+        return future
+
+    def mark_compiled(self, parameters: Sequence[object]) -> None:
+        """Remembers that a compiled graph is called with ``parameters``."""
+        for parameter in parameters:
+            self.uncompiled.pop(id(parameter), None)
+
+    def own_group(self) -> ProcessGroup:
+        """Returns the group of the exchanges, made at the first one: then all ranks are here."""
+        if self.group is None:
+            self.agree()
+            ranks = dist.get_process_group_ranks(self.process_group)
+            limit, backend = timedelta(seconds=timeout_s(self.process_group)), dist.get_backend(self.process_group)
+            self.group = dist.new_group(ranks, timeout=limit, backend=backend, use_local_synchronization=True)
+        assert self.group is not None
+        return self.group
+
+    def _warn_of_uncompiled(self) -> None:
+        if self.uncompiled:
+            names = list(self.uncompiled.values())
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            self.runtime.warn_once(Note.NOT_COMPILED.format(parameters=", ".join(names[:_NAMED]) + more))
+            self.uncompiled = {}
+
+    def _reduce_on_side_stream(self, reducer: "BucketReducer", buffer: Tensor) -> torch.futures.Future[Tensor]:
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(buffer.device)
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
+        self.stream.wait_stream(torch.cuda.current_stream(buffer.device))
+        with torch.cuda.stream(self.stream):
+            future.set_result(reducer(buffer))
+        return future
+
+    def _reducer(self, index: int, parameters: Sequence[Tensor]) -> "BucketReducer":
+        current = self.reducers.get(index)
+        if current is not None and current.serves(parameters):
+            return current
+        if current is not None:
+            # DDP has rebuilt its buckets: every one of them may hold other parameters now.
+            self.retired, self.reducers = list(self.reducers.values()), {}
+        created = BucketReducer(index, parameters, self)
+        self.reducers[index] = created
+        return created
+
+    def _forget_retired(self) -> None:
+        kept = [reducer.state for reducer in self.reducers.values()]
+        self.runtime.states.retire([reducer.state for reducer in self.retired if reducer.state is not None and reducer.state not in kept])
+        for reducer in self.retired:
+            self.runtime.reports.remove(reducer.entry)
+        self.retired = []
+
+
+class BucketReducer:
+    """Averages one bucket, with its state."""
+
+    def __init__(self, index: int, parameters: Sequence[Tensor], owner: GradientCompressor) -> None:
+        self.parameters = [weakref.ref(parameter) for parameter in parameters]
+        self.find_unused, self.agreement, self.process_group = owner.find_unused, owner.runtime.agreement, owner.process_group
+        group = owner.own_group()
+        self.plan = BucketPlan.of(parameters, owner.names, group, owner.config, may_be_unused=self.find_unused)
+        self.state = self._find_state(parameters, owner)
+        measure = BucketMeasure([self.state]) if self.state is not None else None
+        self.entry = self.plan.publish(f"DDP bucket {index} of group {group.group_name}", owner.runtime, measure)
+
+    def __call__(self, buffer: Tensor) -> Tensor:
+        """Returns the average over the group of ``buffer`` (1-D), as a new tensor."""
+        offer = self.plan.offer
+        if self.state is None or offer is None:
+            return self.plan.reduce_dense(buffer)
+        with self.state.skip_unused(buffer, offer.members.compressed) if self.find_unused else nullcontext():
+            return offer.reduce(buffer, self.state.tensors, self.plan.comm)
+
+    def explain(self, error: Exception) -> None:
+        """Adds to ``error`` the reason why another rank has left, if there is one."""
+        self.agreement.explain(self.process_group, error)
+
+    def serves(self, parameters: Sequence[Tensor]) -> bool:
+        """Returns True if these are the parameters of the bucket, in this order."""
+        return len(parameters) == len(self.parameters) and all(
+            ref() is parameter for ref, parameter in zip(self.parameters, parameters, strict=True)
+        )
+
+    def _find_state(self, parameters: Sequence[Tensor], owner: GradientCompressor) -> BucketState | None:
+        offer = self.plan.offer
+        if offer is None:
+            return None
+        members = [parameters[segment.parameter.position] for segment in offer.members.compressed]
+        state = owner.runtime.states.bucket(members, offer.state)
+        retired = [reducer.state for reducer in owner.retired if reducer.state is not None and reducer.state is not state]
+        owner.runtime.states.move(retired, state)
+        return state
+
+
+def _run(reducer: BucketReducer, buffer: Tensor, future: torch.futures.Future[Tensor]) -> None:
+    try:
+        with torch.no_grad():
+            future.set_result(reducer(buffer))
+    except Exception as error:  # the backward that waits for the future raises it
+        reducer.explain(error)
+        future.set_exception(error)  # type: ignore[arg-type]

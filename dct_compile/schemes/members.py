@@ -1,0 +1,99 @@
+"""Divides the parameters of a gradient buffer: those that a scheme compresses, and those that stay dense beside them."""
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from dct_compile.comm import Comm
+from dct_compile.config import DCTConfig
+from dct_compile.exchange import Exchange, Parameter, Segment
+from dct_compile.reasons import Reason
+from dct_compile.traffic import Traffic
+
+
+@dataclass(frozen=True)
+class Members:
+    """The parameters of a gradient buffer of ``numel`` elements: ``compressed``, and the ``rest``, in order of offset."""
+
+    numel: int
+    compressed: tuple[Segment, ...]
+    rest: tuple[Segment, ...]
+
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """Elements of each compressed parameter."""
+        return tuple(segment.parameter.numel for segment in self.compressed)
+
+    @property
+    def rest_names(self) -> str:
+        return ", ".join(segment.parameter.name for segment in self.rest)
+
+    def rest_traffic(self, exchange: Exchange) -> Traffic:
+        """Returns the work of the all_reduce that the rest takes."""
+        assert exchange.dtype is not None
+        size = sum(segment.parameter.numel for segment in self.rest) * exchange.dtype.itemsize
+        return Traffic(1, exchange.collective.sent(size, exchange.ranks), 2 * size) if self.rest else Traffic(0, Fraction(0))
+
+    def start_rest(self, grad: Tensor, comm: Comm, exchange: Exchange) -> Tensor | None:
+        """Starts the all_reduce of the rest, end to end; ``None`` where there is none."""
+        if not self.rest:
+            return None
+        return comm.all_reduce(torch.cat([_part(grad, segment) for segment in self.rest]), exchange.reduce_op)
+
+    @staticmethod
+    def end_rest(rest: Tensor | None, comm: Comm) -> Tensor | None:
+        """Waits for what :meth:`start_rest` has started."""
+        return None if rest is None else comm.wait(rest)
+
+    def split(self, grad: Tensor) -> list[Tensor]:
+        """Returns the parts of ``grad`` that are compressed, each 1-D."""
+        return [_part(grad, segment) for segment in self.compressed]
+
+    def join(self, parts: list[Tensor], rest: Tensor | None) -> Tensor:
+        """Builds the buffer from the results of the compressed parameters, each 1-D, and of the rest, end to end."""
+        found = dict(zip(self.compressed, parts, strict=True))
+        if rest is not None:
+            found |= dict(zip(self.rest, rest.split([segment.parameter.numel for segment in self.rest]), strict=True))
+        return torch.cat([found[segment] for segment in sorted(found, key=lambda segment: segment.offset)])
+
+
+def _part(grad: Tensor, segment: Segment) -> Tensor:
+    return grad[segment.offset : segment.offset + segment.parameter.numel]
+
+
+def divide(exchange: Exchange, config: DCTConfig, refuse: Callable[[Parameter], str | None] = lambda parameter: None) -> Members | str:
+    """Divides the parameters of ``exchange``; returns the reasons as text where none is compressed.
+
+    Args:
+        exchange: the exchange of a gradient buffer.
+        config: its ``min_numel`` and ``exempt`` keep parameters dense.
+        refuse: returns the reason why a scheme cannot compress a parameter.
+    """
+    reasons: Mapping[Segment, str | None] = {
+        segment: _exempt(segment.parameter, config) or refuse(segment.parameter) for segment in exchange.segments
+    }
+    compressed = tuple(segment for segment in exchange.segments if reasons[segment] is None)
+    if not compressed:
+        return "; ".join(dict.fromkeys(reason for reason in reasons.values() if reason is not None))
+    rest = sorted((segment for segment in exchange.segments if reasons[segment] is not None), key=lambda segment: segment.offset)
+    assert exchange.shape is not None
+    return Members(torch.Size(exchange.shape).numel(), compressed, tuple(rest))
+
+
+def _exempt(parameter: Parameter, config: DCTConfig) -> str | None:
+    if parameter.numel < config.min_numel:
+        return Reason.MIN_NUMEL.format(min_numel=config.min_numel)
+    for pattern in config.exempt:
+        if fnmatch.fnmatchcase(parameter.name, pattern):
+            return Reason.EXEMPT.format(pattern=pattern)
+    return None
+
+
+def said_too_large(scheme: str, exchange: Exchange, traffic: Traffic) -> str:
+    """Returns the report's words for an offer that sends more than the dense collective."""
+    sizes = {"wire": traffic.wire_bytes, "dense": int(exchange.dense_wire)}
+    return Reason.GRADIENT_TOO_LARGE.format(scheme=scheme, ranks=exchange.ranks, **sizes)

@@ -1,0 +1,76 @@
+"""Threshold with error feedback [Gupta21], the scheme "gather": the payload of every rank goes to every rank.
+
+::
+
+    mean = all_reduce(grad, "avg")       dct.select_threshold(grad, residual, threshold!)      skips itself on most steps
+                                         payload  = dct.threshold_pack(grad, residual!, ...)
+                                  ==>    gathered = all_gather_into_tensor(payload)
+                                         mean     = dct.unpack_accumulate(gathered, divisor=ranks)
+
+The bytes per rank grow with the number of ranks. ``threshold_owner.py`` has the scheme whose bytes do not.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dct_compile.comm import Comm
+from dct_compile.config import DCTConfig
+from dct_compile.exchange import ALL_GATHER, GRADIENT, Exchange
+from dct_compile.reasons import Reason
+from dct_compile.schemes.members import Members, divide, said_too_large
+from dct_compile.schemes.offer import Declined, GradientOffer
+from dct_compile.schemes.threshold_codec import ThresholdCodec, gradient_layout_of
+from dct_compile.state_spec import StateSpec
+from dct_compile.traffic import Traffic, to_all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gather(GradientOffer):
+    """An offer of the scheme "gather"."""
+
+    codec: ThresholdCodec
+
+    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm) -> Tensor:
+        rest = self.members.start_rest(grad, comm, self.exchange)
+        payload = self.codec.encode(grad, state, sends=ALL_GATHER)
+        gathered = comm.all_gather(payload)
+        rest = self.members.end_rest(rest, comm)
+        return self.codec.decode_sum(comm.wait(gathered), rest, grad, self.exchange.divisor)
+
+
+def offer(exchange: Exchange, config: DCTConfig) -> Gather | Declined | None:
+    """Offers to gather payloads. A module whose parameters may be unused always takes this scheme: only a rank knows what it used."""
+    wanted = ("auto", "gather", "owner") if exchange.may_be_unused else ("auto", "gather")
+    if exchange.kind != GRADIENT or config.gradient_scheme not in wanted:
+        return None
+    members = divide_by_density(exchange, config)
+    if isinstance(members, str):
+        return Declined(members)
+    codec = ThresholdCodec.of(exchange, gradient_layout_of(members.compressed, 1, config), config)
+    payload = codec.layout.payload_bytes
+    traffic = Traffic(1, to_all(payload, exchange.ranks), codec.memory_bytes(exchange, payloads=exchange.ranks))
+    traffic = traffic + members.rest_traffic(exchange)
+    return Gather(
+        exchange=exchange,
+        scheme="gather",
+        reason=said("gather", members, config),
+        too_large=said_too_large("gather", exchange, traffic),
+        traffic=traffic,
+        digest=codec.digest,
+        members=members,
+        state=StateSpec(members.numels, codec.state()),
+        codec=codec,
+    )
+
+
+def divide_by_density(exchange: Exchange, config: DCTConfig) -> Members | str:
+    """Divides the parameters of ``exchange`` for a scheme that keeps a fraction of the elements; returns the reason where it keeps all."""
+    return str(Reason.DP_DENSITY_ONE) if config.dp_density == 1 else divide(exchange, config)
+
+
+def said(scheme: str, members: Members, config: DCTConfig) -> str:
+    """Returns the report's words for an offer that keeps a fraction of the elements."""
+    template = Reason.GRADIENT_BUT if members.rest else Reason.GRADIENT
+    return template.format(scheme=scheme, density=config.dp_density, names=members.rest_names)

@@ -1,0 +1,72 @@
+"""Threshold with error feedback, the scheme "owner": each rank owns a share of every parameter and sums it for all.
+
+::
+
+    mean = all_reduce(grad, "avg")       dct.select_threshold(grad, residual, threshold!)
+                                         payload  = dct.threshold_pack(grad, residual!, ...)          one chunk for each owner
+                                  ==>    chunks   = all_to_all_single(payload)
+                                         chunk    = dct.repack(chunks, owner_residual!, ...)          summed, and thresholded again
+                                         gathered = all_gather_into_tensor(chunk)
+                                         mean     = dct.unpack_accumulate(gathered, divisor=ranks)
+
+The bytes per rank do not grow with the number of ranks. It is the parameter server of [Gupta21], cut into shares.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from dct_compile.comm import Comm
+from dct_compile.config import DCTConfig
+from dct_compile.exchange import ALL_TO_ALL, GRADIENT, Exchange
+from dct_compile.schemes.members import said_too_large
+from dct_compile.schemes.offer import Declined, GradientOffer
+from dct_compile.schemes.threshold import divide_by_density, said
+from dct_compile.schemes.threshold_codec import ThresholdCodec, gradient_layout_of
+from dct_compile.state_spec import StateSpec
+from dct_compile.traffic import Traffic, one_share_to_each, to_all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner(GradientOffer):
+    """An offer of the scheme "owner"; ``owner_codec`` works on the share that this rank owns."""
+
+    codec: ThresholdCodec
+    owner_codec: ThresholdCodec
+
+    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm) -> Tensor:
+        rest = self.members.start_rest(grad, comm, self.exchange)
+        payload = self.codec.encode(grad, state, sends=ALL_TO_ALL)
+        chunks = comm.wait(comm.all_to_all(payload))
+        gathered = comm.all_gather(self.owner_codec.encode_sum(chunks, state))
+        rest = self.members.end_rest(rest, comm)
+        return self.codec.decode_sum(comm.wait(gathered), rest, grad, self.exchange.divisor)
+
+
+def offer(exchange: Exchange, config: DCTConfig) -> Owner | Declined | None:
+    """Offers to send payloads through the owners of shares."""
+    if exchange.kind != GRADIENT or exchange.may_be_unused or config.gradient_scheme not in ("auto", "owner"):
+        return None
+    members = divide_by_density(exchange, config)
+    if isinstance(members, str):
+        return Declined(members)
+    codec = ThresholdCodec.of(exchange, gradient_layout_of(members.compressed, exchange.ranks, config), config)
+    owner_codec = replace(codec, layout=replace(codec.layout, chunk=exchange.rank), stage="owner")
+    sent = one_share_to_each(codec.layout.payload_bytes, exchange.ranks) + to_all(codec.layout.chunk_bytes, exchange.ranks)
+    memory = codec.memory_bytes(exchange, payloads=1) + 12 * owner_codec.layout.state_numel
+    traffic = Traffic(2, sent, memory) + members.rest_traffic(exchange)
+    return Owner(
+        exchange=exchange,
+        scheme="owner",
+        reason=said("owner", members, config),
+        too_large=said_too_large("owner", exchange, traffic),
+        traffic=traffic,
+        digest=codec.digest,
+        members=members,
+        state=StateSpec(
+            members.numels, codec.state() + owner_codec.state(), (codec.layout.block, codec.layout.chunks, owner_codec.layout.chunk)
+        ),
+        codec=codec,
+        owner_codec=owner_codec,
+    )

@@ -1,0 +1,65 @@
+"""Describes the state that a scheme keeps for a bucket of parameters: plain values, no tensor."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+Part = int | tuple[int, int]
+"""The part of a tensor that belongs to one parameter: a row, or the rows from a first one up to a last one, excluded."""
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of a bucket's state.
+
+    ``parts``: for each parameter of the bucket, its part of the first dimension. ``fill``: the initial value; ``None`` for normally
+    distributed numbers that are the same on all ranks. ``stage``: "" for a rank's own gradient, "owner" for the sum that it owns.
+
+    Three names have a meaning beyond their scheme. "residual" (float32 [numel]) was not sent: it is handed on when another scheme takes
+    over. "counters" (int64 [parameters, 4]) are read by the monitor: steps, elements sent, elements that found no room since the start, and
+    in the last step. "threshold" (float32 [parameters]) is read by the monitor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[Part, ...]
+    fill: float | None = 0.0
+    stage: str = ""
+
+    @property
+    def input_name(self) -> str:
+        """The name of the graph input, and the key in the mapping that a scheme is given."""
+        return f"{self.stage}_{self.name}" if self.stage else self.name
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """The state of one bucket: for parameters of ``numels`` elements, these ``tensors``.
+
+    ``owner_share``: block, chunks and chunk of the share that this rank owns, where the state has an owner's stage. ``sent``: elements that
+    a step sends for each parameter, where that number is fixed; the counters tell it otherwise.
+    """
+
+    numels: tuple[int, ...]
+    tensors: tuple[StateTensor, ...]
+    owner_share: tuple[int, int, int] | None = None
+    sent: tuple[int, ...] | None = None
+
+
+def end_to_end(numels: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Returns the parts of a flat tensor in which parameters of ``numels`` elements lie one behind the other."""
+    ends = list(accumulate(numels))
+    return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def residual_of(parts: tuple[tuple[int, int], ...], stage: str = "") -> StateTensor:
+    """Describes a residual whose elements ``parts`` belong to the parameters."""
+    return StateTensor("residual", (max((end for _, end in parts), default=0),), torch.float32, parts, stage=stage)
+
+
+def counters_of(parameters: int, stage: str = "") -> StateTensor:
+    """Describes the counters of ``parameters`` parameters."""
+    return StateTensor("counters", (parameters, 4), torch.int64, tuple(range(parameters)), stage=stage)

@@ -1,0 +1,1 @@
+"""Guards against faults of torch, each with the versions that need it."""

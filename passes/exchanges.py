@@ -1,0 +1,65 @@
+"""Makes the exchange of a site: the collective as the schemes need it, without its graph."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from dct_compile.exchange import Exchange
+from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.sites import Site
+
+
+def exchanges_of(sites: Sequence[Site], training: bool) -> list[Exchange]:
+    """Makes the exchanges of all sites of one graph.
+
+    Args:
+        sites: All sites of one graph.
+        training: True if the graph has a backward.
+
+    Returns:
+        One exchange per site, in the same order. A forward one holds that of its backward.
+    """
+    plain = [_exchange(site, number, training) for number, site in enumerate(sites)]
+    backward = {id(site.twin): exchange for site, exchange in zip(sites, plain, strict=True) if site.twin is not None}
+    return [replace(exchange, backward=backward.get(id(site))) for site, exchange in zip(sites, plain, strict=True)]
+
+
+def _exchange(site: Site, number: int, training: bool) -> Exchange:
+    tensor = site.tensor
+    return Exchange(
+        site.collective,
+        site.kind,
+        site.name,
+        tuple(gu.hint(size) for size in tensor.shape) if tensor is not None else None,
+        tensor.dtype if tensor is not None else None,
+        site.group_name,
+        site.group_size,
+        site.group_rank,
+        _input_bytes(site),
+        reduce_op=str(gu.optional_argument(site.node, "reduce_op") or "").lower(),
+        splits=_static_splits(site),
+        static_rows=tensor is None or all(isinstance(size, int) for size in tensor.shape[1:]),
+        segments=site.segments,
+        number=number,
+        origin=site.origin,
+        trains=training,
+        local_gradient=site.local_gradient is not None,
+        waited=all(user.target is gu.WAIT for user in site.node.users),
+    )
+
+
+def _input_bytes(site: Site) -> int:
+    """Returns the bytes of all inputs, by the traced example where sizes are symbolic."""
+    first: Any = site.node.args[0] if site.node.args else None
+    nodes = [first] if isinstance(first, fx.Node) else first if isinstance(first, list | tuple) else []
+    values = [value for node in nodes if isinstance(node, fx.Node) and (value := gu.value(node)) is not None]
+    return sum(gu.numel_hint(value) * value.itemsize for value in values)
+
+
+def _static_splits(site: Site) -> tuple[int, ...] | None:
+    splits = gu.optional_argument(site.node, "input_split_sizes")
+    if isinstance(splits, list | tuple) and len(splits) == site.group_size and all(isinstance(split, int) for split in splits):
+        return tuple(splits)
+    return None
