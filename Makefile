@@ -52,7 +52,7 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "==> running the tests"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 bench: $(READY)
 	@echo "==> measuring"
