@@ -33,9 +33,7 @@ class BucketState:
 
     def holds(self, parameters: Sequence[Tensor]) -> bool:
         """Returns True if these are the parameters of the bucket, in this order."""
-        return len(parameters) == len(self.parameters) and all(
-            ref() is parameter for ref, parameter in zip(self.parameters, parameters, strict=True)
-        )
+        return refer_to(self.parameters, parameters)
 
     def entry(self, index: int) -> Entry:
         """Returns the state of the parameter at ``index``, as views."""
@@ -94,6 +92,11 @@ class BucketState:
 
     def _part(self, item: StateTensor, index: int) -> Tensor:
         return _view(self.tensors[item.input_name], item.parts[index])
+
+
+def refer_to(refs: "Sequence[weakref.ref[Tensor]]", tensors: Sequence[Tensor]) -> bool:
+    """Returns True if ``refs`` stand for exactly these tensors, in this order, and all of them live."""
+    return len(refs) == len(tensors) and all(ref() is tensor for ref, tensor in zip(refs, tensors, strict=True))
 
 
 def _view(tensor: Tensor, part: Part) -> Tensor:

@@ -14,6 +14,7 @@ from dct_compile.passes.graph_utils import resolve_group
 from dct_compile.passes.plan import Decision
 from dct_compile.posts import Signature
 from dct_compile.runtime import Runtime
+from dct_compile.state import refer_to
 
 Compiled = Callable[..., Any]
 Parameters = list["weakref.ref[Tensor]"]
@@ -80,7 +81,7 @@ class _Half:
             return
         key = tuple(map(id, parameters))
         known = self.agreed.get(key)
-        if known is None or any(ref() is not parameter for ref, parameter in zip(known, parameters, strict=True)):
+        if known is None or not refer_to(known, parameters):
             self.waiting[key] = [weakref.ref(parameter) for parameter in parameters]
 
     @contextmanager

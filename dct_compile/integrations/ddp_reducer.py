@@ -33,7 +33,7 @@ from dct_compile.reasons import Note
 from dct_compile.report import GraphReport, Measure, ReportEntry
 from dct_compile.runtime import Runtime
 from dct_compile.schemes import GradientOffer
-from dct_compile.state import BucketState
+from dct_compile.state import BucketState, refer_to
 from dct_compile.state_store import named_parameters
 
 _NAMED = 8
@@ -199,9 +199,7 @@ class BucketReducer:
 
     def serves(self, parameters: Sequence[Tensor]) -> bool:
         """Returns True if these are the parameters of the bucket, in this order."""
-        return len(parameters) == len(self.parameters) and all(
-            ref() is parameter for ref, parameter in zip(self.parameters, parameters, strict=True)
-        )
+        return refer_to(self.parameters, parameters)
 
     def _find_state(self, parameters: Sequence[Tensor], owner: GradientCompressor) -> BucketState | None:
         offer = self.plan.offer
