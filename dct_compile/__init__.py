@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from dct_compile.audit import Audit, AuditError, AuditResult, audit
 from dct_compile.config import DCTConfig
 from dct_compile.monitor import Monitor, SiteStats, monitor
 from dct_compile.report import GraphReport, NodeReport, Report, ReportDiff, SiteReport
@@ -12,6 +13,9 @@ from dct_compile.runtime import RUNTIME
 from dct_compile.state_store import StateDict
 
 __all__ = [
+    "Audit",
+    "AuditError",
+    "AuditResult",
     "DCTConfig",
     "GraphReport",
     "Monitor",
@@ -20,11 +24,14 @@ __all__ = [
     "ReportDiff",
     "SiteReport",
     "SiteStats",
+    "audit",
+    "discard_gradients",
     "explain",
     "load_state_dict",
     "monitor",
     "report",
     "reset_report",
+    "scale_residuals",
     "state_dict",
 ]
 
@@ -94,3 +101,36 @@ def load_state_dict(model: nn.Module, state: StateDict) -> None:
         ValueError: The state has a parameter that the model does not have, or a residual of another size.
     """
     RUNTIME.states.load_state_dict(model, state)
+
+
+def discard_gradients(model: nn.Module) -> None:
+    """Discards the gradients of ``model``: sets them to ``None``, and takes back what their exchange has left in the residuals.
+
+    Not needed where an optimizer of torch has the parameters: then ``zero_grad`` without a step does the same from the next backward on.
+
+    Args:
+        model: The model, with or without the wrappers of DDP and torch.compile.
+
+    Raises:
+        RuntimeError: Option ``undo_discarded`` is False.
+    """
+    RUNTIME.states.discard(model)
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def scale_residuals(model: nn.Module, factor: float) -> None:
+    """Multiplies what waits to be sent: call it where your own loss scale changes.
+
+    Not needed with :class:`torch.amp.GradScaler`, whose scale is followed.
+
+    Args:
+        model: The model, with or without the wrappers of DDP and torch.compile.
+        factor: The new scale of the loss over the old one.
+
+    Raises:
+        ValueError: ``factor`` is not a finite number above 0.
+    """
+    if not 0.0 < factor < float("inf"):
+        raise ValueError(f"factor is {factor!r}; allowed is a finite number above 0: the new scale of the loss over the old one")
+    RUNTIME.states.multiply(model, factor)

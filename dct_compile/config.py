@@ -38,6 +38,10 @@ class DCTConfig:
     """The schedule: "geometric" refreshes often at first, ever less often up to ``refresh_interval``; "off" is the paper's."""
     error_feedback: bool = True
     """Keep what was not sent and add it to the next gradient."""
+    undo_discarded: bool = True
+    """Take out of the residual what a discarded gradient (``zero_grad`` without a step) has left there. Takes memory for a second residual,
+    and a copy of it per step.
+    """
     dp_value_dtype: str = "bfloat16"
     """Dtype of a gradient value on the wire ("int8": multiples of a scale per 4096 elements); the rounding error stays in the residual."""
     mp_value_dtype: str = "bfloat16"
@@ -60,6 +64,8 @@ class DCTConfig:
     """The codec of an embedding exchange: "int8" or "int4" rows, rounded stochastically; "threshold" like activations; "dense"."""
     data_parallel: bool | ProcessGroup = field(default=False, metadata={"allowed": "True, False or a ProcessGroup"})
     """Without DDP: average gradients over all ranks (True) or over a process group, and make parameters equal at the start."""
+    audit: bool = False
+    """Let graphs that average gradients themselves note each rank's own, for :func:`dct_compile.audit`. For tests: it takes memory."""
     inline_kernels: bool = False
     """On CUDA: let Inductor see the kernel launches instead of the operators ``torch.ops.dct``."""
 
@@ -73,6 +79,7 @@ class DCTConfig:
         _check_integer("refresh_interval", self.refresh_interval, 1)
         _check_choice("refresh_warmup", self.refresh_warmup, REFRESH_WARMUPS)
         _check_bool("error_feedback", self.error_feedback)
+        _check_bool("undo_discarded", self.undo_discarded)
         _check_choice("dp_value_dtype", self.dp_value_dtype, DP_VALUE_DTYPES)
         _check_choice("mp_value_dtype", self.mp_value_dtype, MP_VALUE_DTYPES)
         _check_number("capacity_factor", self.capacity_factor, 1.0, "a number >= 1")
@@ -86,6 +93,7 @@ class DCTConfig:
         _check_choice("embedding_codec", self.embedding_codec, EMBEDDING_CODECS)
         if not isinstance(self.data_parallel, bool | ProcessGroup):
             raise _error("data_parallel", self.data_parallel, "True, False or a torch.distributed.ProcessGroup")
+        _check_bool("audit", self.audit)
         _check_bool("inline_kernels", self.inline_kernels)
 
     @property

@@ -73,3 +73,7 @@ class Note(StrEnum):
         " collectives are not seen. torch skips its own modules, such as nn.Sequential and nn.Linear, when DDP calls them:"
         " make them part of a module class of your own"
     )
+    NO_OPTIMIZER = (
+        "gradients were computed anew, and no torch.optim.Optimizer has stepped in between: the last ones count as applied. If they were"
+        " discarded, call dct_compile.discard_gradients(model) in place of zero_grad"
+    )

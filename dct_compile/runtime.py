@@ -8,7 +8,10 @@ from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dct_compile.agreement import Agreement
+from dct_compile.config import DCTConfig
+from dct_compile.reasons import Note
 from dct_compile.report import ReportRegistry
+from dct_compile.state import BucketState
 from dct_compile.state_store import StateStore
 
 log = logging.getLogger("dct_compile")
@@ -28,6 +31,15 @@ class Runtime:
     synchronised: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     agreed: "WeakKeyDictionary[ProcessGroup, WeakTensorKeyDictionary]" = field(default_factory=WeakKeyDictionary)
+
+    def begin_exchange(self, bucket: BucketState, config: DCTConfig, *, final: bool = False) -> None:
+        """Prepares the state of ``bucket`` for an exchange: discarded gradients leave it, and it follows the scale of the loss.
+
+        ``final``: whether other ranks apply the gradient, and this one has none of its own.
+        """
+        scale = self.states.use.scale(bucket.pending.uses)
+        if not bucket.pending.begin(scale, config.undo_discarded and config.error_feedback, final):
+            self.warn_once(Note.NO_OPTIMIZER)
 
     def warn_once(self, note: str) -> None:
         """Adds a note to the report and logs it as a warning, once."""

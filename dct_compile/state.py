@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from dct_compile.exchange import Segment
-from dct_compile.state_spec import Part, StateSpec, StateTensor
+from dct_compile.gradient_use import Use
+from dct_compile.pending import Pending, view
+from dct_compile.state_spec import StateSpec, StateTensor
 from dct_compile.triton_kernels.layout import piece_share
 
 Entry = dict[str, Any]
@@ -21,15 +23,20 @@ Entry = dict[str, Any]
 
 
 class BucketState:
-    """The state of the parameters that are compressed together. ``tensors``: by input name, in the order of the spec."""
+    """The state of the parameters that are compressed together.
 
-    def __init__(self, parameters: Sequence[Tensor], spec: StateSpec, device: torch.device) -> None:
+    ``tensors``: by input name, in the order of the spec. ``pending``: the exchanges that may still be taken back. ``uses``: the fate of the
+    gradient of each parameter; not needed for a state that is only looked at.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], spec: StateSpec, device: torch.device, uses: Sequence[Use] = ()) -> None:
         self.parameters = [weakref.ref(parameter) for parameter in parameters]
         self.spec = spec
         self.tensors = {item.input_name: torch.full(item.shape, item.fill or 0, dtype=item.dtype, device=device) for item in spec.tensors}
         for item in spec.tensors:
             for part in item.parts if item.fill is None else ():
-                _reset(item, _view(self.tensors[item.input_name], part))
+                _reset(item, view(self.tensors[item.input_name], part))
+        self.pending = Pending(self.tensors, spec, uses)
 
     def holds(self, parameters: Sequence[Tensor]) -> bool:
         """Returns True if these are the parameters of the bucket, in this order."""
@@ -91,16 +98,12 @@ class BucketState:
                 tensor.copy_(torch.where(flag, tensor, before[index][name]))
 
     def _part(self, item: StateTensor, index: int) -> Tensor:
-        return _view(self.tensors[item.input_name], item.parts[index])
+        return view(self.tensors[item.input_name], item.parts[index])
 
 
 def refer_to(refs: "Sequence[weakref.ref[Tensor]]", tensors: Sequence[Tensor]) -> bool:
     """Returns True if ``refs`` stand for exactly these tensors, in this order, and all of them live."""
     return len(refs) == len(tensors) and all(ref() is tensor for ref, tensor in zip(refs, tensors, strict=True))
-
-
-def _view(tensor: Tensor, part: Part) -> Tensor:
-    return tensor[part] if isinstance(part, int) else tensor[part[0] : part[1]]
 
 
 def _reset(item: StateTensor, part: Tensor) -> None:

@@ -10,6 +10,10 @@ Part = int | tuple[int, int]
 """The part of a tensor that belongs to one parameter: a row, or the rows from a first one up to a last one, excluded."""
 
 
+LOCAL = "local"
+"""The name of the sum of a rank's own gradients since the audit has looked, kept with option ``audit``."""
+
+
 @dataclass(frozen=True)
 class StateTensor:
     """One tensor of a bucket's state.
@@ -17,9 +21,9 @@ class StateTensor:
     ``parts``: for each parameter of the bucket, its part of the first dimension. ``fill``: the initial value; ``None`` for normally
     distributed numbers that are the same on all ranks. ``stage``: "" for a rank's own gradient, "owner" for the sum that it owns.
 
-    Three names have a meaning beyond their scheme. "residual" (float32 [numel]) was not sent: it is handed on when another scheme takes
+    Four names have a meaning beyond their scheme. "residual" (float32 [numel]) was not sent: it is handed on when another scheme takes
     over. "counters" (int64 [parameters, 4]) are read by the monitor: steps, elements sent, elements that found no room since the start, and
-    in the last step. "threshold" (float32 [parameters]) is read by the monitor.
+    in the last step. "threshold" (float32 [parameters]) is read by the monitor. "local" (float32 [numel]) is read by the audit.
     """
 
     name: str

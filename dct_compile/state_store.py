@@ -13,6 +13,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dct_compile.gradient_use import GradientUse
 from dct_compile.state import BucketState, Entry
 from dct_compile.state_spec import StateSpec
 
@@ -23,6 +24,7 @@ class StateStore:
     """Finds, makes, moves, saves and restores the states of buckets."""
 
     def __init__(self) -> None:
+        self.use = GradientUse()
         self._buckets: list[BucketState] = []
         self._pending: list[tuple[weakref.ref[Tensor], list[Entry]]] = []
 
@@ -38,7 +40,7 @@ class StateStore:
                 return bucket
         self._buckets = [bucket for bucket in self._buckets if all(ref() is not None for ref in bucket.parameters)]
         self._pending = [(ref, waiting) for ref, waiting in self._pending if ref() is not None]
-        created = BucketState(parameters, spec, parameters[0].device)
+        created = BucketState(parameters, spec, parameters[0].device, self.use.of(parameters))
         for index, parameter in enumerate(parameters):
             loaded = self._take_pending(parameter)
             if loaded is not None:
@@ -54,6 +56,7 @@ class StateStore:
             created: The bucket to write to.
         """
         for bucket in retired:
+            self._settle(bucket)
             for index, ref in enumerate(bucket.parameters):
                 for target, other in enumerate(created.parameters):
                     if other() is ref():
@@ -81,6 +84,10 @@ class StateStore:
             ``name@1``.
         """
         saved: StateDict = {}
+        held = self._held(model)
+        self.use.look([parameter for bucket in held for ref in bucket.parameters if (parameter := ref()) is not None])
+        for bucket in held:
+            self._settle(bucket)
         for name, parameter in named_parameters(model):
             found = [bucket.entry(index) for bucket, index in self.entries(parameter)]
             found += [entry for ref, waiting in self._pending if ref() is parameter for entry in waiting]
@@ -112,9 +119,35 @@ class StateStore:
             self._take_pending(parameter, everything=True)
             held = list(self.entries(parameter))
             for ordinal, (bucket, index) in enumerate(held):
+                self._settle(bucket)
+                bucket.pending.forget([index])
                 bucket.write(index, given[ordinal] if ordinal < len(given) else None)
             if len(given) > len(held):
                 self._pending.append((weakref.ref(parameter), [_clone(entry) for entry in given[len(held) :]]))
+
+    def discard(self, model: nn.Module) -> None:
+        """Takes back what the gradients since the last step of the optimizer have left in the state of ``model``'s parameters."""
+        for bucket, indices in self._held(model).items():
+            bucket.pending.discard(indices)
+
+    def multiply(self, model: nn.Module, factor: float) -> None:
+        """Multiplies what waits to be sent for ``model``'s parameters."""
+        for bucket in self._held(model):
+            bucket.pending.multiply(factor)
+
+    def _held(self, model: nn.Module) -> dict[BucketState, list[int]]:
+        """Returns the buckets that hold parameters of ``model``, each with their places in it."""
+        found: dict[BucketState, list[int]] = {}
+        for parameter in model.parameters():
+            for bucket, index in self.entries(parameter):
+                found.setdefault(bucket, []).append(index)
+        return found
+
+    @staticmethod
+    def _settle(bucket: BucketState) -> None:
+        """Leaves in the state what the optimizer has applied, in units of an unscaled loss."""
+        bucket.pending.settle()
+        bucket.pending.rescale_to(1.0)
 
     def _take_pending(self, parameter: Tensor, everything: bool = False) -> Entry | None:
         for position, (ref, waiting) in enumerate(self._pending):

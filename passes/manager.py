@@ -19,7 +19,7 @@ from dct_compile.measure import BucketMeasure
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.insert_gradient_sync import gradient_buckets, insert_gradient_sync
-from dct_compile.passes.plan import Decision, decide, plan
+from dct_compile.passes.plan import Decision, decide_in_graph, plan
 from dct_compile.passes.record import Described, describe, describe_nodes, readable
 from dct_compile.passes.rewrite import rewrite
 from dct_compile.passes.sites import GraphContext, find_sites
@@ -203,7 +203,7 @@ def expected_requests(inputs: Sequence[GraphInput], group: ProcessGroup | None, 
     for bucket in trainable_buckets(inputs, parameters):
         dtype = inputs[bucket[0].position].dtype
         assert dtype is not None
-        offer = decide(gradient_exchange(ALL_REDUCE, segments_of(bucket), dtype, group), config).offer
+        offer = decide_in_graph(gradient_exchange(ALL_REDUCE, segments_of(bucket), dtype, group), config).offer
         if isinstance(offer, GradientOffer):
             requests.append(StateRequest.of(offer))
     return requests

@@ -12,7 +12,8 @@ from dct_compile.exchange import ALL_REDUCE, BACKWARD_OF, COMPRESSIBLE, GRADIENT
 from dct_compile.passes.exchanges import exchanges_of
 from dct_compile.passes.sites import Site
 from dct_compile.reasons import Reason
-from dct_compile.schemes import SCHEMES, Declined, Offer, RowOffer, Scheme
+from dct_compile.schemes import SCHEMES, Declined, GradientOffer, Offer, RowOffer, Scheme
+from dct_compile.schemes.observed import Observed
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def plan(sites: Sequence[Site], config: DCTConfig, training: bool) -> list[Decis
         if site.twin is not None and exchange.kind != GRADIENT:
             decision = _follow_forward(exchange, taken[id(site.twin)])
         else:
-            decision = decide(exchange, config)
+            decision = decide_in_graph(exchange, config)
         taken[id(site)] = replace(decision, site=site)
     return [taken[id(site)] for site in sites]
 
@@ -95,6 +96,14 @@ def decide(exchange: Exchange, config: DCTConfig) -> Decision:
         return replace(dense(exchange, offer.too_large), offers=sizes)
     choice = sizes if len(sizes) > 1 else {}
     return Decision(exchange, offer, offer.reason, int(exchange.dense_wire), offer.traffic.wire_bytes, choice)
+
+
+def decide_in_graph(exchange: Exchange, config: DCTConfig) -> Decision:
+    """Decides like :func:`decide` about an exchange that a graph makes; with option ``audit`` the graph notes its gradients, too."""
+    decision = decide(exchange, config)
+    if not config.audit or not isinstance(decision.offer, GradientOffer):
+        return decision
+    return replace(decision, offer=Observed.of(decision.offer))
 
 
 def dense(exchange: Exchange, reason: str) -> Decision:

@@ -25,6 +25,8 @@ BAD: list[tuple[str, Any, str]] = [
     *[("refresh_interval", value, "an integer >= 1") for value in (0, -1, 1.0, "10", None, True)],
     *[("refresh_warmup", value, "one of 'geometric', 'off'") for value in ("geometrical", "on", None, True, 1)],
     *[("error_feedback", value, "True or False") for value in (0, 1, "yes", None)],
+    *[("undo_discarded", value, "True or False") for value in (0, "no", None)],
+    *[("audit", value, "True or False") for value in (1, "yes", None)],
     *[("dp_value_dtype", value, DTYPES) for value in ("float64", "bf16", torch.bfloat16, None)],
     *[("mp_value_dtype", value, DTYPES) for value in ("int8", "half", torch.float32, 16)],
     *[("capacity_factor", value, "a number >= 1") for value in (0.99, 0, -1, NAN, INF, "2", None, True)],

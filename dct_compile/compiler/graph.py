@@ -14,6 +14,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from dct_compile.compiler.exchanges import before_exchanges
 from dct_compile.compiler.first_use import FirstUse
 from dct_compile.compiler.state_inputs import add_state_inputs, placeholders, with_equal_start, with_state
 from dct_compile.config import DCTConfig
@@ -66,13 +67,15 @@ class GraphCompiler:
         self.parameter_positions = [position for position, info in enumerate(self.inputs) if info.is_parameter]
         compile_id = CompileContext.current_compile_id()
         self.name = f"graph {compile_id}" if compile_id is not None else "graph"
+        self.trains_later = True
+        """True if gradients are exchanged by a backward of its own, not by the graph itself."""
         self.first_use = FirstUse(settings.config, settings.runtime)
 
     def run(self) -> Compiled:
         """Returns the compiled graph, to be called with the graph's own inputs."""
         compiled, requests = self.compile()
         if requests:
-            compiled = with_state(compiled, requests, self.runtime)
+            compiled = with_state(compiled, requests, self.runtime, None if self.trains_later else self.config)
         if self.group is not None:
             compiled = with_equal_start(compiled, self.parameter_positions, self.group, self.runtime)
         return self.first_use.before_forward(compiled, self.parameter_positions)
@@ -99,6 +102,7 @@ class GraphCompiler:
         with functorch_config.patch(enable_autograd_cache=False):
             compiled = compile_graph(gm, inputs, {**self.settings.patches, **passes}, self._inner_compile(joint_pass))
         self.first_use.expect(joint_pass.decisions, joint_pass.training)
+        self.trains_later = joint_pass.training
         self._note_training(joint_pass.trains)
         return compiled
 
@@ -115,7 +119,11 @@ class GraphCompiler:
 
         def inner(gm: fx.GraphModule, inputs: Sequence[Any], **flags: Any) -> Any:
             compiled = self.settings.inner_compile(gm, inputs, **flags)
-            return self.first_use.before_backward(compiled) if flags.get("is_backward") and joint_pass.decisions else compiled
+            if not flags.get("is_backward") or not joint_pass.decisions:
+                return compiled
+            if joint_pass.requests:
+                compiled = before_exchanges(compiled, joint_pass.requests, self.config, self.runtime)
+            return self.first_use.before_backward(compiled)
 
         return inner
 

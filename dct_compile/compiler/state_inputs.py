@@ -10,6 +10,8 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.distributed import ProcessGroup
 
+from dct_compile.compiler.exchanges import begin_exchanges
+from dct_compile.config import DCTConfig
 from dct_compile.passes.manager import StateRequest
 from dct_compile.runtime import Runtime
 from dct_compile.state import BucketState
@@ -55,17 +57,26 @@ def blank_state(request: StateRequest, inputs: Sequence[Any]) -> list[Tensor]:
     return list(BucketState([], request.spec, inputs[request.positions[0]].device).tensors.values())
 
 
-def with_state(compiled: Compiled, requests: Sequence[StateRequest], runtime: Runtime) -> Compiled:
-    """Appends the state of the parameters that a call is made with: one compiled graph may serve several layers."""
+def with_state(compiled: Compiled, requests: Sequence[StateRequest], runtime: Runtime, exchanges: DCTConfig | None = None) -> Compiled:
+    """Appends the state of the parameters that a call is made with: one compiled graph may serve several layers.
+
+    Args:
+        compiled: The compiled graph, with inputs for its state.
+        requests: The state that it needs.
+        runtime: The owner of the states.
+        exchanges: The options, where the graph itself exchanges gradients; ``None`` where a backward does so later.
+    """
 
     def run(*args: Any) -> Any:
-        state: list[Tensor] = []
+        buckets: list[BucketState] = []
         for request in requests:
             bucket = runtime.states.bucket([args[position] for position in request.positions], request.spec)
             if bucket not in request.buckets:
                 request.buckets.append(bucket)
-            state.extend(bucket.tensors.values())
-        return compiled(*args, *state)
+            buckets.append(bucket)
+        if exchanges is not None:
+            begin_exchanges(buckets, exchanges, runtime)
+        return compiled(*args, *(tensor for bucket in buckets for tensor in bucket.tensors.values()))
 
     return run
 

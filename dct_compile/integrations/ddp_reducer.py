@@ -38,6 +38,8 @@ from dct_compile.state_store import named_parameters
 
 _NAMED = 8
 """Parameters that a note names."""
+_NO_BACKWARD = -1
+"""The task of autograd outside of a backward. A rank without inputs is called there (``torch.distributed.algorithms.Join``)."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class GradientCompressor:
         self.group: ProcessGroup | None = None
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dct-reducer")
         weakref.finalize(module, self.worker.shutdown, wait=False)
+        runtime.states.use.watch(list(module.parameters()))
         self.stream: torch.cuda.Stream | None = None
         self.reducers: dict[int, BucketReducer] = {}
         self.retired: list[BucketReducer] = []
@@ -117,6 +120,7 @@ class GradientCompressor:
         if bucket.is_last():
             self._forget_retired()
             self._warn_of_uncompiled()
+        reducer.joined = torch._C._current_graph_task_id() == _NO_BACKWARD
         if buffer.is_cuda:
             return self._reduce_on_side_stream(reducer, buffer)
         future: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -174,11 +178,13 @@ class GradientCompressor:
 
 
 class BucketReducer:
-    """Averages one bucket, with its state."""
+    """Averages one bucket, with its state. ``joined``: whether this rank has no more inputs, so that only others apply the average."""
 
     def __init__(self, index: int, parameters: Sequence[Tensor], owner: GradientCompressor) -> None:
         self.parameters = [weakref.ref(parameter) for parameter in parameters]
-        self.find_unused, self.agreement, self.process_group = owner.find_unused, owner.runtime.agreement, owner.process_group
+        self.find_unused, self.process_group = owner.find_unused, owner.process_group
+        self.runtime, self.config = owner.runtime, owner.config
+        self.joined = False
         group = owner.own_group()
         self.plan = BucketPlan.of(parameters, owner.names, group, owner.config, may_be_unused=self.find_unused)
         self.state = self._find_state(parameters, owner)
@@ -190,12 +196,13 @@ class BucketReducer:
         offer = self.plan.offer
         if self.state is None or offer is None:
             return self.plan.reduce_dense(buffer)
+        self.runtime.begin_exchange(self.state, self.config, final=self.joined)
         with self.state.skip_unused(buffer, offer.members.compressed) if self.find_unused else nullcontext():
             return offer.reduce(buffer, self.state.tensors, self.plan.comm)
 
     def explain(self, error: Exception) -> None:
         """Adds to ``error`` the reason why another rank has left, if there is one."""
-        self.agreement.explain(self.process_group, error)
+        self.runtime.agreement.explain(self.process_group, error)
 
     def serves(self, parameters: Sequence[Tensor]) -> bool:
         """Returns True if these are the parameters of the bucket, in this order."""

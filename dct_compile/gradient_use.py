@@ -1,0 +1,204 @@
+"""Learns what becomes of gradients: an optimizer applies them, or they are discarded (``zero_grad`` without a step).
+
+torch calls two hooks around every step of every optimizer. No hook tells of ``zero_grad``: its effect is seen when the next backward
+begins. A gradient scaler is found on the stack of the step that it makes.
+"""
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+_NO_BACKWARD = -1
+"""The number of the present backward pass outside of any."""
+
+
+@dataclass(eq=False)
+class Use:
+    """The fate of one parameter's gradients.
+
+    ``steps``: grows with every optimizer step that applies its gradient. ``optimizer``, ``scaler``: those of the last such step, or found
+    before the first one. ``absent``: whether its gradient was ``None`` or zero at the begin of a backward since the last exchange (on a GPU
+    a bool tensor). ``task``: the backward pass that looked last.
+    ``skipped``: a tensor that is not zero where a fused optimizer left out its last step. ``version``: that of the parameter at the last
+    exchange of its gradient, ``None`` before the first. ``searches``: how often an optimizer was searched for.
+    """
+
+    parameter: "weakref.ref[Tensor]"
+    steps: int = 0
+    optimizer: "weakref.ref[Optimizer] | None" = None
+    scaler: "weakref.ref[GradScaler] | None" = None
+    absent: "bool | Tensor" = False
+    task: int = _NO_BACKWARD
+    skipped: Tensor | None = None
+    version: int | None = None
+    searches: int = 0
+
+    @property
+    def has_optimizer(self) -> bool:
+        return self.steps > 0 or (self.optimizer is not None and self.optimizer() is not None)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether to search for its optimizer: at the first backward, and once more at the second if there was none."""
+        return not self.has_optimizer and self.searches < (1 if self.version is None else 2)
+
+    @property
+    def changed(self) -> bool:
+        """Whether somebody has written to the parameter since the last exchange of its gradient, though no optimizer of torch has it."""
+        parameter = self.parameter()
+        return parameter is not None and parameter._version != self.version
+
+    def note_exchange(self) -> None:
+        """Notes that the parameter's gradient is exchanged now."""
+        parameter = self.parameter()
+        self.absent = False
+        self.version = parameter._version if parameter is not None else None
+
+
+class GradientUse:
+    """The fate of the gradients of all parameters that are compressed."""
+
+    def __init__(self) -> None:
+        self._uses: dict[int, Use] = {}
+        self._task = _NO_BACKWARD
+        ours = weakref.ref(self)
+        self._handles = [
+            register_optimizer_step_pre_hook(lambda *step: _forward(ours, GradientUse._before_step, *step)),
+            register_optimizer_step_post_hook(lambda *step: _forward(ours, GradientUse._after_step, *step)),
+        ]
+        for handle in self._handles:
+            weakref.finalize(self, handle.remove)
+
+    def of(self, parameters: Iterable[Tensor]) -> list[Use]:
+        """Returns the record of each parameter, made on first use."""
+        found = []
+        for parameter in parameters:
+            use = self._uses.get(id(parameter))
+            if use is None or use.parameter() is not parameter:
+                use = Use(weakref.ref(parameter, self._forget(id(parameter))))
+                self._uses[id(parameter)] = use
+            found.append(use)
+        return found
+
+    def watch(self, parameters: Sequence[Tensor]) -> list[Any]:
+        """Looks at the gradients of ``parameters`` at the begin of every backward, before any of them changes. Returns hook handles."""
+        held = [weakref.ref(parameter) for parameter in parameters]
+
+        def at_gradient(_: Tensor) -> None:
+            if torch._C._current_graph_task_id() != self._task:
+                self.look([found for ref in held if (found := ref()) is not None])
+
+        return [parameter.register_hook(at_gradient) for parameter in parameters if parameter.requires_grad]
+
+    def look(self, parameters: Iterable[Tensor]) -> None:
+        """Notes whether ``parameters`` have gradients now. Within one backward pass only the first look at a parameter counts."""
+        task = torch._C._current_graph_task_id()
+        uses = [use for use in self.of(parameters) if use.task != task or task == _NO_BACKWARD]
+        if any(use.is_due for use in uses):
+            self._search()
+        self._task = task
+        groups: dict[int, list[Use]] = {}
+        for use in uses:
+            use.task = task
+            groups.setdefault(id(use.optimizer() if use.optimizer is not None else None), []).append(use)
+        for group in groups.values():
+            # zero_grad leaves none, or only zeros: one gradient with another value stands for its optimizer's others.
+            _note(group)
+
+    def scale(self, uses: Sequence[Use]) -> "float | Tensor":
+        """Returns the factor of the present loss: that of a gradient scaler, 1 without one. A tensor on a GPU."""
+        scalers = [found for use in uses if use.scaler is not None and (found := use.scaler()) is not None]
+        scale = scalers[0]._scale if scalers else None
+        if scale is None:
+            return 1.0
+        return scale.detach().clone() if scale.is_cuda else scale.item()
+
+    def _search(self) -> None:
+        """Finds the optimizers and the gradient scaler of parameters that no optimizer has stepped yet."""
+        waiting = {key: use for key, use in self._uses.items() if use.is_due}
+        optimizers, scalers = _alive()
+        for optimizer in optimizers:
+            for parameter in _parameters(optimizer):
+                if id(parameter) in waiting:
+                    waiting[id(parameter)].optimizer = weakref.ref(optimizer)
+        for use in waiting.values():
+            use.searches += 1
+            use.scaler = weakref.ref(scalers[0]) if len(scalers) == 1 else None
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not any(callable(item) for item in (*args, *kwargs.values())):  # a closure makes the gradients within the step
+            self._note_step(optimizer)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._note_step(optimizer)
+
+    def _note_step(self, optimizer: Optimizer) -> None:
+        used = [
+            use
+            for parameter in _parameters(optimizer)
+            if (use := self._uses.get(id(parameter))) is not None and parameter.grad is not None and use.parameter() is parameter
+        ]
+        if not used:
+            return
+        scaler = _running_scaler()
+        skipped = getattr(optimizer, "found_inf", None)  # of a fused optimizer, which decides on the device
+        for use in used:
+            use.steps += 1
+            use.optimizer, use.scaler, use.skipped = weakref.ref(optimizer), scaler, skipped
+
+    def _forget(self, key: int) -> Callable[[Any], None]:
+        uses = self._uses
+
+        def forget(ref: "weakref.ref[Tensor]") -> None:
+            if key in uses and uses[key].parameter is ref:
+                del uses[key]
+
+        return forget
+
+
+def _forward(ours: "weakref.ref[GradientUse]", method: Callable[..., None], *step: Any) -> None:
+    found = ours()
+    if found is not None:
+        method(found, *step)
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _note(group: Sequence[Use]) -> None:
+    gradients = [parameter.grad if (parameter := use.parameter()) is not None else None for use in group]
+    kept: bool | Tensor = False
+    for gradient in gradients:
+        if gradient is not None and kept is False:
+            kept = gradient.any() if gradient.is_cuda else bool(gradient.any())
+    for use, gradient in zip(group, gradients, strict=True):
+        absent = gradient is None or (~kept if isinstance(kept, Tensor) else not kept)
+        use.absent = absent if use.absent is False or absent is True else use.absent | absent
+
+
+def _alive() -> tuple[list[Optimizer], list[GradScaler]]:
+    """Returns all optimizers of the process, and the gradient scalers that have scaled a loss."""
+    found = gc.get_objects()
+    optimizers = [item for item in found if issubclass(type(item), Optimizer) and hasattr(item, "param_groups")]
+    scalers = [item for item in found if issubclass(type(item), GradScaler) and item.is_enabled() and item._scale is not None]
+    return optimizers, scalers
+
+
+def _running_scaler() -> "weakref.ref[GradScaler] | None":
+    """Returns the gradient scaler whose ``step`` calls, if there is one."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "step" and isinstance(found := frame.f_locals.get("self"), GradScaler):
+            return weakref.ref(found)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
