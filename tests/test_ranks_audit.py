@@ -116,3 +116,40 @@ def one_rank_changes(rank: int, world_size: int) -> str:
 
 def test_an_audit_finds_ranks_that_differ(ranks2: Ranks) -> None:
     assert ranks2(one_rank_changes) == ["b.weight: its values differ between the ranks"] * 2
+
+
+def applied_by_hand(rank: int, world_size: int, wrapping: str, what: str) -> tuple[list[float], list[str]]:
+    """One backward, then 150 of a zero loss: returns norms of the gradient, and of all that arrived after it. No optimizer is used."""
+    net = Net()
+    trainee = Setting(rank, wrapping, {"dp_density": 0.02}).wrap(net)
+    batch = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    wanted = torch.autograd.grad(net(batch).square().mean(), net.a.weight)[0]
+    (65536 * trainee.call(batch).square().mean()).backward()
+    assert net.a.weight.grad is not None
+    arrived = torch.zeros_like(wanted) if what == "discarded" else net.a.weight.grad / 65536
+    if what == "discarded":
+        dct_compile.discard_gradients(net)
+        assert net.a.weight.grad is None
+    if what == "rescaled":
+        dct_compile.scale_residuals(net, 1 / 16)
+    scale = 4096 if what == "rescaled" else 65536
+    for _ in range(150):
+        net.zero_grad()
+        (0 * trainee.call(batch).square().mean()).backward()
+        arrived += net.a.weight.grad / scale
+    norms = [tensor.norm().item() for tensor in (wanted, arrived)]
+    return norms, [note[:29] for note in dct_compile.report().notes]
+
+
+@pytest.mark.parametrize("wrapping", ["inside", "outside", "data_parallel"])
+@pytest.mark.parametrize("what", ["applied", "discarded", "rescaled"])
+def test_gradients_without_an_optimizer(ranks2: Ranks, wrapping: str, what: str) -> None:
+    for (wanted, arrived), notes in ranks2(applied_by_hand, wrapping, what):
+        assert arrived == pytest.approx(0.0 if what == "discarded" else wanted, rel=1e-3)  # values travel as bfloat16
+        assert notes == ["gradients were computed anew,"]
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("inf"), float("nan")])
+def test_residuals_take_finite_factors(factor: float) -> None:
+    with pytest.raises(ValueError, match=r"factor is .*; allowed is a finite number above 0"):
+        dct_compile.scale_residuals(Net(), factor)
