@@ -6,14 +6,14 @@ once and reused for every layer.
 
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dct_compile.state import BucketState, Entry
+from dct_compile.state import BucketState
+from dct_compile.state_entry import Entry, copy_of
 from dct_compile.state_spec import StateSpec
 
 StateDict = dict[str, Entry]
@@ -57,7 +57,7 @@ class StateStore:
             for index, ref in enumerate(bucket.parameters):
                 for target, other in enumerate(created.parameters):
                     if other() is ref():
-                        created.write(target, bucket.entry(index))
+                        created.write(target, bucket.saved(index))
 
     def retire(self, buckets: Sequence[BucketState]) -> None:
         """Forgets buckets whose state has been moved."""
@@ -82,9 +82,9 @@ class StateStore:
         """
         saved: StateDict = {}
         for name, parameter in named_parameters(model):
-            found = [bucket.entry(index) for bucket, index in self.entries(parameter)]
-            found += [entry for ref, waiting in self._pending if ref() is parameter for entry in waiting]
-            saved.update({_key(name, ordinal): _clone(entry) for ordinal, entry in enumerate(found)})
+            found = [bucket.saved(index) for bucket, index in self.entries(parameter)]
+            found += [copy_of(entry) for ref, waiting in self._pending if ref() is parameter for entry in waiting]
+            saved.update({_key(name, ordinal): entry for ordinal, entry in enumerate(found)})
         return saved
 
     def load_state_dict(self, model: nn.Module, saved: StateDict) -> None:
@@ -114,7 +114,7 @@ class StateStore:
             for ordinal, (bucket, index) in enumerate(held):
                 bucket.write(index, given[ordinal] if ordinal < len(given) else None)
             if len(given) > len(held):
-                self._pending.append((weakref.ref(parameter), [_clone(entry) for entry in given[len(held) :]]))
+                self._pending.append((weakref.ref(parameter), [copy_of(entry) for entry in given[len(held) :]]))
 
     def _take_pending(self, parameter: Tensor, everything: bool = False) -> Entry | None:
         for position, (ref, waiting) in enumerate(self._pending):
@@ -152,12 +152,3 @@ def _numbered_keys(name: str, saved: StateDict) -> Iterator[str]:
     while (key := _key(name, ordinal)) in saved:
         yield key
         ordinal += 1
-
-
-def _clone(entry: Entry) -> Entry:
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach().clone()
-        return {key: copy(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    return {key: copy(value) for key, value in entry.items()}
