@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.state import BucketState
+from dct_compile.state_checks import check_entry
 from dct_compile.state_entry import Entry, copy_of
+from dct_compile.state_keys import by_parameter, key_of
 from dct_compile.state_spec import StateSpec
 
 StateDict = dict[str, Entry]
@@ -84,7 +86,7 @@ class StateStore:
         for name, parameter in named_parameters(model):
             found = [bucket.saved(index) for bucket, index in self.entries(parameter)]
             found += [copy_of(entry) for ref, waiting in self._pending if ref() is parameter for entry in waiting]
-            saved.update({_key(name, ordinal): entry for ordinal, entry in enumerate(found)})
+            saved.update({key_of(name, ordinal): entry for ordinal, entry in enumerate(found)})
         return saved
 
     def load_state_dict(self, model: nn.Module, saved: StateDict) -> None:
@@ -95,20 +97,15 @@ class StateStore:
             saved: The state by parameter name. A parameter that it lacks starts afresh, so an empty dict resets the model's state.
 
         Raises:
-            ValueError: The model has no parameter of a name, or a residual has another number of elements.
+            ValueError: The model has no parameter of a name, or a state is damaged. Nothing has been loaded then.
         """
         names = dict(named_parameters(model))
-        unknown = [key for key in saved if key.split("@")[0] not in names]
-        if unknown:
-            raise ValueError(f"the state names parameters that the model does not have: {', '.join(unknown)}; it has {', '.join(names)}")
+        states = by_parameter(saved, names)
+        for name, entries in states.items():
+            for entry in entries:
+                check_entry(name, entry, local_tensor(names[name]).numel())
         for name, parameter in names.items():
-            for entry in [saved[key] for key in _numbered_keys(name, saved)]:
-                if entry["residual"].numel() != local_tensor(parameter).numel():
-                    raise ValueError(
-                        f"{name} has {local_tensor(parameter).numel()} elements, its residual in the state has {entry['residual'].numel()}"
-                    )
-        for name, parameter in names.items():
-            given = [saved[key] for key in _numbered_keys(name, saved)]
+            given = states[name]
             self._take_pending(parameter, everything=True)
             held = list(self.entries(parameter))
             for ordinal, (bucket, index) in enumerate(held):
@@ -141,14 +138,3 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 kept.append(part)
             module = module.get_submodule(part)
         yield ".".join([*kept, last]), parameter
-
-
-def _key(name: str, ordinal: int) -> str:
-    return name + (f"@{ordinal}" if ordinal else "")
-
-
-def _numbered_keys(name: str, saved: StateDict) -> Iterator[str]:
-    ordinal = 0
-    while (key := _key(name, ordinal)) in saved:
-        yield key
-        ordinal += 1
