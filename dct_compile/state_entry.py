@@ -13,6 +13,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dct_compile.element_order import ElementOrder
@@ -22,12 +23,12 @@ Entry = dict[str, Any]
 _OWNER = ("owner", "owner_share", "owner_order")
 
 
-def copy_of(entry: Entry) -> Entry:
-    """Returns a copy of ``entry`` that shares no tensor with it."""
+def copy_of(entry: Entry, device: torch.device | None = None) -> Entry:
+    """Returns a copy of ``entry`` that shares no tensor with it, on ``device`` or where each tensor is."""
 
     def copy(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.detach().clone()
+            return value.detach().to(device or value.device, copy=True)
         return {key: copy(item) for key, item in value.items()} if isinstance(value, dict) else value
 
     return {key: copy(value) for key, value in entry.items()}

@@ -5,7 +5,7 @@ once and reused for every layer.
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
@@ -17,8 +17,6 @@ from dct_compile.state_checks import check_entry
 from dct_compile.state_entry import Entry, copy_of
 from dct_compile.state_keys import by_parameter, key_of
 from dct_compile.state_spec import StateSpec
-
-StateDict = dict[str, Entry]
 
 
 class StateStore:
@@ -72,7 +70,7 @@ class StateStore:
                 if ref() is parameter:
                     yield bucket, index
 
-    def state_dict(self, model: nn.Module) -> StateDict:
+    def state_dict(self, model: nn.Module) -> dict[str, Entry]:
         """Returns a copy of the state of ``model``'s parameters on this rank.
 
         Args:
@@ -82,14 +80,14 @@ class StateStore:
             The state of each parameter, keyed by parameter name without wrapper prefixes. A second state of one parameter has the key
             ``name@1``.
         """
-        saved: StateDict = {}
+        saved: dict[str, Entry] = {}
         for name, parameter in named_parameters(model):
             found = [bucket.saved(index) for bucket, index in self.entries(parameter)]
             found += [copy_of(entry) for ref, waiting in self._pending if ref() is parameter for entry in waiting]
             saved.update({key_of(name, ordinal): entry for ordinal, entry in enumerate(found)})
         return saved
 
-    def load_state_dict(self, model: nn.Module, saved: StateDict) -> None:
+    def load_state_dict(self, model: nn.Module, saved: Mapping[str, Entry]) -> None:
         """Restores the result of :meth:`state_dict`. Works before the first compilation too.
 
         Args:
