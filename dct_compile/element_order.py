@@ -16,12 +16,12 @@ class ElementOrder:
     dims: tuple[int, ...]
 
     @classmethod
-    def in_ddp(cls, parameter: Tensor) -> "ElementOrder | None":
-        """Returns the order in which DDP lays out the gradient of ``parameter``; ``None`` for row-major.
+    def of(cls, tensor: Tensor) -> "ElementOrder | None":
+        """Returns the order of the elements of ``tensor`` in memory; ``None`` for row-major, and for gaps or overlaps between elements.
 
-        As in torch's reducer: a parameter with gaps or overlaps between its elements has a row-major gradient.
+        For a parameter this is the order of its gradient under DDP: torch's reducer lays out one with gaps or overlaps row-major.
         """
-        sizes, strides = parameter.shape, parameter.stride()
+        sizes, strides = tensor.shape, tensor.stride()
         long = [dim for dim, size in enumerate(sizes) if size != 1]
         dims = sorted(long, key=strides.__getitem__, reverse=True)
         dense = 1

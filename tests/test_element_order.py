@@ -27,7 +27,7 @@ def _inverse(dims: tuple[int, ...]) -> list[int]:
 @pytest.mark.parametrize("parameter", shapes(), ids=lambda tensor: f"{tuple(tensor.shape)} {tensor.stride()}")
 def test_elements_lie_as_in_a_bucket_of_ddp(parameter: Tensor) -> None:
     """The reducer views a bucket through the strides of the parameter."""
-    order = ElementOrder.in_ddp(parameter)
+    order = ElementOrder.of(parameter)
     flat = torch.arange(parameter.numel())
     row_major = flat.as_strided(parameter.shape, parameter.stride()).reshape(-1)
     assert torch.equal(flat if order is None else order.to_row_major(flat), row_major)
@@ -36,7 +36,7 @@ def test_elements_lie_as_in_a_bucket_of_ddp(parameter: Tensor) -> None:
 
 @pytest.mark.parametrize("parameter", [torch.empty(4, 6)[:, ::2], torch.empty(3, 1).expand(3, 4), torch.empty(6, 8)[:, ::2].t()])
 def test_gaps_and_overlaps_make_a_row_major_gradient(parameter: Tensor) -> None:
-    assert ElementOrder.in_ddp(parameter) is None
+    assert ElementOrder.of(parameter) is None
 
 
 CHANNELS_LAST = ElementOrder((8, 5, 3, 3), (0, 2, 3, 1))

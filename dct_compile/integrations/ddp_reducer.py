@@ -53,7 +53,7 @@ class BucketPlan:
     def of(
         cls, parameters: Sequence[Tensor], names: dict[int, str], group: ProcessGroup, config: DCTConfig, *, may_be_unused: bool
     ) -> "BucketPlan":
-        members = [Parameter(index, names[id(item)], tuple(item.shape), ElementOrder.in_ddp(item)) for index, item in enumerate(parameters)]
+        members = [Parameter(index, names[id(item)], tuple(item.shape), ElementOrder.of(item)) for index, item in enumerate(parameters)]
         exchange = gradient_exchange(ALL_REDUCE, segments_of(members), parameters[0].dtype, group, may_be_unused)
         return cls(decide(exchange, config), Comm(group.group_name, group.size()), parameters[0].device)
 
