@@ -1,16 +1,19 @@
 """Communication-compressing compilation: ``torch.compile(model, backend="dct")`` (Dynamic Communication Thresholding [Gupta21])."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from dct_compile.audit import Audit, AuditError, AuditResult, audit
+from dct_compile.checkpoint import LoadPlanner
 from dct_compile.config import DCTConfig
 from dct_compile.monitor import Monitor, SiteStats, monitor
 from dct_compile.report import GraphReport, NodeReport, Report, ReportDiff, SiteReport
 from dct_compile.runtime import RUNTIME
-from dct_compile.state_store import StateDict
+from dct_compile.state_entry import Entry
+from dct_compile.state_ranks import StateDict, rank_of, state_for
 
 __all__ = [
     "Audit",
@@ -18,12 +21,14 @@ __all__ = [
     "AuditResult",
     "DCTConfig",
     "GraphReport",
+    "LoadPlanner",
     "Monitor",
     "NodeReport",
     "Report",
     "ReportDiff",
     "SiteReport",
     "SiteStats",
+    "StateDict",
     "audit",
     "discard_gradients",
     "explain",
@@ -78,29 +83,38 @@ def reset_report() -> None:
     RUNTIME.reports.clear()
 
 
-def state_dict(model: nn.Module) -> StateDict:
+def state_dict(model: nn.Module, group: ProcessGroup | None = None) -> StateDict:
     """Returns this rank's compressor state. Every rank has its own state to save.
+
+    Give it to ``torch.save``, with a file for each rank, or to ``torch.distributed.checkpoint.save`` as a value of the outermost dict.
 
     Args:
         model: The model whose parameters are compressed.
+        group: The ranks that average its gradients. By default those of its DDP module, else all.
 
     Returns:
-        Copies of residuals, thresholds and counters, keyed by parameter name.
+        Copies of residuals (float32 [numel], row-major), thresholds and counters, keyed by parameter name.
     """
-    return RUNTIME.states.state_dict(model)
+    return StateDict(RUNTIME.states.state_dict(model), *rank_of(model, group))
 
 
-def load_state_dict(model: nn.Module, state: StateDict) -> None:
-    """Restores the result of :func:`state_dict`, before or after the first compilation.
+def load_state_dict(
+    model: nn.Module, state: Mapping[str, Entry] | Sequence[Mapping[str, Entry]], group: ProcessGroup | None = None
+) -> None:
+    """Restores results of :func:`state_dict`, before or after the first compilation.
+
+    A list may come from another number of ranks. Rank r of M adds up the residuals of the saved ranks r, r + M, ..., so that their sum over
+    all ranks stays the same. All else comes from the first of these; a rank without any starts with empty residuals beside it.
 
     Args:
         model: The model that the state belongs to.
-        state: The state by parameter name. An empty dict resets the model's state.
+        state: The state that this rank saved, or a list with those of all ranks that saved one. An empty dict resets the model's state.
+        group: The ranks that average its gradients. By default those of its DDP module, else all.
 
     Raises:
-        ValueError: The state has a parameter that the model does not have, or a residual of another size.
+        ValueError: The state has a parameter that the model does not have, is damaged, or belongs to another rank. Nothing is loaded then.
     """
-    RUNTIME.states.load_state_dict(model, state)
+    RUNTIME.states.load_state_dict(model, state_for(state, *rank_of(model, group)))
 
 
 def discard_gradients(model: nn.Module) -> None:

@@ -21,10 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from dct_compile.runtime import RUNTIME, Runtime
-from dct_compile.state import Entry
+from dct_compile.state_entry import Entry, fold_share
 from dct_compile.state_spec import LOCAL
 from dct_compile.state_store import named_parameters
-from dct_compile.triton_kernels.layout import piece_share
 
 
 class AuditError(AssertionError):
@@ -138,10 +137,7 @@ class Audit:
             local, applied = local + account.local / scale, applied + account.received / scale
         waiting = torch.zeros_like(_flat(local))
         for entry in entries:
-            waiting += entry["residual"].double()
-            if "owner" in entry:
-                start, owned = owner_range(entry)
-                waiting[start : start + owned.numel()] += owned.double()
+            waiting += fold_share(entry)["residual"].double()
         volume = torch.tensor([account.volume + (local.abs().max().item() if local.numel() else 0.0)], dtype=torch.float64)
         total, applied = _flat(local).clone(), self._of_the_last(_flat(applied), account.steps)
         for tensor in (total, waiting, volume):
@@ -225,13 +221,6 @@ def audit(model: nn.Module, group: ProcessGroup | None = None) -> Audit:
         The audit. Its ``check()`` raises :class:`AuditError` where something does not add up.
     """
     return Audit(model, group, RUNTIME)
-
-
-def owner_range(entry: Entry) -> tuple[int, Tensor]:
-    """Returns the first element of this rank's share of a parameter, and the residual of that share."""
-    block, chunks, chunk = entry["owner_share"]
-    owned: Tensor = entry["owner"]["residual"]
-    return min(chunk * piece_share(entry["residual"].numel(), block, chunks), entry["residual"].numel()), owned
 
 
 def _double(tensor: Tensor) -> Tensor:

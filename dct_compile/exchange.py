@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch.distributed import ProcessGroup
 
+from dct_compile.element_order import ElementOrder
 from dct_compile.labels import site_label
 from dct_compile.traffic import one_share_to_each, share_leaving, to_all
 
@@ -42,11 +43,15 @@ class Collective:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter: its position among the inputs of a graph or the members of a bucket, its name, and its shape on this rank."""
+    """A parameter: its position among the inputs of a graph or the members of a bucket, its name, and its shape on this rank.
+
+    ``order``: the order of its elements in the gradient buffer; ``None`` for row-major.
+    """
 
     position: int
     name: str
     shape: tuple[int, ...]
+    order: ElementOrder | None = None
 
     @property
     def numel(self) -> int:

@@ -7,19 +7,16 @@ each parameter is a view. A spec (``state_spec.py``) says which tensors there ar
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Segment
 from dct_compile.gradient_use import Use
 from dct_compile.pending import Pending, view
-from dct_compile.state_spec import StateSpec, StateTensor
-from dct_compile.triton_kernels.layout import piece_share
-
-Entry = dict[str, Any]
-"""The state of one parameter: tensors by name; under "owner" those of the owner's stage, under "owner_share" which share it is."""
+from dct_compile.state_entry import Entry, copy_of, fold_share
+from dct_compile.state_spec import LOCAL, StateSpec, StateTensor
 
 
 class BucketState:
@@ -43,7 +40,7 @@ class BucketState:
         return refer_to(self.parameters, parameters)
 
     def entry(self, index: int) -> Entry:
-        """Returns the state of the parameter at ``index``, as views."""
+        """Returns the state of the parameter at ``index`` as views, with the residual in the order of the buffer."""
         entry: Entry = {}
         for item in self.spec.tensors:
             stage = entry.setdefault(item.stage, {}) if item.stage else entry
@@ -52,8 +49,17 @@ class BucketState:
             entry["owner_share"] = list(self.spec.owner_share)
         return entry
 
+    def saved(self, index: int) -> Entry:
+        """Returns a copy of the state of the parameter at ``index``, with the residual in row-major order."""
+        entry, order = copy_of(self.entry(index)), self._order(index)
+        if order is not None:
+            entry["residual"] = order.to_row_major(entry["residual"])
+            if "owner" in entry:
+                entry["owner_order"] = [list(order.shape), list(order.dims)]
+        return entry
+
     def write(self, index: int, source: Entry | None) -> None:
-        """Overwrites the state of one parameter with ``source`` (an :meth:`entry`), or with the initial state.
+        """Overwrites the state of one parameter with ``source`` (as :meth:`saved` returns it), or with the initial state.
 
         What ``source`` does not have starts afresh, and the counters with it: a new threshold's schedule begins at step 0. A share that
         this rank owned under another geometry is added to its own residual: the sum over the ranks is unchanged, so nothing is lost.
@@ -62,22 +68,22 @@ class BucketState:
         residual = self.entry(index)["residual"]
         if source is not None and source["residual"].shape != residual.shape:
             raise ValueError(f"a residual of shape {tuple(source['residual'].shape)} was given, {tuple(residual.shape)} is needed")
-        source = source or {}
-        own_share = self.spec.owner_share is not None and source.get("owner_share") == list(self.spec.owner_share)
+        source, order = source or {}, self._order(index)
+        own = [self.spec.owner_share and list(self.spec.owner_share), order and [list(order.shape), list(order.dims)]]
+        if "owner" in source and own != [source["owner_share"], source.get("owner_order")]:
+            source = fold_share(source)
+        if source and order is not None:
+            source = {**source, "residual": order.to_buffer(source["residual"])}
         for stage in dict.fromkeys(item.stage for item in self.spec.tensors):
-            given = source if not stage else source.get(stage, {}) if own_share else {}
+            given = source.get(stage, {}) if stage else source
             self._write_stage([item for item in self.spec.tensors if item.stage == stage], index, given)
-        if "owner" in source and not own_share:
-            owned = source["owner"]["residual"].to(residual.device)
-            block, chunks, chunk = source["owner_share"]
-            start = chunk * piece_share(residual.numel(), block, chunks)
-            residual[start : start + owned.numel()] += owned
 
     def _write_stage(self, items: Sequence[StateTensor], index: int, given: Entry) -> None:
         targets = {item: self._part(item, index) for item in items}
         fits = {item: item.name in given and given[item.name].shape == target.shape for item, target in targets.items()}
+        whole = all(fit for item, fit in fits.items() if item.name != LOCAL)
         for item, target in targets.items():
-            if fits[item] and (item.name != "counters" or all(fits.values())):
+            if fits[item] and (item.name != "counters" or whole):
                 target.copy_(given[item.name])
             else:
                 _reset(item, target)
@@ -96,6 +102,9 @@ class BucketState:
         for index, flag in enumerate(used):
             for name, tensor in self.entry(index).items():
                 tensor.copy_(torch.where(flag, tensor, before[index][name]))
+
+    def _order(self, index: int) -> ElementOrder | None:
+        return self.spec.orders[index] if self.spec.orders else None
 
     def _part(self, item: StateTensor, index: int) -> Tensor:
         return view(self.tensors[item.input_name], item.parts[index])

@@ -6,6 +6,8 @@ from itertools import accumulate
 
 import torch
 
+from dct_compile.element_order import ElementOrder
+
 Part = int | tuple[int, int]
 """The part of a tensor that belongs to one parameter: a row, or the rows from a first one up to a last one, excluded."""
 
@@ -44,13 +46,15 @@ class StateSpec:
     """The state of one bucket: for parameters of ``numels`` elements, these ``tensors``.
 
     ``owner_share``: block, chunks and chunk of the share that this rank owns, where the state has an owner's stage. ``sent``: elements that
-    a step sends for each parameter, where that number is fixed; the counters tell it otherwise.
+    a step sends for each parameter, where that number is fixed; the counters tell it otherwise. ``orders``: the order of the elements
+    of each residual, for a scheme that works on the buffer as it is; empty where all residuals are row-major.
     """
 
     numels: tuple[int, ...]
     tensors: tuple[StateTensor, ...]
     owner_share: tuple[int, int, int] | None = None
     sent: tuple[int, ...] | None = None
+    orders: tuple[ElementOrder | None, ...] = ()
 
 
 def end_to_end(numels: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -5,8 +5,7 @@ once and reused for every layer.
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
@@ -14,10 +13,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.gradient_use import GradientUse
-from dct_compile.state import BucketState, Entry
+from dct_compile.state import BucketState
+from dct_compile.state_checks import check_entry
+from dct_compile.state_entry import Entry, copy_of
+from dct_compile.state_keys import by_parameter, key_of
 from dct_compile.state_spec import StateSpec
-
-StateDict = dict[str, Entry]
 
 
 class StateStore:
@@ -60,7 +60,7 @@ class StateStore:
             for index, ref in enumerate(bucket.parameters):
                 for target, other in enumerate(created.parameters):
                     if other() is ref():
-                        created.write(target, bucket.entry(index))
+                        created.write(target, bucket.saved(index))
 
     def retire(self, buckets: Sequence[BucketState]) -> None:
         """Forgets buckets whose state has been moved."""
@@ -73,7 +73,7 @@ class StateStore:
                 if ref() is parameter:
                     yield bucket, index
 
-    def state_dict(self, model: nn.Module) -> StateDict:
+    def state_dict(self, model: nn.Module) -> dict[str, Entry]:
         """Returns a copy of the state of ``model``'s parameters on this rank.
 
         Args:
@@ -83,18 +83,18 @@ class StateStore:
             The state of each parameter, keyed by parameter name without wrapper prefixes. A second state of one parameter has the key
             ``name@1``.
         """
-        saved: StateDict = {}
+        saved: dict[str, Entry] = {}
         held = self._held(model)
         self.use.look([parameter for bucket in held for ref in bucket.parameters if (parameter := ref()) is not None])
         for bucket in held:
             self._settle(bucket)
         for name, parameter in named_parameters(model):
-            found = [bucket.entry(index) for bucket, index in self.entries(parameter)]
-            found += [entry for ref, waiting in self._pending if ref() is parameter for entry in waiting]
-            saved.update({_key(name, ordinal): _clone(entry) for ordinal, entry in enumerate(found)})
+            found = [bucket.saved(index) for bucket, index in self.entries(parameter)]
+            found += [copy_of(entry) for ref, waiting in self._pending if ref() is parameter for entry in waiting]
+            saved.update({key_of(name, ordinal): entry for ordinal, entry in enumerate(found)})
         return saved
 
-    def load_state_dict(self, model: nn.Module, saved: StateDict) -> None:
+    def load_state_dict(self, model: nn.Module, saved: Mapping[str, Entry]) -> None:
         """Restores the result of :meth:`state_dict`. Works before the first compilation too.
 
         Args:
@@ -102,20 +102,15 @@ class StateStore:
             saved: The state by parameter name. A parameter that it lacks starts afresh, so an empty dict resets the model's state.
 
         Raises:
-            ValueError: The model has no parameter of a name, or a residual has another number of elements.
+            ValueError: The model has no parameter of a name, or a state is damaged. Nothing has been loaded then.
         """
         names = dict(named_parameters(model))
-        unknown = [key for key in saved if key.split("@")[0] not in names]
-        if unknown:
-            raise ValueError(f"the state names parameters that the model does not have: {', '.join(unknown)}; it has {', '.join(names)}")
+        states = by_parameter(saved, names)
+        for name, entries in states.items():
+            for entry in entries:
+                check_entry(name, entry, local_tensor(names[name]).numel())
         for name, parameter in names.items():
-            for entry in [saved[key] for key in _numbered_keys(name, saved)]:
-                if entry["residual"].numel() != local_tensor(parameter).numel():
-                    raise ValueError(
-                        f"{name} has {local_tensor(parameter).numel()} elements, its residual in the state has {entry['residual'].numel()}"
-                    )
-        for name, parameter in names.items():
-            given = [saved[key] for key in _numbered_keys(name, saved)]
+            given = states[name]
             self._take_pending(parameter, everything=True)
             held = list(self.entries(parameter))
             for ordinal, (bucket, index) in enumerate(held):
@@ -123,7 +118,7 @@ class StateStore:
                 bucket.pending.forget([index])
                 bucket.write(index, given[ordinal] if ordinal < len(given) else None)
             if len(given) > len(held):
-                self._pending.append((weakref.ref(parameter), [_clone(entry) for entry in given[len(held) :]]))
+                self._pending.append((weakref.ref(parameter), [copy_of(entry) for entry in given[len(held) :]]))
 
     def discard(self, model: nn.Module) -> None:
         """Takes back what the gradients since the last step of the optimizer have left in the state of ``model``'s parameters."""
@@ -174,23 +169,3 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 kept.append(part)
             module = module.get_submodule(part)
         yield ".".join([*kept, last]), parameter
-
-
-def _key(name: str, ordinal: int) -> str:
-    return name + (f"@{ordinal}" if ordinal else "")
-
-
-def _numbered_keys(name: str, saved: StateDict) -> Iterator[str]:
-    ordinal = 0
-    while (key := _key(name, ordinal)) in saved:
-        yield key
-        ordinal += 1
-
-
-def _clone(entry: Entry) -> Entry:
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach().clone()
-        return {key: copy(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    return {key: copy(value) for key, value in entry.items()}

@@ -1,13 +1,15 @@
 """Finds every collective of a graph and describes its input. Changes no graph."""
 
 import operator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
+from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import ACTIVATION, ALL_REDUCE, BACKWARD_OF, EMBEDDING, GRADIENT, OTHER, Collective, Parameter, Segment
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.collectives import collective_of
@@ -22,13 +24,12 @@ EMBEDDING_OPS = frozenset(
         aten.embedding_bag.default,
     }
 )
+_PERMUTATIONS = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})
 _GRADIENT_PATH = gu.SCALING_OPS | {
+    *_PERMUTATIONS,
     aten.view.default,
     aten._unsafe_view.default,
     aten.reshape.default,
-    aten.permute.default,
-    aten.t.default,
-    aten.transpose.int,
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
@@ -202,15 +203,30 @@ def _is_embedding(node: fx.Node) -> bool:
 
 def _gradient_segments(node: fx.Node, returned: dict[Any, Parameter]) -> tuple[Segment, ...]:
     """Returns the parameter whose gradient an all_reduce's result becomes, through scalings and operations that keep every element."""
-    reduced = gu.value(node)
     for wait in gu.waits(node):
-        current = wait
-        while True:
-            if current in returned:
-                parameter = returned[current]
-                return (Segment(parameter, 0),) if reduced is not None and gu.numel_hint(reduced) == parameter.numel else ()
-            followers = [user for user in current.users if user.target in _GRADIENT_PATH]
+        path = [wait]
+        while path[-1] not in returned:
+            followers = [user for user in path[-1].users if user.target in _GRADIENT_PATH]
             if len(followers) != 1:
                 break
-            current = followers[0]
+            path.append(followers[0])
+        else:
+            parameter, gradient = returned[path[-1]], _laid_out(path)
+            if gradient is None or gradient.numel() != parameter.numel:
+                return ()
+            return (Segment(replace(parameter, order=ElementOrder.of(gradient)), 0),)
     return ()
+
+
+def _laid_out(path: Sequence[fx.Node]) -> Tensor | None:
+    """Returns the last node of ``path`` as a view of the first one's buffer, without values; ``None`` where there is no such view."""
+    shapes = [[gu.hint(size) for size in value.shape] for node in path if (value := gu.value(node)) is not None]
+    if len(shapes) < len(path):
+        return None
+    view = torch.empty(shapes[0], device="meta")
+    for node, shape in zip(path[1:], shapes[1:], strict=True):
+        try:
+            view = node.target(view, *node.args[1:]) if node.target in _PERMUTATIONS else view.view(shape)
+        except RuntimeError:  # its elements do not lie in the order of any dimensions
+            return None
+    return view

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dct_compile.agreement import timeout_s
 from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
+from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
 from dct_compile.measure import BucketMeasure
 from dct_compile.passes.collectives import ALL_REDUCE
@@ -54,7 +55,7 @@ class BucketPlan:
     def of(
         cls, parameters: Sequence[Tensor], names: dict[int, str], group: ProcessGroup, config: DCTConfig, *, may_be_unused: bool
     ) -> "BucketPlan":
-        members = [Parameter(index, names[id(item)], tuple(item.shape)) for index, item in enumerate(parameters)]
+        members = [Parameter(index, names[id(item)], tuple(item.shape), ElementOrder.of(item)) for index, item in enumerate(parameters)]
         exchange = gradient_exchange(ALL_REDUCE, segments_of(members), parameters[0].dtype, group, may_be_unused)
         return cls(decide(exchange, config), Comm(group.group_name, group.size()), parameters[0].device)
 

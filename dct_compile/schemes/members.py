@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
+from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Exchange, Parameter, Segment
 from dct_compile.reasons import Reason
 from dct_compile.traffic import Traffic
@@ -27,6 +28,11 @@ class Members:
     def numels(self) -> tuple[int, ...]:
         """Elements of each compressed parameter."""
         return tuple(segment.parameter.numel for segment in self.compressed)
+
+    @property
+    def orders(self) -> tuple[ElementOrder | None, ...]:
+        """The order of the elements of each compressed parameter in the buffer."""
+        return tuple(segment.parameter.order for segment in self.compressed)
 
     @property
     def rest_names(self) -> str:
@@ -50,12 +56,14 @@ class Members:
         return None if rest is None else comm.wait(rest)
 
     def split(self, grad: Tensor) -> list[Tensor]:
-        """Returns the parts of ``grad`` that are compressed, each 1-D."""
-        return [_part(grad, segment) for segment in self.compressed]
+        """Returns the parts of ``grad`` that are compressed, each 1-D and in row-major order."""
+        parts = [_part(grad, segment) for segment in self.compressed]
+        return [part if order is None else order.to_row_major(part) for part, order in zip(parts, self.orders, strict=True)]
 
     def join(self, parts: list[Tensor], rest: Tensor | None) -> Tensor:
-        """Builds the buffer from the results of the compressed parameters, each 1-D, and of the rest, end to end."""
-        found = dict(zip(self.compressed, parts, strict=True))
+        """Builds the buffer from the results of the compressed parameters, as :meth:`split` returns them, and of the rest, end to end."""
+        laid_out = [part if order is None else order.to_buffer(part) for part, order in zip(parts, self.orders, strict=True)]
+        found = dict(zip(self.compressed, laid_out, strict=True))
         if rest is not None:
             found |= dict(zip(self.rest, rest.split([segment.parameter.numel for segment in self.rest]), strict=True))
         return torch.cat([found[segment] for segment in sorted(found, key=lambda segment: segment.offset)])

@@ -60,7 +60,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> Gather | Declined | None:
         traffic=traffic,
         digest=codec.digest,
         members=members,
-        state=StateSpec(members.numels, codec.state()),
+        state=StateSpec(members.numels, codec.state(), orders=members.orders),
         codec=codec,
     )
 

@@ -65,7 +65,10 @@ def offer(exchange: Exchange, config: DCTConfig) -> Owner | Declined | None:
         digest=codec.digest,
         members=members,
         state=StateSpec(
-            members.numels, codec.state() + owner_codec.state(), (codec.layout.block, codec.layout.chunks, owner_codec.layout.chunk)
+            members.numels,
+            codec.state() + owner_codec.state(),
+            (codec.layout.block, codec.layout.chunks, owner_codec.layout.chunk),
+            orders=members.orders,
         ),
         codec=codec,
         owner_codec=owner_codec,

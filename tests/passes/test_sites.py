@@ -8,6 +8,7 @@ import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, fx, nn
 
+from dct_compile.element_order import ElementOrder
 from dct_compile.passes.sites import GraphContext, find_sites
 from tests.small_models import (
     Averaged,
@@ -122,6 +123,30 @@ def test_all_reduced_parameter_gradients_know_their_parameter(synchronise: type[
     assert site.name == "weight"
     assert [(segment.parameter.name, segment.parameter.numel, segment.offset) for segment in site.segments] == [("weight", 4096, 0)]
     assert traced.inputs[site.segments[0].parameter.position].is_parameter
+
+
+class AveragedTransposed(Averaged):
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return all_reduce(gradient.t().contiguous().view(1, -1), "avg").view(gradient.t().shape).t()
+
+
+def test_a_gradient_that_is_reduced_transposed_has_that_order() -> None:
+    decision = trace(Weighted(AveragedTransposed), torch.randn(16, 64), gradient_scheme="gather").decisions[0]
+    transposed = ElementOrder((64, 64), (1, 0))
+    assert decision.site.segments[0].parameter.order == transposed
+    assert decision.offer.state.orders == (transposed,)
+
+
+class AveragedTwiceTransposed(Averaged):
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return all_reduce(gradient, "avg").t().clone().transpose(0, 1)
+
+
+def test_a_gradient_that_is_transposed_back_is_row_major() -> None:
+    decision = trace(Weighted(AveragedTwiceTransposed), torch.randn(16, 64)).decisions[0]
+    assert [segment.parameter.order for segment in decision.site.segments] == [None]
 
 
 class AveragedWithMore(Averaged):

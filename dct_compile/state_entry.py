@@ -1,0 +1,56 @@
+"""The saved state of one parameter on one rank: plain tensors by name, independent of buckets, schemes and memory formats.
+
+::
+
+    residual     float32 [numel]   row-major, whatever the parameter's memory format
+    counters     int64 [4]
+    threshold    float32 []        and other tensors that a scheme keeps
+    owner        the same three of the share of the sum that the rank owns
+    owner_share  [block, chunks, chunk]: which share that is, a range of the elements as they lie in the buffer
+    owner_order  [shape, dims]: that order, where it is not row-major
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dct_compile.element_order import ElementOrder
+from dct_compile.triton_kernels.layout import piece_share
+
+Entry = dict[str, Any]
+_OWNER = ("owner", "owner_share", "owner_order")
+
+
+def copy_of(entry: Entry, device: torch.device | None = None) -> Entry:
+    """Returns a copy of ``entry`` that shares no tensor with it, on ``device`` or where each tensor is."""
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().to(device or value.device, copy=True)
+        return {key: copy(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    return {key: copy(value) for key, value in entry.items()}
+
+
+def share_of(numel: int, owner_share: Sequence[int]) -> slice:
+    """Returns the elements of a parameter of ``numel`` elements that the share [block, chunks, chunk] holds, as they lie in the buffer."""
+    block, chunks, chunk = owner_share
+    share = piece_share(numel, block, chunks)
+    return slice(min(chunk * share, numel), min((chunk + 1) * share, numel))
+
+
+def fold_share(entry: Entry) -> Entry:
+    """Returns ``entry`` without the owner's stage. The residual of the share is added to that of the rank itself.
+
+    The sum over the ranks is unchanged, so nothing is lost.
+    """
+    if "owner" not in entry:
+        return entry
+    residual = entry["residual"]
+    order = ElementOrder(*map(tuple, entry["owner_order"])) if "owner_order" in entry else None
+    laid_out = residual.clone() if order is None else order.to_buffer(residual)
+    laid_out[share_of(residual.numel(), entry["owner_share"])] += entry["owner"]["residual"].to(residual.device)
+    kept = {name: value for name, value in entry.items() if name not in _OWNER}
+    return {**kept, "residual": laid_out if order is None else order.to_row_major(laid_out)}
