@@ -59,7 +59,9 @@ class DCTConfig:
     embedding_codec: str = "int8"
     """The codec of an embedding exchange: "int8" or "int4" rows, rounded stochastically; "threshold" like activations; "dense"."""
     data_parallel: bool | ProcessGroup = field(default=False, metadata={"allowed": "True, False or a ProcessGroup"})
-    """Without DDP: average gradients over all ranks (True) or over a process group, and make parameters equal at the start."""
+    """Without DDP: average gradients over all ranks (True) or over a process group. Parameters are made equal before the first forward
+    that runs with gradients enabled, which all ranks must run. Shards of a parameter are left alone.
+    """
     inline_kernels: bool = False
     """On CUDA: let Inductor see the kernel launches instead of the operators ``torch.ops.dct``."""
 
