@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel, parallelize_module
 
 import dct_compile
 from dct_compile.backend import dct
@@ -53,6 +53,15 @@ def tensor_parallel(mesh: DeviceMesh, seed: int = 0) -> nn.Module:
     return parallelize_module(Perceptron(), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
+def sequence_parallel(mesh: DeviceMesh, seed: int = 0) -> nn.Module:
+    """Tensor parallel, but each rank normalises a part of the rows: the gradient of a norm is a partial sum."""
+    torch.manual_seed(seed)
+    rows = Shard(0)
+    plan = {"norm": SequenceParallel(sequence_dim=0), "up": ColwiseParallel(input_layouts=rows), "down": RowwiseParallel()}
+    model = parallelize_module(Perceptron(), mesh, plan)
+    return parallelize_module(model, mesh, PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=rows))
+
+
 def fsdp(mesh: DeviceMesh, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = Perceptron()
@@ -81,10 +90,13 @@ class Localised(nn.Module):
 
 MODELS: dict[str, Callable[[DeviceMesh, int], nn.Module]] = {
     "tensor parallel": tensor_parallel,
+    "sequence parallel": sequence_parallel,
     "fsdp": fsdp,
     "replicated": replicated,
     "localised": Localised,
 }
+DENSITIES = {"replicated": 0.05}
+"""Other than 1, where no gradient is to be averaged."""
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -103,7 +115,7 @@ def trained(rank: int, world_size: int, name: str, averaged: bool, same: bool) -
     """Trains on one mesh of all ranks. ``same``: whether the ranks have one batch and one seed."""
     mesh = init_device_mesh("cpu", (world_size,))
     model = MODELS[name](mesh, 0 if same else rank)
-    compiled = torch.compile(model, backend=dct, options={**EXACT, "data_parallel": averaged})
+    compiled = torch.compile(model, backend=dct, options={**EXACT, "dp_density": DENSITIES.get(name, 1), "data_parallel": averaged})
     before, optimizer = whole(model), sgd(model)
 
     def make(step: int) -> Tensor:
@@ -117,11 +129,11 @@ def trained(rank: int, world_size: int, name: str, averaged: bool, same: bool) -
     return Outcome(before, forward, whole(model), report.notes, [(site.kind, site.name) for site in report.sites])
 
 
-def two_dimensions(rank: int, world_size: int) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
+def two_dimensions(rank: int, world_size: int, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
     """Trains 2 replicas of a model that 2 ranks share; returns the parameters, those of training by hand, and the notes."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     replica = mesh["dp"].get_local_rank()
-    model = tensor_parallel(mesh["tp"], seed=replica)
+    model = MODELS[name](mesh["tp"], replica)
     options = {**EXACT, "data_parallel": mesh["dp"].get_group()}
     train(sgd(model), torch.compile(model, backend=dct, options=options), lambda step: batch(replica, step))
     torch.manual_seed(0)

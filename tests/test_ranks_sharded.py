@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import dct_compile
 from dct_compile.backend import dct
@@ -15,7 +15,7 @@ from dct_compile.report import GRADIENTS_OUTSIDE
 from tests import ranks_sharded
 from tests.rank_pool import Ranks
 from tests.ranks import fresh_compiler
-from tests.ranks_sharded import Localised, tensor_parallel, trained
+from tests.ranks_sharded import MODELS, Localised, trained
 from tests.tracing import fake_group
 
 AVERAGED: dict[str, Any] = {"data_parallel": True}
@@ -37,9 +37,9 @@ def test_a_forward_changes_no_parameter(ranks2_once: Ranks, name: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["tensor parallel", "fsdp", "replicated"])
+@pytest.mark.parametrize("name", ["tensor parallel", "sequence parallel", "fsdp", "replicated"])
 def test_training_is_what_it_is_without_the_option(ranks2_once: Ranks, name: str) -> None:
-    same = name == "tensor parallel"
+    same = name.endswith(" parallel")
     alone, averaged = (ranks2_once(trained, name, averaged, same) for averaged in (False, True))
     for expected, found in zip(alone, averaged, strict=True):
         assert_same(found.after, expected.after)
@@ -67,10 +67,12 @@ def test_fsdp_reduces_alone(ranks2_once: Ranks) -> None:
 
 
 @pytest.mark.distributed
-def test_what_dtensor_sums_is_not_averaged(ranks2_once: Ranks) -> None:
-    for outcome in ranks2_once(trained, "replicated", True, False):
-        assert not [kind for kind, _ in outcome.sites if kind == "gradient"]
-        assert any(note.startswith(Note.REDUCED_BY_DTENSOR.partition(":")[0]) for note in outcome.notes)
+@pytest.mark.parametrize(("name", "summed"), [("replicated", set(ALL)), ("sequence parallel", {"norm.weight", "norm.bias"})])
+def test_what_dtensor_sums_is_not_averaged(ranks2_once: Ranks, name: str, summed: set[str]) -> None:
+    for outcome in ranks2_once(trained, name, True, name == "sequence parallel"):
+        (note,) = (note for note in outcome.notes if note.startswith(Note.REDUCED_BY_DTENSOR.partition(":")[0]))
+        assert set(note.rpartition(": ")[2].split(", ")) == summed
+        assert not summed & {name for kind, names in outcome.sites if kind == "gradient" for name in names.split(", ")}
 
 
 @pytest.mark.distributed
@@ -89,8 +91,9 @@ def test_copies_as_dtensors_are_made_equal_and_averaged(ranks2_once: Ranks) -> N
 
 
 @pytest.mark.distributed
-def test_replicas_of_a_sharded_model_are_averaged(ranks4: Ranks) -> None:
-    for found, expected, notes in ranks4(ranks_sharded.two_dimensions):
+@pytest.mark.parametrize("name", ["tensor parallel", "sequence parallel"])
+def test_replicas_of_a_sharded_model_are_averaged(ranks4: Ranks, name: str) -> None:
+    for found, expected, notes in ranks4(ranks_sharded.two_dimensions, name):
         assert_same(found, expected)
         assert notes == ()
 
@@ -120,8 +123,25 @@ def test_a_partial_sum_as_a_parameter_is_an_error() -> None:
             torch.compile(model, backend=dct, options=AVERAGED)(torch.randn(8, 16))
 
 
-def test_the_option_is_not_advised_where_parameters_are_sharded() -> None:
+def test_a_gradient_that_is_placed_otherwise_than_its_parameter_is_an_error() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, mesh: DeviceMesh) -> None:
+            super().__init__()
+            self.mesh, self.scale = mesh, nn.Parameter(DTensor.from_local(torch.ones(16), mesh, [Replicate()], run_check=False))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (DTensor.from_local(x, self.mesh, [Shard(1)]) * self.scale).to_local()
+
+    with fake_group(4), fresh_compiler():
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        compiled = torch.compile(Scaled(mesh["tp"]), backend=dct, options={"data_parallel": mesh["dp"].get_group()})
+        with pytest.raises(Exception, match=r"parameter 'scale' has the shape \(16,\) on this rank and its gradient \(8,\)"):
+            compiled(torch.randn(8, 8))
+
+
+@pytest.mark.parametrize("name", ["tensor parallel", "fsdp"])
+def test_the_option_is_not_advised_where_parameters_are_sharded(name: str) -> None:
     with fake_group(2), fresh_compiler():
-        compiled = torch.compile(tensor_parallel(init_device_mesh("cpu", (2,))), backend=dct)
+        compiled = torch.compile(MODELS[name](init_device_mesh("cpu", (2,)), 0), backend=dct)
         compiled(torch.randn(8, 16)).sum().backward()
         assert GRADIENTS_OUTSIDE not in dct_compile.report().notes

@@ -46,12 +46,15 @@ def spread_of(name: str, node: fx.Node, example: Tensor, group: ProcessGroup | N
 
 def fsdp_meshes() -> dict[int, DeviceMesh]:
     """Returns the meshes over which FSDP (``fully_shard``) reduces, by the id of the gathered parameter."""
-    states = [reference() for reference in list(_module_state_mapping.values())]
     found: dict[int, DeviceMesh] = {}
-    for group in (group for state in states for group in getattr(state, "_fsdp_param_groups", ())):
-        for held in group.fsdp_params:
-            if hasattr(held, "_unsharded_param"):  # gathered at least once
-                found[id(held._unsharded_param)] = group.mesh_info.mesh
+    for reference in list(_module_state_mapping.values()):
+        state: Any = reference()
+        groups: Any = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # an older torch, in which a module has one group, or no state of FSDP
+            groups = filter(None, [getattr(state, "_fsdp_param_group", None)])
+        for group in groups:
+            gathered = [held._unsharded_param for held in group.fsdp_params if hasattr(held, "_unsharded_param")]
+            found |= {id(parameter): group.mesh_info.mesh for parameter in gathered}
     return found
 
 
