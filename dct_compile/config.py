@@ -63,7 +63,9 @@ class DCTConfig:
     embedding_codec: str = "int8"
     """The codec of an embedding exchange: "int8" or "int4" rows, rounded stochastically; "threshold" like activations; "dense"."""
     data_parallel: bool | ProcessGroup = field(default=False, metadata={"allowed": "True, False or a ProcessGroup"})
-    """Without DDP: average gradients over all ranks (True) or over a process group, and make parameters equal at the start."""
+    """Without DDP: average gradients over all ranks (True) or over a process group. Parameters are made equal before the first forward
+    that runs with gradients enabled, which all ranks must run. Shards of a parameter are left alone.
+    """
     audit: bool = False
     """Let graphs that average gradients themselves note each rank's own, for :func:`dct_compile.audit`. For tests: it takes memory."""
     inline_kernels: bool = False

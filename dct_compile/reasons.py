@@ -68,6 +68,16 @@ class Note(StrEnum):
         "a graph ends early, at {line}: Dynamo does not trace a collective with async_op=True, so it stays dense. Call it without async_op,"
         " or as torch.distributed._functional_collectives, which are asynchronous by themselves"
     )
+    SHARDED = (
+        "data_parallel leaves these parameters as they are, and does not average their gradients, because each rank holds another shard of"
+        " them: {parameters}"
+    )
+    REDUCED_BY_DTENSOR = (
+        "data_parallel does not average the gradients of these parameters, because DTensor sums them over the same ranks: {parameters}"
+    )
+    REDUCED_BY_FSDP = (
+        "data_parallel does not average the gradients of these parameters, because FSDP reduces them over the same ranks: {parameters}"
+    )
     NOT_COMPILED = (
         "parts of DDP's model run outside of compiled graphs: {parameters}. Their gradients are compressed all the same, their other"
         " collectives are not seen. torch skips its own modules, such as nn.Sequential and nn.Linear, when DDP calls them:"

@@ -3,10 +3,9 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-import torch
 from torch import fx
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -18,7 +17,8 @@ from dct_compile.exchange import Parameter, gradient_exchange, segments_of
 from dct_compile.measure import BucketMeasure
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.collectives import ALL_REDUCE
-from dct_compile.passes.insert_gradient_sync import gradient_buckets, insert_gradient_sync
+from dct_compile.passes.graph_input import GraphInput
+from dct_compile.passes.insert_gradient_sync import averaged_buckets, insert_gradient_sync
 from dct_compile.passes.plan import Decision, decide_in_graph, plan
 from dct_compile.passes.record import Described, describe, describe_nodes, readable
 from dct_compile.passes.rewrite import rewrite
@@ -30,22 +30,6 @@ from dct_compile.state import BucketState
 from dct_compile.state_spec import StateSpec
 
 log = logging.getLogger("dct_compile.passes")
-
-
-@dataclass(frozen=True)
-class GraphInput:
-    """One input of a Dynamo graph.
-
-    ``dtype``, ``shape``: of a tensor, on this rank. ``is_parameter``: True for a parameter. ``is_trainable``: True for a parameter that
-    needs a gradient. ``is_foreign``: True if another part of the model computed it.
-    """
-
-    name: str
-    dtype: torch.dtype | None
-    shape: tuple[int, ...]
-    is_parameter: bool
-    is_trainable: bool
-    is_foreign: bool
 
 
 @dataclass
@@ -101,6 +85,8 @@ class JointGraphPass(CustomGraphPass):
         """True if the graph, in the last call, returned the gradient of a parameter."""
         self.training = False
         """True if the graph, in the last call, had a backward."""
+        self.reduced: set[int] = set()
+        """The positions of parameters whose gradients DTensor reduces, known once the graph has been traced."""
 
     def uuid(self) -> str:
         """Returns a hash of the options. The rewritten graph itself is part of Inductor's cache key anyway."""
@@ -113,7 +99,8 @@ class JointGraphPass(CustomGraphPass):
         context, state = self._read_inputs(graph)
         self.trains, self.training = bool(context.gradients), context.training
         if self.group is not None and context.training:
-            insert_gradient_sync(graph, context, trainable_buckets(self.inputs, context.parameters.values()), self.group)
+            parameters = [parameter for parameter in context.parameters.values() if parameter.position not in self.reduced]
+            insert_gradient_sync(graph, context, averaged_buckets(self.inputs, parameters), self.group)
         self.decisions = plan(find_sites(graph, context), self.config, context.training)
         self._check_state()
         # Describing a large graph takes a while: one without collectives is neither rewritten nor reported.
@@ -185,22 +172,17 @@ def _input_position(descriptor: object) -> int | None:
     return innermost.idx if isinstance(innermost, PlainAOTInput) else None
 
 
-def trainable_buckets(inputs: Sequence[GraphInput], parameters: Iterable[Parameter]) -> list[tuple[Parameter, ...]]:
-    """Returns the buckets of a graph's trainable parameters, in which their gradients are averaged."""
-    dtypes = [(parameter, inputs[parameter.position].dtype) for parameter in parameters if inputs[parameter.position].is_trainable]
-    return gradient_buckets([(parameter, dtype) for parameter, dtype in dtypes if dtype is not None])
-
-
 def expected_requests(inputs: Sequence[GraphInput], group: ProcessGroup | None, config: DCTConfig) -> list[StateRequest]:
     """Returns the state that ``data_parallel`` will need, before the graph is traced: its buckets follow from the parameters alone.
 
-    The state differs if the graph does not return the gradient of a parameter. Then the graph is traced a second time.
+    The state differs if the graph does not return the gradient of a parameter, or if DTensor reduces it. Then the graph is traced a second
+    time.
     """
     if group is None:
         return []
     parameters = [Parameter(position, info.name, info.shape) for position, info in enumerate(inputs) if info.is_trainable]
     requests: list[StateRequest] = []
-    for bucket in trainable_buckets(inputs, parameters):
+    for bucket in averaged_buckets(inputs, parameters):
         dtype = inputs[bucket[0].position].dtype
         assert dtype is not None
         offer = decide_in_graph(gradient_exchange(ALL_REDUCE, segments_of(bucket), dtype, group), config).offer

@@ -1,6 +1,6 @@
 """Compiles one Dynamo graph: Inductor, with this project's passes in front of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,18 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from dct_compile.compiler.equal_start import with_equal_start
 from dct_compile.compiler.exchanges import before_exchanges
 from dct_compile.compiler.first_use import FirstUse
-from dct_compile.compiler.state_inputs import add_state_inputs, placeholders, with_equal_start, with_state
+from dct_compile.compiler.spread import Meshes, fsdp_meshes, spread_of, watchers
+from dct_compile.compiler.state_inputs import add_state_inputs, placeholders, with_state
 from dct_compile.config import DCTConfig
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.foresight import can_hold_sites
+from dct_compile.passes.graph_input import PLAIN, GraphInput
 from dct_compile.passes.inline_kernels import InlineKernels
-from dct_compile.passes.manager import GraphInput, JointGraphPass, StateNeededError, StateRequest, expected_requests
+from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRequest, expected_requests
+from dct_compile.reasons import Note
 from dct_compile.runtime import Runtime
 
 Compiled = Callable[..., Any]
@@ -63,7 +67,8 @@ class GraphCompiler:
         self.config, self.group, self.runtime = settings.config, settings.group, settings.runtime
         self.is_reduced = reduced_outside or settings.group is not None or dist.get_world_size() == 1
         self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
-        self.inputs = [_describe(node, example) for node, example in zip(placeholders(gm), example_inputs, strict=True)]
+        meshes = fsdp_meshes()
+        self.inputs = [_describe(node, item, self.group, meshes) for node, item in zip(placeholders(gm), example_inputs, strict=True)]
         self.parameter_positions = [position for position, info in enumerate(self.inputs) if info.is_parameter]
         compile_id = CompileContext.current_compile_id()
         self.name = f"graph {compile_id}" if compile_id is not None else "graph"
@@ -76,8 +81,9 @@ class GraphCompiler:
         compiled, requests = self.compile()
         if requests:
             compiled = with_state(compiled, requests, self.runtime, None if self.trains_later else self.config)
-        if self.group is not None:
-            compiled = with_equal_start(compiled, self.parameter_positions, self.group, self.runtime)
+        # One rank may evaluate alone: without gradients nothing waits for the others.
+        if self.group is not None and torch.is_grad_enabled():
+            compiled = with_equal_start(compiled, self.inputs, self.group, self.config, self.runtime)
         return self.first_use.before_forward(compiled, self.parameter_positions)
 
     def compile(self) -> tuple[Compiled, list[StateRequest]]:
@@ -97,18 +103,35 @@ class GraphCompiler:
         passes: dict[str, Any] = {JOINT_SLOT: joint_pass}
         if self.config.inline_kernels:
             passes[_LAST_SLOT] = InlineKernels(self._custom_passes(_LAST_SLOT))
-        gm, inputs = add_state_inputs(self.gm, self.example_inputs, requests)
+        watched = watchers(self.inputs, joint_pass.reduced)
+        gm, inputs = add_state_inputs(self.gm, self.example_inputs, requests, watched)
         # The autograd cache would skip the passes on a warm start, and with them the report; Inductor's own cache stays on.
         with functorch_config.patch(enable_autograd_cache=False):
             compiled = compile_graph(gm, inputs, {**self.settings.patches, **passes}, self._inner_compile(joint_pass))
         self.first_use.expect(joint_pass.decisions, joint_pass.training)
         self.trains_later = joint_pass.training
         self._note_training(joint_pass.trains)
+        self._note_left_alone(joint_pass.reduced)
         return compiled
 
     def _note_training(self, trains: bool) -> None:
         """Remembers whether gradients of parameters are left to somebody else, whom the report warns about."""
         self.runtime.reports.trains_alone |= trains and not self.is_reduced
+        self.runtime.reports.has_shards |= any(info.spread.manager for info in self.inputs)
+
+    def _note_left_alone(self, reduced: Collection[int]) -> None:
+        """Reports the parameters that ``data_parallel`` does not average. ``reduced``: those whose gradients DTensor reduces."""
+        if self.group is None:
+            return
+        trained = [(position, info) for position, info in enumerate(self.inputs) if info.is_trainable]
+        left = {
+            Note.SHARDED: [info.name for _, info in trained if info.spread.manager == "DTensor" and not info.spread.is_copy],
+            Note.REDUCED_BY_FSDP: [info.name for _, info in trained if info.spread.manager == "FSDP" and not info.spread.is_copy],
+            Note.REDUCED_BY_DTENSOR: [info.name for position, info in trained if position in reduced],
+        }
+        for note, names in left.items():
+            if names:
+                self.runtime.warn_once(note.format(parameters=", ".join(names)))
 
     def _joint_pass(self, requests: list[StateRequest]) -> JointGraphPass:
         earlier = self._custom_passes(JOINT_SLOT)
@@ -135,7 +158,7 @@ class GraphCompiler:
         return list(passes) if isinstance(passes, list | tuple) else [passes]
 
 
-def _describe(node: fx.Node, example: Any) -> GraphInput:
+def _describe(node: fx.Node, example: Any, group: ProcessGroup | None, meshes: Meshes) -> GraphInput:
     source = getattr(node, "_dynamo_source", None)
     name = _readable_source(source.name) if source is not None else node.name
     if not isinstance(example, Tensor):
@@ -145,7 +168,8 @@ def _describe(node: fx.Node, example: Any) -> GraphInput:
     is_trainable = is_parameter and example.requires_grad and torch.is_grad_enabled()
     local = example._local_tensor if isinstance(example, DTensor) else example
     shape = tuple(gu.hint(size) for size in local.shape)
-    return GraphInput(name, example.dtype, shape, is_parameter, is_trainable, is_foreign)
+    spread = spread_of(name, node, example, group, meshes) if is_parameter else PLAIN
+    return GraphInput(name, example.dtype, shape, is_parameter, is_trainable, is_foreign, example.device, spread)
 
 
 def _readable_source(source: str) -> str:

@@ -1,21 +1,18 @@
 """Gives a Dynamo graph the state of its gradient sites as further inputs, and a compiled graph the tensors for them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
-from torch.distributed import ProcessGroup
 
 from dct_compile.compiler.exchanges import begin_exchanges
 from dct_compile.config import DCTConfig
 from dct_compile.passes.manager import StateRequest
 from dct_compile.runtime import Runtime
 from dct_compile.state import BucketState
-from dct_compile.state_store import local_tensor
 
 Compiled = Callable[..., Any]
 
@@ -25,12 +22,23 @@ def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return gm.graph.find_nodes(op="placeholder")
 
 
-def add_state_inputs(gm: fx.GraphModule, inputs: Sequence[Any], requests: Sequence[StateRequest]) -> tuple[fx.GraphModule, list[Any]]:
+def add_state_inputs(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    requests: Sequence[StateRequest],
+    watchers: Mapping[int, Callable[[Any], Any]] = MappingProxyType({}),
+) -> tuple[fx.GraphModule, list[Any]]:
     """Returns a copy of a Dynamo graph with placeholders for the state of ``requests`` behind its own, and example inputs to match.
 
     Dynamo goes on using its own graph, so that one is not touched.
+
+    Args:
+        gm: The graph.
+        inputs: Its example inputs.
+        requests: The state that it needs.
+        watchers: Functions that are called, and return their argument, when the graph is traced: by position of that input.
     """
-    if not requests:
+    if not requests and not watchers:
         return gm, list(inputs)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -45,6 +53,9 @@ def add_state_inputs(gm: fx.GraphModule, inputs: Sequence[Any], requests: Sequen
                     added = graph.placeholder(f"dct_{name}_{index}")
                     added._dynamo_source = None
                     added.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            for position, watch in watchers.items():
+                watched = placeholders(gm)[position]
+                copies[watched] = graph.call_function(watch, (copies[watched],))
     copy = fx.GraphModule(gm, graph)
     copy.meta.update(gm.meta)
     copy._param_name_to_source = gm._param_name_to_source
@@ -77,19 +88,5 @@ def with_state(compiled: Compiled, requests: Sequence[StateRequest], runtime: Ru
         if exchanges is not None:
             begin_exchanges(buckets, exchanges, runtime)
         return compiled(*args, *(tensor for bucket in buckets for tensor in bucket.tensors.values()))
-
-    return run
-
-
-def with_equal_start(compiled: Compiled, positions: Sequence[int], group: ProcessGroup, runtime: Runtime) -> Compiled:
-    """Makes parameters equal on all ranks of ``group`` before they are used for the first time, as DDP does."""
-
-    def run(*args: Any) -> Any:
-        for parameter in (args[position] for position in positions):
-            if parameter not in runtime.synchronised:
-                runtime.synchronised[parameter] = True
-                with torch.no_grad():
-                    dist.broadcast(local_tensor(parameter), group=group, group_src=0)
-        return compiled(*args)
 
     return run

@@ -33,13 +33,15 @@ class ReportRegistry:
     """Collects what compilations report.
 
     ``called``: whether the backend has been asked to compile anything. ``trains_alone``: whether a graph returned gradients of parameters
-    on one of several ranks, with neither DDP nor ``data_parallel`` to average them.
+    on one of several ranks, with neither DDP nor ``data_parallel`` to average them. ``has_shards``: whether DTensor or FSDP distributes
+    parameters: then it depends on the model which gradients have to be averaged.
     """
 
     entries: list[ReportEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     called: bool = False
     trains_alone: bool = False
+    has_shards: bool = False
 
     def add(self, graph: GraphReport, sites: Sequence[tuple[SiteReport, Measure | None]]) -> ReportEntry:
         entry = ReportEntry(graph, sites)
@@ -57,7 +59,7 @@ class ReportRegistry:
     def clear(self) -> None:
         self.entries.clear()
         self.notes.clear()
-        self.trains_alone = False
+        self.trains_alone = self.has_shards = False
 
     def snapshot(self) -> Report:
         sites = [
@@ -71,7 +73,8 @@ class ReportRegistry:
         """Returns notes about what is missing, as far as is known by now."""
         if not self.called:
             return [NOTHING_COMPILED]
-        return [GRADIENTS_OUTSIDE] if self.trains_alone and not any(site.kind == "gradient" for site in sites) else []
+        advised = self.trains_alone and not self.has_shards and not any(site.kind == "gradient" for site in sites)
+        return [GRADIENTS_OUTSIDE] if advised else []
 
 
 def _measured(site: SiteReport, measure: Measure | None) -> SiteReport:
