@@ -73,3 +73,4 @@ class Note(StrEnum):
         " collectives are not seen. torch skips its own modules, such as nn.Sequential and nn.Linear, when DDP calls them:"
         " make them part of a module class of your own"
     )
+    OTHER_OPTIONS = "the gradients of {module} travel by the options of the first graph that ran inside of its DDP: {differences}"

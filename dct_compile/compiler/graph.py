@@ -51,6 +51,11 @@ def compile_graph(
     return compiled
 
 
+def parameter_positions(inputs: Sequence[Any]) -> list[int]:
+    """Returns the positions of the parameters among the inputs of a Dynamo graph."""
+    return [position for position, item in enumerate(inputs) if isinstance(item, torch.nn.Parameter)]
+
+
 class GraphCompiler:
     """Compiles one Dynamo graph.
 
@@ -63,7 +68,7 @@ class GraphCompiler:
         self.is_reduced = reduced_outside or settings.group is not None or dist.get_world_size() == 1
         self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
         self.inputs = [_describe(node, example) for node, example in zip(placeholders(gm), example_inputs, strict=True)]
-        self.parameter_positions = [position for position, info in enumerate(self.inputs) if info.is_parameter]
+        self.parameter_positions = parameter_positions(example_inputs)
         compile_id = CompileContext.current_compile_id()
         self.name = f"graph {compile_id}" if compile_id is not None else "graph"
         self.first_use = FirstUse(settings.config, settings.runtime)
