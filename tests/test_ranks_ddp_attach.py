@@ -20,7 +20,7 @@ from tests.ranks_ddp import Net, Options, batch, ddp_of, loss_of, train
 pytestmark = pytest.mark.distributed
 
 DENSITY = 0.05
-WEIGHTS = ["bottom.weight", "middle.weight", "side.weight", "top.weight"]
+NAMES = [f"{layer}.{kind}" for layer in ("bottom", "middle", "side", "top") for kind in ("bias", "weight")]
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,19 @@ def audited(module: nn.Module, compiled: Callable[..., Tensor], rank: int) -> Tr
     auditor = Auditor(module, DENSITY, torch.float32)
     digests = train(module, compiled, rank, range(3), auditor)
     auditor.finish()
+    return Trained(digests, *held_by(module, compiled, rank))
+
+
+def held_by(module: nn.Module, compiled: Callable[..., Tensor], rank: int) -> tuple[list[str], float]:
     loss_of(compiled(batch(rank, 3))).backward()
     weights = [parameter.grad for parameter in module.parameters() if parameter.grad is not None and parameter.dim() == 2]
     zeros = torch.cat([grad.flatten() for grad in weights]).eq(0).float().mean().item()
-    return Trained(digests, sorted(dct_compile.state_dict(module)), zeros)
+    module.zero_grad()
+    return sorted(dct_compile.state_dict(module)), zeros
 
 
 def options_of(scheme: str) -> Options:
-    return {"dp_density": DENSITY, "dp_value_dtype": "float32", "gradient_scheme": scheme}
+    return {"dp_density": DENSITY, "dp_value_dtype": "float32", "min_numel": 1, "gradient_scheme": scheme}
 
 
 def warm(net: nn.Module, options: Options, rank: int) -> None:
@@ -71,13 +76,15 @@ def two(rank: int, options: Options, inside: bool) -> list[Trained]:
 
 
 def wrapped_anew(rank: int, options: Options, inside: bool) -> list[Trained]:
+    """Freezes a layer, and thaws it: DDP is wrapped anew each time, with other buckets. One audit spans all of it."""
     net = Net()
-    net.middle.requires_grad_(False)
-    audited(*ddp_of(net, options, inside), rank)
-    audited(*ddp_of(net.requires_grad_(True), options, inside), rank)
-    net.zero_grad()
-    dct_compile.load_state_dict(net, {})
-    return [audited(*ddp_of(net, options, inside), rank)]
+    auditor, digests = Auditor(net, DENSITY, torch.float32), []
+    for frozen in (False, True, False):
+        net.middle.requires_grad_(not frozen)
+        module, compiled = ddp_of(net, options, inside)
+        digests += train(module, compiled, rank, range(3), auditor)
+    auditor.finish()
+    return [Trained(digests, *held_by(module, compiled, rank))]
 
 
 def new_group(rank: int, options: Options, inside: bool, compiled_before: bool = False) -> list[Trained]:
@@ -110,7 +117,7 @@ def check(outcomes: list[list[Trained]]) -> None:
     for models in zip(*outcomes, strict=True):
         assert all(trained.digests == models[0].digests for trained in models)
         for trained in models:
-            assert trained.state == WEIGHTS
+            assert trained.state == NAMES
             assert trained.zeros > 0.8
 
 
@@ -174,7 +181,7 @@ def test_parts_that_torch_does_not_compile_are_compressed(ranks2: Ranks, as_meth
     (first, notes), (second, _) = ranks2(parts, as_method)
     for mine, other in zip(first, second, strict=True):
         assert mine.digests == other.digests
-        assert mine.state == ["bottom.0.weight", "top.weight"]
+        assert mine.state == ["bottom.0.bias", "bottom.0.weight", "top.bias", "top.weight"]
         assert mine.zeros > 0.8
     assert sum(note.startswith("parts of DDP's model run outside of compiled graphs: ") for note in notes) == 2
     assert not any("not wrapped in DDP" in note for note in notes)
@@ -196,84 +203,3 @@ def stacked(rank: int, world_size: int) -> list[Trained]:
 
 def test_modules_around_modules_are_compressed_too(ranks2: Ranks) -> None:
     check(ranks2(stacked))
-
-
-def not_reached(rank: int, world_size: int) -> list[str]:
-    models = [ddp_of(Net(), {}, inside=False)[1]]
-    models += [ddp_of(nn.Sequential(nn.Linear(16, 64), nn.ReLU()), {}, inside=False)[1] for _ in range(1)]
-    for step in range(3):
-        for model in models:
-            loss_of(model(batch(rank, step))).backward()
-    return list(dct_compile.report().notes)
-
-
-def test_a_module_that_no_graph_runs_in_is_named(ranks2: Ranks) -> None:
-    for notes in ranks2(not_reached):
-        assert [note.partition(",")[0] for note in notes] == ["no graph of backend 'dct' runs inside of DDP(Sequential)"]
-
-
-class Halves(nn.Module):
-    """Two halves with options of their own."""
-
-    def __init__(self, *options: Options) -> None:
-        super().__init__()
-        halves = [nn.Linear(16, 64), nn.Linear(64, 64)]
-        self.bottom, self.top = (torch.compile(half, backend=dct, options=given) for half, given in zip(halves, options, strict=True))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.top(self.bottom(x))
-
-
-def with_options(rank: int, world_size: int, first: Options, other: Options) -> tuple[list[str], list[str]]:
-    module = DistributedDataParallel(Halves(first, other))
-    for step in range(2):
-        loss_of(module(batch(rank, step))).backward()
-    report = dct_compile.report()
-    return [site.reason for site in report.sites], list(report.notes)
-
-
-@pytest.mark.parametrize(
-    ("first", "other", "differences"),
-    [
-        (
-            {"dp_density": 0.02},
-            {"dp_density": 0.05, "rank": 2},
-            "option 'dp_density' is 0.02 there and 0.05 in another graph; option 'rank' is 1 ",
-        ),
-        ({"mp_density": 0.02}, {"mp_density": 0.05}, ""),
-    ],
-)
-def test_the_options_of_the_first_graph_hold(ranks2: Ranks, first: Options, other: Options, differences: str) -> None:
-    for (reason,), notes in ranks2(with_options, first, other):
-        assert reason.startswith(f"gather, density {first.get('dp_density', 0.01)}; dense: ")
-        assert len(notes) == bool(differences)
-        assert all(
-            f"the gradients of Halves travel by the options of the first graph that ran inside of its DDP: {differences}" in note
-            for note in notes
-        )
-
-
-def averaged_twice(rank: int, world_size: int) -> str:
-    net = Net()
-    compiled: Any = torch.compile(net, backend=dct, options={"data_parallel": True})
-    loss_of(compiled(batch(rank, 0))).backward()
-    try:
-        DistributedDataParallel(compiled)(batch(rank, 1))
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_gradients_that_would_be_averaged_twice_are_an_error(ranks2: Ranks) -> None:
-    assert all("gradients would be averaged twice" in message for message in ranks2(averaged_twice))
-
-
-def hooked(rank: int, world_size: int) -> list[str]:
-    module, compiled = ddp_of(Net(), options_of("gather"), inside=False)
-    module._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
-    train(module, compiled, rank, range(2))
-    return [site.reason for site in dct_compile.report().sites]
-
-
-def test_a_hook_of_torchs_own_stays_in_place(ranks2: Ranks) -> None:
-    assert ranks2(hooked) == [["DDP has a communication hook of its own"]] * 2

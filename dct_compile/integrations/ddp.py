@@ -56,6 +56,8 @@ class DDPIntegration:
             _publish_dense(target, reason, runtime)
             _at_first_gradient(target, agree)
             return
+        # Another DDP module may have averaged these parameters before, in other buckets.
+        runtime.states.release([parameter for bucket in _future_buckets(target) for parameter in bucket])
         compressor = GradientCompressor(target, config, runtime, agree)
         runtime.attached[target] = _Attached(config, compressor)
         target.register_comm_hook(compressor, GradientCompressor.reduce)
