@@ -16,17 +16,26 @@ def running_modules() -> list[DistributedDataParallel]:
 
 
 def parts_of_compiled_model() -> list[DistributedDataParallel]:
-    """Returns all DDP modules in the innermost model on this thread's stack that ``torch.compile`` was given.
+    """Returns the DDP modules in the innermost model on this thread's stack that ``torch.compile`` was given.
 
-    One of them may have no compiled graph of its own: torch skips its own modules, such as ``nn.Sequential``, when DDP calls them.
+    Those inside of other DDP modules are left out. One of them may have no compiled graph of its own: torch skips its own modules, such as
+    ``nn.Sequential``, when DDP calls them.
     """
     call = nn.Module._wrapped_call_impl.__code__
     for frame in _frames():
         if frame.f_code is call:
             module: nn.Module = frame.f_locals["self"]
             if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
-                return [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
+                return list(_parts(module))
     return []
+
+
+def _parts(model: nn.Module) -> Iterator[DistributedDataParallel]:
+    for child in model.children():
+        if isinstance(child, DistributedDataParallel):
+            yield child
+        else:
+            yield from _parts(child)
 
 
 def _frames() -> Iterator[FrameType]:
