@@ -75,7 +75,7 @@ def report() -> Report:
 
     ``str(report())`` is a table.
     """
-    return RUNTIME.reports.snapshot()
+    return RUNTIME.report()
 
 
 def reset_report() -> None:

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch._dynamo.output_graph import GraphCompileReason
 
-from dct_compile.compiler.graph import Compiled, GraphCompiler, Settings, compile_graph
+from dct_compile.compiler.graph import Compiled, GraphCompiler, Settings, compile_graph, parameter_positions
 from dct_compile.compiler.options import gradient_group, read_options
+from dct_compile.config import DCTConfig
 from dct_compile.integrations import INTEGRATIONS
 from dct_compile.passes.source import innermost_line
 from dct_compile.reasons import Note
@@ -30,12 +31,20 @@ def dct(
         mode: as for Inductor.
 
     Returns:
-        The compiled graph. Without an initialised process group it is compiled as by Inductor.
+        The compiled graph. Without an initialised process group it is compiled as by Inductor. Whenever it is called inside of a wrapper
+        such as DDP, that one is attached to.
 
     Raises:
         ValueError: An option is unknown, or its value is not allowed.
     """
     config, patches = read_options(options, mode)
+    compiled = _compile(gm, example_inputs, config, patches)
+    for integration in INTEGRATIONS:
+        compiled = integration.attach_at_calls(compiled, parameter_positions(example_inputs), config, RUNTIME)
+    return compiled
+
+
+def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], config: DCTConfig, patches: dict[str, Any]) -> Compiled:
     if not dist.is_available() or not dist.is_initialized():
         RUNTIME.reports.called = True
         RUNTIME.warn_once(Note.NO_PROCESS_GROUP)
@@ -43,18 +52,10 @@ def dct(
     gloo.shorten_names()
     if not any(isinstance(item, Tensor) and item.is_cuda for item in example_inputs):
         prebuild()  # beside Inductor's own work
-    active = [(integration, integration.active()) for integration in INTEGRATIONS]
-    reduced_outside = any(targets for _, targets in active)
+    reduced_outside = any(integration.active() for integration in INTEGRATIONS)
     settings = Settings(config, patches, gradient_group(config, reduced_outside), RUNTIME)
-    for integration, targets in active:
-        for target in targets:
-            integration.attach(target, config, RUNTIME)
     warn_of_graph_break(gm, RUNTIME)
-    compiler = GraphCompiler(gm, example_inputs, settings, reduced_outside=reduced_outside)
-    compiled = compiler.run()
-    for integration, targets in active:
-        compiled = integration.track_parameters(compiled, targets, compiler.parameter_positions)
-    return compiled
+    return GraphCompiler(gm, example_inputs, settings, reduced_outside=reduced_outside).run()
 
 
 def warn_of_graph_break(gm: fx.GraphModule, runtime: Runtime) -> None:

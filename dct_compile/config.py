@@ -13,6 +13,8 @@ DP_VALUE_DTYPES = (*MP_VALUE_DTYPES, "int8")
 THRESHOLDS = ("exact", "sampled", "laplace")
 REFRESH_WARMUPS = ("geometric", "off")
 GRADIENT_SCHEMES = ("auto", "gather", "owner", "powersgd", "random_k")
+ROW_OPTIONS = ("mp_density", "mp_value_dtype", "mp_eval", "embedding_codec")
+"""The options that say nothing about gradients."""
 EMBEDDING_CODECS = ("int8", "int4", "threshold", "dense")
 
 
@@ -114,6 +116,21 @@ class DCTConfig:
     @property
     def mp_dtype(self) -> torch.dtype:
         return _torch_dtype(self.mp_value_dtype)
+
+    def check_single_average(self) -> None:
+        """Checks that ``data_parallel`` is not set, where DDP averages the gradients.
+
+        Raises:
+            ValueError: It is set.
+        """
+        if self.data_parallel is not False:
+            raise ValueError(
+                "option 'data_parallel' is set and the model is wrapped in DDP: gradients would be averaged twice; remove one of the two"
+            )
+
+    def for_gradients(self) -> dict[str, Any]:
+        """Returns the options that say how gradients travel, as plain values."""
+        return {name: value for name, value in self.comparable().items() if name not in ROW_OPTIONS}
 
     def comparable(self) -> dict[str, Any]:
         """Returns the fields as plain values, the same on all ranks that were given the same options."""

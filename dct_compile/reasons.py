@@ -87,3 +87,4 @@ class Note(StrEnum):
         "gradients were computed anew, and no torch.optim.Optimizer has stepped in between: the last ones count as applied. If they were"
         " discarded, call dct_compile.discard_gradients(model) in place of zero_grad"
     )
+    OTHER_OPTIONS = "the gradients of {module} travel by the options of the first graph that ran inside of its DDP: {differences}"

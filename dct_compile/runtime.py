@@ -2,15 +2,17 @@
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dct_compile.agreement import Agreement
 from dct_compile.config import DCTConfig
 from dct_compile.reasons import Note
-from dct_compile.report import ReportRegistry
+from dct_compile.report import Report, ReportRegistry, unreached_modules
 from dct_compile.state import BucketState
 from dct_compile.state_store import StateStore
 
@@ -22,7 +24,8 @@ class Runtime:
     """``torch.compile`` hands a backend nothing that outlives a compilation, so what must outlive it is kept here.
 
     ``synchronised``: the parameters that ``data_parallel`` has made equal on all ranks. ``agreed``: for each group, the parameters of
-    graphs that its ranks have agreed on.
+    graphs that its ranks have agreed on. ``attached``: for each wrapper that an integration has decided about, what it keeps there. A copy
+    of a wrapper takes nothing of that along.
     """
 
     states: StateStore = field(default_factory=StateStore)
@@ -31,6 +34,11 @@ class Runtime:
     synchronised: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     agreed: "WeakKeyDictionary[ProcessGroup, WeakTensorKeyDictionary]" = field(default_factory=WeakKeyDictionary)
+    attached: "WeakKeyDictionary[nn.Module, Any]" = field(default_factory=WeakKeyDictionary)
+
+    def report(self) -> Report:
+        """Returns the report so far, with notes about all that the backend was not asked to compile."""
+        return self.reports.snapshot(lambda: unreached_modules(self.attached))
 
     def begin_exchange(self, bucket: BucketState, config: DCTConfig, *, final: bool = False) -> None:
         """Prepares the state of ``bucket`` for an exchange: discarded gradients leave it, and it follows the scale of the loss.

@@ -66,6 +66,17 @@ class StateStore:
         """Forgets buckets whose state has been moved."""
         self._buckets = [bucket for bucket in self._buckets if bucket not in buckets]
 
+    def release(self, parameters: Sequence[Tensor]) -> None:
+        """Takes the buckets of ``parameters`` apart: the state of each parameter waits for the next bucket that the parameter is in.
+
+        Args:
+            parameters: The parameters that are to be bucketed anew.
+        """
+        wanted = {id(parameter) for parameter in parameters}
+        released = [bucket for bucket in self._buckets if any(id(ref()) in wanted for ref in bucket.parameters)]
+        self.retire(released)
+        self._pending += [(ref, [bucket.entry(index)]) for bucket in released for index, ref in enumerate(bucket.parameters)]
+
     def entries(self, parameter: Tensor) -> Iterator[tuple[BucketState, int]]:
         """Yields every (bucket, index) that holds state of ``parameter``; more than one when two graphs compress it separately."""
         for bucket in self._buckets:

@@ -103,6 +103,21 @@ def test_parameters_that_were_in_no_bucket_start_afresh_when_moved() -> None:
     assert torch.equal(new.entry(1)["residual"], old.tensors["residual"])
 
 
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_released_state_waits_for_the_next_bucket_of_each_parameter(ranks: int) -> None:
+    """DDP may be wrapped anew while a layer is frozen: its gradients wait until it is trained again."""
+    store, model = StateStore(), make_model(300, 700)
+    first, second = model.values()
+    fill(store.bucket([first, second], state_spec([300, 700], ranks)))
+    before = store.state_dict(model)
+    store.release([first])
+    for waiting in ([first], [second]):
+        assert_same(before, store.state_dict(model))
+        store.bucket(waiting, state_spec([waiting[0].numel()], ranks))
+    assert_same(before, store.state_dict(model))
+    assert [len(list(store.entries(parameter))) for parameter in model.values()] == [1, 1]
+
+
 def total_waiting(buckets: Sequence[BucketState], segment: int, numel: int) -> Tensor:
     """What waits to be sent for one parameter, over all ranks and both stages."""
     entries = [bucket.entry(segment) for bucket in buckets]

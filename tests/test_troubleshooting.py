@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dct_compile.reasons import Note, Reason
-from dct_compile.report import GRADIENTS_OUTSIDE, NOTHING_COMPILED
+from dct_compile.report import GRADIENTS_OUTSIDE, NOT_REACHED, NOTHING_COMPILED
 
 ROOT = Path(__file__).parent.parent
 FIRST_CELLS = [
@@ -20,7 +20,7 @@ def as_written(template: str) -> str:
     return re.sub(r"\{(\w+)[^}]*\}", r"<\1>", template)
 
 
-@pytest.mark.parametrize("text", [*Reason, *Note, NOTHING_COMPILED, GRADIENTS_OUTSIDE], ids=lambda text: text[:40])
+@pytest.mark.parametrize("text", [*Reason, *Note, NOTHING_COMPILED, NOT_REACHED, GRADIENTS_OUTSIDE], ids=lambda text: text[:40])
 def test_every_reason_and_note_has_a_row(text: str) -> None:
     assert FIRST_CELLS.count(as_written(text)) == 1
 

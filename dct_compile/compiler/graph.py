@@ -56,6 +56,11 @@ def compile_graph(
     return compiled
 
 
+def parameter_positions(inputs: Sequence[Any]) -> list[int]:
+    """Returns the positions of the parameters among the inputs of a Dynamo graph."""
+    return [position for position, item in enumerate(inputs) if isinstance(item, torch.nn.Parameter)]
+
+
 class GraphCompiler:
     """Compiles one Dynamo graph.
 
@@ -69,7 +74,7 @@ class GraphCompiler:
         self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
         meshes = fsdp_meshes()
         self.inputs = [_describe(node, item, self.group, meshes) for node, item in zip(placeholders(gm), example_inputs, strict=True)]
-        self.parameter_positions = [position for position, info in enumerate(self.inputs) if info.is_parameter]
+        self.parameter_positions = parameter_positions(example_inputs)
         compile_id = CompileContext.current_compile_id()
         self.name = f"graph {compile_id}" if compile_id is not None else "graph"
         self.trains_later = True

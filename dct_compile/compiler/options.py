@@ -34,9 +34,7 @@ def gradient_group(config: DCTConfig, reduced_outside: bool) -> ProcessGroup | N
     if config.data_parallel is False:
         return None
     if reduced_outside:
-        raise ValueError(
-            "option 'data_parallel' is set and the model is wrapped in DDP: gradients would be averaged twice; remove one of the two"
-        )
+        config.check_single_average()
     group = dist.group.WORLD if config.data_parallel is True else config.data_parallel
     assert isinstance(group, ProcessGroup)
     return group

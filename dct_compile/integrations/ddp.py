@@ -1,11 +1,12 @@
 """DistributedDataParallel: its reducer sends gradients from C++, outside of every graph. A communication hook takes its place."""
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from types import FrameType
+from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import _DEFAULT_FIRST_BUCKET_BYTES, _compute_bucket_assignment_by_size
 from torch.distributed import ProcessGroup
@@ -13,45 +14,55 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from dct_compile.config import DCTConfig
+from dct_compile.integrations.ddp_calls import parts_of_compiled_model, running_modules
 from dct_compile.integrations.ddp_reducer import BucketPlan, GradientCompressor
 from dct_compile.integrations.interface import Compiled
 from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.manager import publish
 from dct_compile.posts import Signature
-from dct_compile.reasons import Reason
-from dct_compile.report import GraphReport, SiteReport
+from dct_compile.reasons import Note, Reason
+from dct_compile.report import GraphReport, SiteReport, wrapped_class
 from dct_compile.runtime import Runtime
 from dct_compile.state_store import named_parameters
+from dct_compile.workarounds import gloo
 
-_ATTRIBUTE = "_dct_gradient_compressor"
+
+@dataclass(frozen=True)
+class _Attached:
+    """The decision about a DDP module. ``compressor``: its communication hook, ``None`` where DDP's own reducer stays."""
+
+    config: DCTConfig
+    compressor: GradientCompressor | None
 
 
 class DDPIntegration:
     """The integration of DistributedDataParallel; a target is a DDP module."""
 
     def active(self) -> list[DistributedDataParallel]:
-        found: list[DistributedDataParallel] = []
-        frame: FrameType | None = inspect.currentframe()
-        while frame is not None:
-            if frame.f_code is DistributedDataParallel.forward.__code__:
-                found.append(frame.f_locals["self"])
-            frame = frame.f_back
-        return found
+        return running_modules()
 
     def attach(self, target: DistributedDataParallel, config: DCTConfig, runtime: Runtime) -> None:
-        if hasattr(target, _ATTRIBUTE):
+        held: _Attached | None = runtime.attached.get(target)
+        if held is not None:
+            if config != held.config:
+                _note_other_options(target, held.config, config, runtime)
             return
+        gloo.shorten_names()  # the graph may have been compiled before there was a group
         plans = _future_plans(target, config)
         reason = _reason_to_leave(target, plans)
         agree = partial(_agree, target.process_group, config, runtime, [plan.signature(reason) for plan in plans])
         if reason is not None:
-            setattr(target, _ATTRIBUTE, None)
+            runtime.attached[target] = _Attached(config, None)
             _publish_dense(target, reason, runtime)
             _at_first_gradient(target, agree)
             return
+        # Another DDP module may have averaged these parameters before, in other buckets.
+        runtime.states.release([parameter for bucket in _future_buckets(target) for parameter in bucket])
         compressor = GradientCompressor(target, config, runtime, agree)
-        setattr(target, _ATTRIBUTE, compressor)
+        runtime.attached[target] = _Attached(config, compressor)
         target.register_comm_hook(compressor, GradientCompressor.reduce)
+        # The hook is the reducer's, which a copy of the module makes anew; nothing in the module itself may be copied or pickled along.
+        target._comm_hooks.pop()
 
     def preview(self, target: DistributedDataParallel, config: DCTConfig, runtime: Runtime) -> None:
         """Reports the result that :meth:`attach` will have, and attaches nothing.
@@ -67,18 +78,50 @@ class DDPIntegration:
         for index, plan in enumerate(plans):
             plan.publish(f"DDP bucket {index} of group {target.process_group.group_name}", runtime, None)
 
-    def track_parameters(self, compiled: Compiled, targets: Sequence[DistributedDataParallel], positions: Sequence[int]) -> Compiled:
-        compressors = [found for target in targets if (found := getattr(target, _ATTRIBUTE)) is not None]
-        if not compressors:
-            return compiled
+    def attach_at_calls(self, compiled: Compiled, positions: Sequence[int], config: DCTConfig, runtime: Runtime) -> Compiled:
+        settled: WeakSet[object] = WeakSet()
+        attach_around = partial(self._attach_around, config=config, runtime=runtime)
 
         def run(*args: object) -> object:
-            for compressor in compressors:
-                if compressor.uncompiled:
-                    compressor.mark_compiled([args[position] for position in positions])
+            innermost = DistributedDataParallel._active_ddp_module
+            place = DistributedDataParallel if innermost is None else innermost  # the class stands for all calls outside of DDP
+            # A forward without gradients has no backward: one rank may run it alone.
+            if place not in settled and torch.is_grad_enabled() and attach_around(innermost, [args[position] for position in positions]):
+                settled.add(place)
             return compiled(*args)
 
+        if hasattr(compiled, "serialize"):  # ahead-of-time compilation stores the graph itself
+            run.serialize = compiled.serialize  # type: ignore[attr-defined]
         return run
+
+    def _attach_around(
+        self, innermost: DistributedDataParallel | None, parameters: Sequence[object], config: DCTConfig, runtime: Runtime
+    ) -> bool:
+        """Attaches the DDP modules around the call of a graph, and those beside it in the same compiled model.
+
+        Args:
+            innermost: The DDP module whose forward calls the graph.
+            parameters: The parameters that the graph is called with.
+            config: The options of the graph.
+            runtime: Where to report.
+
+        Returns:
+            True if further calls of the graph at this place find nothing to do.
+        """
+        running = running_modules()
+        if running:
+            config.check_single_average()
+        targets = [*running, *parts_of_compiled_model()]
+        for target in targets:
+            if target.require_backward_grad_sync:  # in no_sync() a rank may be alone
+                self.attach(target, config, runtime)
+        held = [runtime.attached.get(target) for target in targets]
+        compressors = [item.compressor for item in held[: len(running)] if item is not None and item.compressor is not None]
+        for compressor in compressors:
+            compressor.mark_compiled(parameters)
+        # The innermost module does not tell which ones are around it; a call outside of DDP does not tell the model.
+        known = running == [innermost] or not targets
+        return known and None not in held and not any(compressor.uncompiled for compressor in compressors)
 
     @contextmanager
     def paused(self, model: nn.Module) -> Iterator[None]:
@@ -113,7 +156,7 @@ def _reason_to_leave(module: DistributedDataParallel, plans: Sequence[BucketPlan
     """Why DDP's own reducer stays: the user has taken its place, or no bucket would be compressed."""
     if module.process_group.size() == 1:
         return Reason.ONE_RANK
-    if any(hook is not GradientCompressor.reduce for hook, _ in getattr(module, "_comm_hooks", [])):
+    if module._comm_hooks or "comm_hook" in module._get_ddp_logging_data():  # of Python, or of C++
         return Reason.OWN_HOOK
     if getattr(module, "_use_python_reducer", False):
         return Reason.PYTHON_REDUCER
@@ -136,6 +179,15 @@ def _future_buckets(module: DistributedDataParallel) -> list[list[Tensor]]:
     limits = getattr(module, "bucket_bytes_cap_list", []) or [*first, module.bucket_bytes_cap]
     buckets, _ = _compute_bucket_assignment_by_size(parameters, limits, sparse[::-1])
     return [[parameters[position] for position in bucket] for bucket in buckets]
+
+
+def _note_other_options(module: DistributedDataParallel, first: DCTConfig, other: DCTConfig, runtime: Runtime) -> None:
+    """Notes the options for gradients that differ between the graph that ran first inside of ``module`` and another one."""
+    values, others = first.for_gradients(), other.for_gradients()
+    names = [name for name in values if values[name] != others[name]]
+    differences = [f"option {name!r} is {values[name]!r} there and {others[name]!r} in another graph" for name in names]
+    if differences:
+        runtime.warn_once(Note.OTHER_OPTIONS.format(module=wrapped_class(module), differences="; ".join(differences)))
 
 
 def _publish_dense(module: DistributedDataParallel, reason: str, runtime: Runtime) -> None:

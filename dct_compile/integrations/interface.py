@@ -16,19 +16,29 @@ class Integration(Protocol):
     """A kind of wrapper that exchanges gradients by itself, such as DistributedDataParallel. A wrapper here is called a target."""
 
     def active(self) -> Sequence[Any]:
-        """Returns the targets whose ``forward`` is running now, innermost first: a backend is called inside of them."""
+        """Returns the targets whose ``forward`` is running now, innermost first."""
 
     def attach(self, target: Any, config: DCTConfig, runtime: Runtime) -> None:
-        """Lets ``target`` exchange its gradients compressed, from the next backward on. Does nothing the second time.
+        """Lets ``target`` exchange its gradients compressed, from the next backward on.
 
-        Reports the target as dense, with the reason, where nothing would be compressed.
+        Reports the target as dense, with the reason, where nothing would be compressed. Does nothing the second time, but for a note where
+        another ``config`` would have decided otherwise.
+        """
+
+    def attach_at_calls(self, compiled: Compiled, positions: Sequence[int], config: DCTConfig, runtime: Runtime) -> Compiled:
+        """Returns ``compiled``, a graph, which attaches the targets that it is called inside of, before it runs.
+
+        A target cannot be attached when a graph is compiled: Dynamo may call a graph inside of targets that it was not compiled in.
+
+        Args:
+            compiled: The compiled graph.
+            positions: The positions of the parameters among its arguments.
+            config: The options of the graph; they hold for the targets that it is the first to run in.
+            runtime: Where to report.
         """
 
     def preview(self, target: Any, config: DCTConfig, runtime: Runtime) -> None:
         """Reports the result that :meth:`attach` will have, and attaches nothing."""
-
-    def track_parameters(self, compiled: Compiled, targets: Sequence[Any], positions: Sequence[int]) -> Compiled:
-        """Returns ``compiled``, which tells ``targets`` the parameters that it is called with: its arguments at ``positions``."""
 
     def paused(self, model: nn.Module) -> AbstractContextManager[None]:
         """While it lasts, the targets in ``model`` neither send anything nor prepare for a backward."""

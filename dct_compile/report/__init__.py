@@ -2,12 +2,14 @@
 
 from dct_compile.report.data import GraphReport, NodeReport, SiteReport
 from dct_compile.report.diff import ReportDiff
-from dct_compile.report.registry import GRADIENTS_OUTSIDE, NOTHING_COMPILED, Measure, ReportEntry, ReportRegistry
+from dct_compile.report.registry import GRADIENTS_OUTSIDE, NOT_REACHED, NOTHING_COMPILED, Measure, ReportEntry, ReportRegistry
 from dct_compile.report.report import Report
+from dct_compile.report.unreached import unreached_modules, wrapped_class
 
 __all__ = [
     "GRADIENTS_OUTSIDE",
     "NOTHING_COMPILED",
+    "NOT_REACHED",
     "GraphReport",
     "Measure",
     "NodeReport",
@@ -16,4 +18,6 @@ __all__ = [
     "ReportEntry",
     "ReportRegistry",
     "SiteReport",
+    "unreached_modules",
+    "wrapped_class",
 ]

@@ -19,6 +19,11 @@ GRADIENTS_OUTSIDE = (
     " itself, as by all_reduce of parameter.grad, stays dense and unseen; DDP or option data_parallel=True lets the backend do it"
 )
 
+NOT_REACHED = (
+    "no graph of backend 'dct' runs inside of {modules}, so its gradients stay dense. torch.compile skips torch's own modules, such as"
+    " nn.Sequential and nn.Linear, when DDP calls them: make them part of a module class of your own, or compile inside of DDP"
+)
+
 
 @dataclass
 class ReportEntry:
@@ -61,18 +66,25 @@ class ReportRegistry:
         self.notes.clear()
         self.trains_alone = self.has_shards = False
 
-    def snapshot(self) -> Report:
+    def snapshot(self, not_reached: Callable[[], Sequence[str]] = tuple) -> Report:
+        """Returns the report so far.
+
+        Args:
+            not_reached: Returns the names of the DDP modules that average their gradients and have no compiled graph inside.
+        """
         sites = [
             replace(_measured(site, measure), graph=position, number=number)
             for position, entry in enumerate(self.entries)
             for number, (site, measure) in enumerate(entry.sites)
         ]
-        return Report(tuple(sites), tuple(entry.graph for entry in self.entries), (*self.notes, *self._hints(sites)))
+        return Report(tuple(sites), tuple(entry.graph for entry in self.entries), (*self.notes, *self._hints(sites, not_reached)))
 
-    def _hints(self, sites: Sequence[SiteReport]) -> list[str]:
+    def _hints(self, sites: Sequence[SiteReport], not_reached: Callable[[], Sequence[str]]) -> list[str]:
         """Returns notes about what is missing, as far as is known by now."""
         if not self.called:
             return [NOTHING_COMPILED]
+        if names := not_reached():
+            return [NOT_REACHED.format(modules=", ".join(names))]
         advised = self.trains_alone and not self.has_shards and not any(site.kind == "gradient" for site in sites)
         return [GRADIENTS_OUTSIDE] if advised else []
 
