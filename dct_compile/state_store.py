@@ -74,8 +74,9 @@ class StateStore:
         """
         wanted = {id(parameter) for parameter in parameters}
         released = [bucket for bucket in self._buckets if any(id(ref()) in wanted for ref in bucket.parameters)]
+        self._settle_now(released)
         self.retire(released)
-        self._pending += [(ref, [bucket.entry(index)]) for bucket in released for index, ref in enumerate(bucket.parameters)]
+        self._pending += [(ref, [bucket.saved(index)]) for bucket in released for index, ref in enumerate(bucket.parameters)]
 
     def entries(self, parameter: Tensor) -> Iterator[tuple[BucketState, int]]:
         """Yields every (bucket, index) that holds state of ``parameter``; more than one when two graphs compress it separately."""
@@ -95,10 +96,7 @@ class StateStore:
             ``name@1``.
         """
         saved: dict[str, Entry] = {}
-        held = self._held(model)
-        self.use.look([parameter for bucket in held for ref in bucket.parameters if (parameter := ref()) is not None])
-        for bucket in held:
-            self._settle(bucket)
+        self._settle_now(list(self._held(model)))
         for name, parameter in named_parameters(model):
             found = [bucket.saved(index) for bucket, index in self.entries(parameter)]
             found += [copy_of(entry) for ref, waiting in self._pending if ref() is parameter for entry in waiting]
@@ -148,6 +146,12 @@ class StateStore:
             for bucket, index in self.entries(parameter):
                 found.setdefault(bucket, []).append(index)
         return found
+
+    def _settle_now(self, buckets: Sequence[BucketState]) -> None:
+        """Settles ``buckets`` by the gradients that there are now, between two backwards."""
+        self.use.look([parameter for bucket in buckets for ref in bucket.parameters if (parameter := ref()) is not None])
+        for bucket in buckets:
+            self._settle(bucket)
 
     @staticmethod
     def _settle(bucket: BucketState) -> None:
