@@ -34,8 +34,17 @@ def dry_run(options: Mapping[str, Any] | None, runtime: Runtime) -> Compiled:
                 integration.preview(target, config, runtime)
                 previewed.append(target)
         settings = Settings(config, patches, group, runtime, _nothing_computed)
-        compiled, requests = GraphCompiler(gm, example_inputs, settings, reduced_outside=bool(active)).compile()
-        return lambda *args: compiled(*args, *(tensor for request in requests for tensor in blank_state(request, args)))
+        compiler = GraphCompiler(gm, example_inputs, settings, reduced_outside=bool(active))
+        compiled, requests = compiler.compile()
+        entry = compiler.first_use.entry
+
+        def run(*args: Any) -> Any:
+            if entry is not None:  # one step: there is no forward between two of these backwards
+                runtime.reports.serve(entry, [args[position] for position in compiler.parameter_positions])
+                entry.backward_ran()
+            return compiled(*args, *(tensor for request in requests for tensor in blank_state(request, args)))
+
+        return run
 
     return backend
 

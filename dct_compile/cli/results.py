@@ -72,7 +72,7 @@ class BackendResult:
 
     def bytes_of(self, field: str, kinds: Sequence[str]) -> float:
         """``dense_bytes`` or ``wire_bytes`` that a rank sends per step at the sites of ``kinds``, mean over ranks."""
-        total: int = sum(site[field] for rank in self.sites for site in rank if site["kind"] in kinds)
+        total: int = sum(site["calls"] * site[field] for rank in self.sites for site in rank if site["kind"] in kinds)
         return total / max(1, len(self.sites))
 
 

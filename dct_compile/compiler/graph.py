@@ -99,6 +99,8 @@ class GraphCompiler:
         with functorch_config.patch(enable_autograd_cache=False):
             compiled = compile_graph(gm, inputs, {**self.settings.patches, **passes}, self._inner_compile(joint_pass))
         self.first_use.expect(joint_pass.decisions, joint_pass.training)
+        if joint_pass.entry is not None:
+            self.first_use.watch(joint_pass.entry)
         self._note_training(joint_pass.trains)
         return compiled
 
