@@ -11,9 +11,10 @@ from torch._dynamo.output_graph import GraphCompileReason
 from dct_compile.compiler.graph import Compiled, GraphCompiler, Settings, compile_graph
 from dct_compile.compiler.options import gradient_group, read_options
 from dct_compile.integrations import INTEGRATIONS
+from dct_compile.integrations.unseen import note_unseen
 from dct_compile.passes.source import innermost_line
-from dct_compile.reasons import Note
-from dct_compile.runtime import RUNTIME, Runtime
+from dct_compile.reasons import BreakAdvice, Note
+from dct_compile.runtime import RUNTIME
 from dct_compile.triton_kernels.cpu.build import prebuild
 from dct_compile.workarounds import gloo
 
@@ -49,15 +50,16 @@ def dct(
     for integration, targets in active:
         for target in targets:
             integration.attach(target, config, RUNTIME)
-    warn_of_graph_break(gm, RUNTIME)
-    compiler = GraphCompiler(gm, example_inputs, settings, reduced_outside=reduced_outside)
+    warn_of_graph_break(gm, settings, in_ddp=reduced_outside)
+    is_sharded = note_unseen(example_inputs, RUNTIME)
+    compiler = GraphCompiler(gm, example_inputs, settings, reduced_outside=reduced_outside or is_sharded)
     compiled = compiler.run()
     for integration, targets in active:
         compiled = integration.track_parameters(compiled, targets, compiler.parameter_positions)
     return compiled
 
 
-def warn_of_graph_break(gm: fx.GraphModule, runtime: Runtime) -> None:
+def warn_of_graph_break(gm: fx.GraphModule, settings: Settings, *, in_ddp: bool) -> None:
     """Warns where Dynamo could not trace what runs between this graph and the next: it runs unseen."""
     ended: GraphCompileReason | None = getattr(gm, "compile_subgraph_reason", None)
     if ended is None or not ended.graph_break:
@@ -67,4 +69,6 @@ def warn_of_graph_break(gm: fx.GraphModule, runtime: Runtime) -> None:
         return
     cause = ended.reason.splitlines()[0].rstrip(".")
     template = Note.ASYNC_COLLECTIVE if "async_op=True" in cause else Note.GRAPH_BREAK
-    runtime.warn_once(template.format(line=line, cause=cause))
+    # Around DDP, fullgraph=True fails at DDP's own forward.
+    more = (BreakAdvice.DATA_PARALLEL if settings.group is not None else "") + ("" if in_ddp else BreakAdvice.FULLGRAPH)
+    settings.runtime.warn_once(template.format(line=line, cause=cause, more=more))

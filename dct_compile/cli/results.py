@@ -15,10 +15,13 @@ from dct_compile.bench.machine import processor_name
 from dct_compile.report import SiteReport
 
 FILE = "metrics.json"
+RARE = ("buffer", "other")
+"""Rows that are left out where nothing is sent."""
 KINDS = {
     "gradient": ("gradient",),
     "activation": ("activation", "activation_gradient"),
     "embedding": ("embedding", "embedding_gradient"),
+    "buffer": ("buffers",),
     "other": ("other",),
 }
 """Rows of the table of bytes, and the kinds of sites that each of them sums up."""

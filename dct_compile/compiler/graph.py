@@ -1,5 +1,6 @@
 """Compiles one Dynamo graph: Inductor, with this project's passes in front of it."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,10 @@ from dct_compile.passes.manager import GraphInput, JointGraphPass, StateNeededEr
 from dct_compile.runtime import Runtime
 
 Compiled = Callable[..., Any]
+_STEP = re.compile(r"""(?:^[LG])?(?:\.(\w+)|\['((?:[^'\\]|\\.)*)'\]|\["((?:[^"\\]|\\.)*)"\]|\[(\d+)\])""")
+"""One step of a source: an attribute, a key or an index; the first is a local or global variable."""
+_CLOSURE = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
+_CONTAINERS = ("_modules", "_parameters", "_buffers", "__dict__", "__self__")
 JOINT_SLOT, _LAST_SLOT = "joint_custom_pre_pass", "post_grad_custom_post_pass"
 
 
@@ -143,6 +148,13 @@ def _describe(node: fx.Node, example: Any) -> GraphInput:
 
 
 def _readable_source(source: str) -> str:
-    """Returns a source such as ``L['self']._modules['top']._parameters['weight']`` as a name: ``top.weight``."""
-    parts = [part.strip("'\"") for chunk in source.split("[")[1:] for part in [chunk.split("]")[0]]]
-    return ".".join(parts[1:]) if len(parts) > 1 else source
+    """Returns a source such as ``L['self']._modules['top']._parameters['weight']`` as a name: ``top.weight``.
+
+    The variable that holds a module is left out, that of a list or dict is not. A source of another form is returned as it is.
+    """
+    steps = list(_STEP.finditer(_CLOSURE.sub("", source)))
+    if len(steps) < 2 or "".join(step[0] for step in steps) != _CLOSURE.sub("", source):
+        return source
+    parts = [next(part for part in step.groups() if part is not None) for step in steps]
+    path = parts[0 if steps[1][0].startswith("[") else 1 :]
+    return ".".join(part for part in path if part not in _CONTAINERS)

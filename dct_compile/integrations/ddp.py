@@ -14,12 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from dct_compile.config import DCTConfig
 from dct_compile.integrations.ddp_reducer import BucketPlan, GradientCompressor
+from dct_compile.integrations.ddp_report import bucket_name, publish_module, title_of
 from dct_compile.integrations.interface import Compiled
-from dct_compile.passes.collectives import ALL_REDUCE
-from dct_compile.passes.manager import publish
 from dct_compile.posts import Signature
 from dct_compile.reasons import Reason
-from dct_compile.report import GraphReport, SiteReport
 from dct_compile.runtime import Runtime
 from dct_compile.state_store import named_parameters
 
@@ -44,9 +42,9 @@ class DDPIntegration:
         plans = _future_plans(target, config)
         reason = _reason_to_leave(target, plans)
         agree = partial(_agree, target.process_group, config, runtime, [plan.signature(reason) for plan in plans])
+        publish_module(target, reason, runtime)
         if reason is not None:
             setattr(target, _ATTRIBUTE, None)
-            _publish_dense(target, reason, runtime)
             _at_first_gradient(target, agree)
             return
         compressor = GradientCompressor(target, config, runtime, agree)
@@ -61,11 +59,10 @@ class DDPIntegration:
         """
         plans = _future_plans(target, config)
         reason = _reason_to_leave(target, plans)
-        if reason is not None:
-            _publish_dense(target, reason, runtime)
-            return
-        for index, plan in enumerate(plans):
-            plan.publish(f"DDP bucket {index} of group {target.process_group.group_name}", runtime, None)
+        publish_module(target, reason, runtime)
+        title = title_of(target, runtime)
+        for index, plan in enumerate(plans if reason is None else []):
+            plan.publish(bucket_name(title, index, target.process_group), runtime, None).model = title
 
     def track_parameters(self, compiled: Compiled, targets: Sequence[DistributedDataParallel], positions: Sequence[int]) -> Compiled:
         compressors = [found for target in targets if (found := getattr(target, _ATTRIBUTE)) is not None]
@@ -136,18 +133,3 @@ def _future_buckets(module: DistributedDataParallel) -> list[list[Tensor]]:
     limits = getattr(module, "bucket_bytes_cap_list", []) or [*first, module.bucket_bytes_cap]
     buckets, _ = _compute_bucket_assignment_by_size(parameters, limits, sparse[::-1])
     return [[parameters[position] for position in bucket] for bucket in buckets]
-
-
-def _publish_dense(module: DistributedDataParallel, reason: str, runtime: Runtime) -> None:
-    """Reports that ``module`` keeps DDP's own reducer."""
-    publish(GraphReport("DistributedDataParallel", "", ""), [(_dense_site(module, reason), None)], runtime)
-
-
-def _dense_site(module: DistributedDataParallel, reason: str) -> SiteReport:
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    numel = sum(parameter.numel() for parameter in parameters)
-    size = module.process_group.size()
-    sent = int(ALL_REDUCE.sent(sum(parameter.numel() * parameter.itemsize for parameter in parameters), size))
-    dtype = str(parameters[0].dtype).removeprefix("torch.")
-    group = module.process_group.group_name
-    return SiteReport("all_reduce", "gradient", "all of DDP's parameters", (numel,), dtype, "dense", str(reason), sent, sent, group, size)

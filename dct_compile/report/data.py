@@ -9,11 +9,11 @@ from pathlib import Path
 class SiteReport:
     """One collective.
 
-    ``kind``: "gradient", "activation", "activation_gradient", "embedding", "embedding_gradient" or "other". ``name``: the parameters
-    whose gradient it carries, else the source line. ``decision``: "compressed" or "dense", for ``reason``. ``dense_bytes``,
-    ``wire_bytes``: sent per rank and call before and after, metadata and padding included. ``density``: fraction of the elements sent so
-    far (for row thresholds: of a row's elements that its payload holds). ``overflow``: entries above the threshold that found no room in
-    a payload so far; error feedback keeps them in the residual.
+    ``kind``: "gradient", "activation", "activation_gradient", "embedding", "embedding_gradient", "buffers" (of DDP) or "other". ``name``:
+    the parameters or buffers that it is about, else the source line. ``decision``: "compressed" or "dense", for ``reason``.
+    ``dense_bytes``, ``wire_bytes``: sent per rank and call before and after, metadata and padding included. ``density``: fraction of the
+    elements sent so far (for row thresholds: of a row's elements that its payload holds). ``overflow``: entries above the threshold that
+    found no room in a payload so far; error feedback keeps them in the residual.
 
     ``offers``: what each scheme would send, in bytes; empty where no offer was turned down. ``source``: the user's line as ``path:line``,
     empty where the trace holds none. ``graph``: the position in the report's ``graphs``; ``number``: the place among the sites of that

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 from torch import Tensor
 
@@ -96,6 +97,7 @@ class ReportRegistry:
     notes: list[str] = field(default_factory=list)
     called: bool = False
     trains_alone: bool = False
+    _models: "weakref.WeakKeyDictionary[object, str]" = field(default_factory=weakref.WeakKeyDictionary)
     _passes: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
     _is_backward_last: bool = False
     _dropped: "weakref.WeakSet[ReportEntry]" = field(default_factory=weakref.WeakSet)
@@ -143,6 +145,14 @@ class ReportRegistry:
         self.entries = [entry for entry in self.entries if entry.lives]
         for entry in [*self.entries, *self._dropped]:
             entry.uses = {key: use for key, use in entry.uses.items() if use.lives}
+
+    def name_model(self, model: object, title: str) -> str:
+        """Returns the name of a model: ``title``, with a number where another model that lives has it."""
+        if model not in self._models:
+            taken = set(self._models.values())
+            names = (f"{title} #{number}" if number > 1 else title for number in count(1))
+            self._models[model] = next(name for name in names if name not in taken)
+        return self._models[model]
 
     def note(self, text: str) -> None:
         """Adds a note once."""
