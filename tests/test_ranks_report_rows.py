@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -152,17 +153,29 @@ def test_only_advice_that_applies(ranks2_once: Ranks, how: str, advice: tuple[st
 
 def outside(rank: int, world_size: int, what: str) -> list[str]:
     mesh, model = init_device_mesh("cpu", (world_size,)), Net()
+    compiled: Any = torch.compile(model, backend=dct)
     if what == "fsdp":
         fully_shard(model, mesh=mesh)
-    else:
+        run(compiled)
+    elif what == "tensor parallel":
         parallelize_module(model, mesh, {"top": ColwiseParallel()})
-    run(torch.compile(model, backend=dct))
+        run(compiled)
+    else:
+        stage = PipelineStage(torch.compile(nn.Sequential(Normed()), backend=dct), rank, world_size, torch.device("cpu"))
+        schedule = ScheduleGPipe(stage, 2, loss_fn=lambda output, target: loss_of(output))
+        schedule.step(*[torch.randn(8, 16)] * (rank == 0), target=torch.empty(8))
     return [note for note in dct_compile.report().notes if not note.startswith("no gradient")]
 
 
-@pytest.mark.parametrize(("what", "unseen"), [("fsdp", Unseen.FSDP), ("tensor parallel", Unseen.DTENSOR)])
+@pytest.mark.parametrize(("what", "unseen"), [("fsdp", Unseen.FSDP), ("tensor parallel", Unseen.DTENSOR), ("pipeline", Unseen.PIPELINE)])
 def test_collectives_outside_are_named(ranks2: Ranks, what: str, unseen: Unseen) -> None:
     assert ranks2(outside, what) == [[Note.UNSEEN.format(what=unseen)]] * 2
+
+
+def made(how: str, width: int) -> Any:
+    if how == "graph":
+        return torch.compile(Net(width), backend=dct, options={"data_parallel": True})
+    return ddp_of(Normed(), {"dp_density": 1}, False)[1] if how == "dense" else ddp_of(Net(width), {}, False)[1]
 
 
 def dropped(rank: int, world_size: int, how: str) -> tuple[list[int], list[bool]]:
@@ -170,12 +183,7 @@ def dropped(rank: int, world_size: int, how: str) -> tuple[list[int], list[bool]
     entries, told = [], []
     for width in range(32, 40):
         torch._dynamo.reset()
-        compiled: Any = torch.compile(Net(width), backend=dct, options={"data_parallel": True}) if how == "graph" else None
-        compiled = (
-            compiled
-            if compiled is not None
-            else ddp_of(Normed() if how == "dense" else Net(width), {"dp_density": 1} if how == "dense" else {}, False)[1]
-        )
+        compiled = made(how, width)
         run(compiled)
         entries.append(len(RUNTIME.reports.entries))
         sent = dct_compile.report().wire_bytes

@@ -119,10 +119,12 @@ class GraphCompiler:
 
     def _inner_compile(self, joint_pass: JointGraphPass) -> Compiled:
         """Compiles a partitioned graph; a backward agrees with the other ranks before it runs for the first time."""
+        # The function lives as long as the compiled graph. This object holds the parameters of the first call, which may die sooner.
+        inner_compile, first_use = self.settings.inner_compile, self.first_use
 
         def inner(gm: fx.GraphModule, inputs: Sequence[Any], **flags: Any) -> Any:
-            compiled = self.settings.inner_compile(gm, inputs, **flags)
-            return self.first_use.before_backward(compiled) if flags.get("is_backward") and joint_pass.decisions else compiled
+            compiled = inner_compile(gm, inputs, **flags)
+            return first_use.before_backward(compiled) if flags.get("is_backward") and joint_pass.decisions else compiled
 
         return inner
 

@@ -37,7 +37,9 @@ def note_unseen(example_inputs: Sequence[Any], runtime: Runtime) -> bool:
 def _running() -> Iterator[Unseen]:
     frame: FrameType | None = inspect.currentframe()
     while frame is not None:
-        # By name: importing FSDP takes long, and who uses it has done so.
-        for base in type(frame.f_locals.get("self")).__mro__:
-            yield from (what for package, what in _WRAPPERS.items() if base.__module__.startswith(package))
+        # Only frames of torch, which end with the call: a frame keeps what f_locals has shown, such as a user's model, until it ends.
+        if frame.f_globals.get("__name__", "").startswith("torch."):
+            # By name: importing FSDP takes long, and who uses it has done so.
+            for base in type(frame.f_locals.get("self")).__mro__:
+                yield from (what for package, what in _WRAPPERS.items() if base.__module__.startswith(package))
         frame = frame.f_back
