@@ -12,9 +12,10 @@ from dct_compile.compiler.graph import Compiled, GraphCompiler, Settings, compil
 from dct_compile.compiler.options import gradient_group, read_options
 from dct_compile.config import DCTConfig
 from dct_compile.integrations import INTEGRATIONS
+from dct_compile.integrations.unseen import note_unseen
 from dct_compile.passes.source import innermost_line
-from dct_compile.reasons import Note
-from dct_compile.runtime import RUNTIME, Runtime
+from dct_compile.reasons import BreakAdvice, Note
+from dct_compile.runtime import RUNTIME
 from dct_compile.triton_kernels.cpu.build import prebuild
 from dct_compile.workarounds import gloo
 
@@ -54,11 +55,12 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], config: DCTConfi
         prebuild()  # beside Inductor's own work
     reduced_outside = any(integration.active() for integration in INTEGRATIONS)
     settings = Settings(config, patches, gradient_group(config, reduced_outside), RUNTIME)
-    warn_of_graph_break(gm, RUNTIME)
-    return GraphCompiler(gm, example_inputs, settings, reduced_outside=reduced_outside).run()
+    warn_of_graph_break(gm, settings, in_ddp=reduced_outside)
+    is_sharded = note_unseen(example_inputs, RUNTIME)
+    return GraphCompiler(gm, example_inputs, settings, reduced_outside=reduced_outside or is_sharded).run()
 
 
-def warn_of_graph_break(gm: fx.GraphModule, runtime: Runtime) -> None:
+def warn_of_graph_break(gm: fx.GraphModule, settings: Settings, *, in_ddp: bool) -> None:
     """Warns where Dynamo could not trace what runs between this graph and the next: it runs unseen."""
     ended: GraphCompileReason | None = getattr(gm, "compile_subgraph_reason", None)
     if ended is None or not ended.graph_break:
@@ -68,4 +70,6 @@ def warn_of_graph_break(gm: fx.GraphModule, runtime: Runtime) -> None:
         return
     cause = ended.reason.splitlines()[0].rstrip(".")
     template = Note.ASYNC_COLLECTIVE if "async_op=True" in cause else Note.GRAPH_BREAK
-    runtime.warn_once(template.format(line=line, cause=cause))
+    # Around DDP, fullgraph=True fails at DDP's own forward.
+    more = (BreakAdvice.DATA_PARALLEL if settings.group is not None else "") + ("" if in_ddp else BreakAdvice.FULLGRAPH)
+    settings.runtime.warn_once(template.format(line=line, cause=cause, more=more))

@@ -10,6 +10,7 @@ from dct_compile.compiler.graph import Compiled, GraphCompiler, Settings
 from dct_compile.compiler.options import gradient_group, read_options
 from dct_compile.compiler.state_inputs import blank_state
 from dct_compile.integrations import INTEGRATIONS
+from dct_compile.integrations.unseen import note_unseen
 from dct_compile.passes import graph_utils as gu
 from dct_compile.runtime import Runtime
 
@@ -34,8 +35,18 @@ def dry_run(options: Mapping[str, Any] | None, runtime: Runtime) -> Compiled:
                 integration.preview(target, config, runtime)
                 previewed.append(target)
         settings = Settings(config, patches, group, runtime, _nothing_computed)
-        compiled, requests = GraphCompiler(gm, example_inputs, settings, reduced_outside=bool(active)).compile()
-        return lambda *args: compiled(*args, *(tensor for request in requests for tensor in blank_state(request, args)))
+        is_sharded = note_unseen(example_inputs, runtime)
+        compiler = GraphCompiler(gm, example_inputs, settings, reduced_outside=bool(active) or is_sharded)
+        compiled, requests = compiler.compile()
+        entry = compiler.first_use.entry
+
+        def run(*args: Any) -> Any:
+            if entry is not None:  # one step: there is no forward between two of these backwards
+                runtime.reports.serve(entry, [args[position] for position in compiler.parameter_positions])
+                entry.backward_ran()
+            return compiled(*args, *(tensor for request in requests for tensor in blank_state(request, args)))
+
+        return run
 
     return backend
 

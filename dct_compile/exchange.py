@@ -18,6 +18,8 @@ from dct_compile.labels import site_label
 from dct_compile.traffic import one_share_to_each, share_leaving, to_all
 
 GRADIENT, ACTIVATION, EMBEDDING, OTHER = "gradient", "activation", "embedding", "other"
+BUFFERS = "buffers"
+"""The kind of DDP's broadcast of buffers, which is outside of graphs."""
 BACKWARD_OF = {ACTIVATION: "activation_gradient", EMBEDDING: "embedding_gradient"}
 """The kind of the exchange that carries the gradient of one of these."""
 ALL_GATHER, ALL_TO_ALL, ALL_REDUCE = "all_gather_into_tensor", "all_to_all_single", "all_reduce"

@@ -8,7 +8,7 @@ def site_label(name: str, kind: str) -> str:
     :class:`dct_compile.report.SiteReport`.
     """
     place = name.partition(" in ")[0]
-    if kind == "gradient":
+    if kind in ("gradient", "buffers"):
         first, *others = place.split(", ")
         return f"{first} +{len(others)}" if others else first
     return f"{place} backward" if kind.endswith("_gradient") else place

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from dct_compile.labels import site_label
 from dct_compile.measure import BucketMeasure, Reading, Totals
-from dct_compile.report import ReportEntry
+from dct_compile.report import ReportRegistry, Sums, step_and_evaluation
 from dct_compile.runtime import RUNTIME, Runtime
 from dct_compile.state import BucketState
 
@@ -113,7 +113,7 @@ class Monitor:
         """
         self.steps += 1
         if self.steps % self.every == 0 and not self._readings:
-            found = {bucket for site in _sites(self._runtime.reports.entries) for bucket in site.buckets}
+            found = {bucket for site in _sites(self._runtime.reports) for bucket in site.buckets}
             self._readings = {bucket: Reading(bucket) for bucket in found}
         if not self._readings or not all(reading.ready() for reading in self._readings.values()):
             return False
@@ -124,8 +124,8 @@ class Monitor:
         """Returns a few numbers over all sites. A number that is not known yet is left out.
 
         Returns:
-            ``density`` (a fraction) and ``overflow`` (entries) over all gradients; ``compression`` (dense bytes over sent bytes) over all
-            sites.
+            ``density`` (a fraction) and ``overflow`` (entries) over all gradients; ``compression`` (dense bytes over sent bytes) of one
+            training step, see :class:`dct_compile.Report`.
         """
         return dict(self._summary)
 
@@ -148,8 +148,8 @@ class Monitor:
     def _finish(self) -> None:
         totals = {bucket: reading.totals() for bucket, reading in self._readings.items()}
         windows = {bucket: _since(self._totals.get(bucket, Totals()), now) for bucket, now in totals.items()}
-        self.sites = tuple(site.stats(windows, totals) for site in _sites(self._runtime.reports.entries))
-        self._summary = _summary(self.sites, windows.values())
+        self.sites = tuple(site.stats(windows, totals) for site in _sites(self._runtime.reports))
+        self._summary = _summary(step_and_evaluation(self._runtime.reports.sites(measured=False))[0], windows.values())
         self._readings, self._totals, self._unwritten = {}, WeakKeyDictionary(totals), True
 
 
@@ -174,17 +174,20 @@ def monitor(every: int = 100) -> Monitor:
     return Monitor(every, RUNTIME)
 
 
-def _sites(entries: Iterable[ReportEntry]) -> list[_Site]:
+def _sites(reports: ReportRegistry) -> list[_Site]:
     """Returns the report's sites.
 
-    A site that several graphs hold counts once, with the bytes of the first graph and the states of all.
+    A site that several graphs hold counts once, with the bytes of the first graph that a step runs, and the states of all. Sites of
+    several DDP modules are never the same.
     """
-    found: dict[tuple[str, str, str], _Site] = {}
-    for entry in entries:
-        earlier = set(found)
+    found: dict[tuple[str, ...], _Site] = {}
+    for entry in sorted(reports.entries, key=lambda entry: reports.calls(entry) == 0):
+        earlier, labels = set(found), {site.label for site in found.values()}
         for site, measure in entry.sites:
-            key = (site.name, site.kind, site.collective)
-            held = found.setdefault(key, _Site(site_label(site.name, site.kind), site.kind, site.collective))
+            key = (entry.model, site.name, site.kind, site.collective)
+            label = site_label(site.name, site.kind)
+            label = f"{entry.model} {label}" if entry.model and key not in earlier and label in labels else label
+            held = found.setdefault(key, _Site(label, site.kind, site.collective))
             if key not in earlier:
                 held.dense_bytes += site.dense_bytes
                 held.wire_bytes += site.wire_bytes
@@ -205,14 +208,14 @@ def _since(before: Totals, now: Totals) -> Totals:
     return replace(now, steps=steps, kept=kept, seen=now.seen - before.seen, overflow=now.overflow - before.overflow)
 
 
-def _summary(sites: Iterable[SiteStats], windows: Iterable[Totals]) -> dict[str, float]:
+def _summary(step: Sums, windows: Iterable[Totals]) -> dict[str, float]:
     numbers: dict[str, float] = {}
     windows = list(windows)
     if seen := sum(window.seen for window in windows):
         numbers["density"] = sum(window.kept for window in windows) / seen
         numbers["overflow"] = sum(window.overflow for window in windows)
-    if sent := sum(site.wire_bytes for site in sites):
-        numbers["compression"] = sum(site.dense_bytes for site in sites) / sent
+    if step.wire:
+        numbers["compression"] = step.dense / step.wire
     return numbers
 
 

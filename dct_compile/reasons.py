@@ -27,6 +27,9 @@ class Reason(StrEnum):
     HIGH_RANK = "factors of rank {rank} are at least half of a {rows} x {columns} matrix"
     OWN_HOOK = "DDP has a communication hook of its own"
     PYTHON_REDUCER = "DDP's python reducer issues its collectives itself"
+    DELAYED = "DDP reduces these parameters itself, as delay_all_reduce_named_params asks"
+    USED_PARAMETERS = "DDP compares the parameters that the ranks used, as find_unused_parameters asks"
+    BUFFERS = "DDP copies rank 0's buffers each step; mean over the ranks"
 
     NO_FORWARD = "no forward collective has this one as its backward, so there is no mask to reuse"
     PARAMETERS = "carries parameters, not activations"
@@ -57,13 +60,13 @@ class Reason(StrEnum):
 
 @unique
 class Note(StrEnum):
-    """What no site can tell, because there is none. Templates like :class:`Reason`; each is also logged as a warning, once."""
+    """What no site can tell, because there is none. Templates like :class:`Reason`.
+
+    All but ``IGNORED`` and ``UNSEEN`` are also logged as a warning, by the first rank that has it.
+    """
 
     NO_PROCESS_GROUP = "torch.distributed is not initialised: graphs were compiled as by backend 'inductor'"
-    GRAPH_BREAK = (
-        "a graph ends early, at {line}: {cause}. Collectives that run there are not seen, and data_parallel does not average the gradients"
-        " of parameters that are used there. torch.compile(..., fullgraph=True) makes it an error with the details"
-    )
+    GRAPH_BREAK = "a graph ends early, at {line}: {cause}. Collectives that run there are not seen{more}"
     ASYNC_COLLECTIVE = (
         "a graph ends early, at {line}: Dynamo does not trace a collective with async_op=True, so it stays dense. Call it without async_op,"
         " or as torch.distributed._functional_collectives, which are asynchronous by themselves"
@@ -88,3 +91,23 @@ class Note(StrEnum):
         " discarded, call dct_compile.discard_gradients(model) in place of zero_grad"
     )
     OTHER_OPTIONS = "the gradients of {module} travel by the options of the first graph that ran inside of its DDP: {differences}"
+    IGNORED = "DDP was told to ignore {parameters}: it does not average their gradients, and they are not in this table"
+    UNSEEN = "not seen, not compressed and not counted: {what}"
+
+
+@unique
+class BreakAdvice(StrEnum):
+    """Where a graph break matters more, or can be looked into: follows ``Note.GRAPH_BREAK``."""
+
+    DATA_PARALLEL = ", and data_parallel does not average the gradients of parameters that are used there"
+    FULLGRAPH = ". torch.compile(..., fullgraph=True) makes it an error with the details"
+
+
+@unique
+class Unseen(StrEnum):
+    """Collectives outside of everything that the report counts, for ``Note.UNSEEN``."""
+
+    FSDP = "FSDP's all_gather of parameters and reduce_scatter of gradients"
+    PIPELINE = "the tensors that pipeline stages send to each other"
+    DTENSOR = "collectives on DTensor parameters outside of the model, as in gradient clipping and some optimizers"
+    BUFFER_HOOK = "the buffers of DDP, which a communication hook of your own exchanges"

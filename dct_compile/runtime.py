@@ -1,12 +1,15 @@
 """The one place of process-wide state: compressor state, the report, and what has been settled with other ranks."""
 
+import hashlib
 import logging
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dct_compile.agreement import Agreement
@@ -50,10 +53,22 @@ class Runtime:
             self.warn_once(Note.NO_OPTIMIZER)
 
     def warn_once(self, note: str) -> None:
-        """Adds a note to the report and logs it as a warning, once."""
+        """Adds a note to the report, once. The first rank that has it logs it as a warning, the others as information."""
         if note not in self.reports.notes:
-            log.warning("%s", note)
             self.reports.note(note)
+            log.log(logging.WARNING if _is_first(note) else logging.INFO, "%s", note)
+
+
+def _is_first(note: str) -> bool:
+    """Returns whether no other rank has asked for this note yet. Waits for nobody: a note of one rank alone is logged there."""
+    if not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_backend() == "fake":
+        return True
+    try:
+        # A client of its own, because another thread of this process may be waiting in the store.
+        store = _get_default_store().clone()  # type: ignore[attr-defined]
+        return bool(store.add(f"dct_compile/notes/{hashlib.sha256(note.encode()).hexdigest()}", 1) == 1)
+    except RuntimeError:  # the store has gone with its rank
+        return True
 
 
 RUNTIME = Runtime()

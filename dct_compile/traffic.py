@@ -41,8 +41,13 @@ def one_share_to_each(input_bytes: int, ranks: int) -> Fraction:
     return Fraction((ranks - 1) * input_bytes, ranks)
 
 
+def from_one(input_bytes: int, ranks: int) -> Fraction:
+    """Returns the wire bytes of a broadcast, mean over the ranks: the input reaches all but one, whoever passes it on."""
+    return Fraction((ranks - 1) * input_bytes, ranks)
+
+
 def once(input_bytes: int, ranks: int) -> Fraction:
-    """Returns the wire bytes of a broadcast, and of every collective that is not known: the input, once."""
+    """Returns the wire bytes of every collective that is not known: the input, once."""
     return Fraction(input_bytes if ranks > 1 else 0)
 
 

@@ -23,11 +23,13 @@ _ENCODED = (
     ALL_REDUCE,
 )
 """The collectives that schemes carry."""
+BROADCAST = Collective("broadcast", False, "", "", traffic.from_one)
 _BYTES: dict[str, Callable[[int, int], Fraction]] = {
     "all_reduce": traffic.ring_twice,
     "all_gather": traffic.to_all,
     "reduce_scatter": traffic.one_share_to_each,
     "all_to_all": traffic.one_share_to_each,
+    "broadcast": traffic.from_one,
 }
 """The wire bytes of all others, by the beginning of the name: coalesced, in place, or with an output given."""
 

@@ -87,6 +87,7 @@ class JointGraphPass(CustomGraphPass):
         """True if the graph, in the last call, had a backward."""
         self.reduced: set[int] = set()
         """The positions of parameters whose gradients DTensor reduces, known once the graph has been traced."""
+        self.entry: ReportEntry | None = None
 
     def uuid(self) -> str:
         """Returns a hash of the options. The rewritten graph itself is part of Inductor's cache key anyway."""
@@ -107,7 +108,8 @@ class JointGraphPass(CustomGraphPass):
         if self.decisions:
             before = describe(graph, self.decisions)
             rewrite(graph, self.decisions, lambda decision: state[self._request_of(decision)])
-            record(self.name, before, graph, self.runtime, self._measures())
+            self.entry = record(self.name, before, graph, self.runtime, self._measures())
+            self.entry.training = context.training or self.backward_only
 
     def _read_inputs(self, graph: fx.Graph) -> tuple[GraphContext, dict[int, dict[str, fx.Node]]]:
         """Reads AOTAutograd's descriptors: the Dynamo input of each placeholder, and the parameter of each gradient among the outputs.

@@ -15,10 +15,13 @@ from dct_compile.bench.machine import processor_name
 from dct_compile.report import SiteReport
 
 FILE = "metrics.json"
+RARE = ("buffer", "other")
+"""Rows that are left out where nothing is sent."""
 KINDS = {
     "gradient": ("gradient",),
     "activation": ("activation", "activation_gradient"),
     "embedding": ("embedding", "embedding_gradient"),
+    "buffer": ("buffers",),
     "other": ("other",),
 }
 """Rows of the table of bytes, and the kinds of sites that each of them sums up."""
@@ -72,7 +75,7 @@ class BackendResult:
 
     def bytes_of(self, field: str, kinds: Sequence[str]) -> float:
         """``dense_bytes`` or ``wire_bytes`` that a rank sends per step at the sites of ``kinds``, mean over ranks."""
-        total: int = sum(site[field] for rank in self.sites for site in rank if site["kind"] in kinds)
+        total: int = sum(site["calls"] * site[field] for rank in self.sites for site in rank if site["kind"] in kinds)
         return total / max(1, len(self.sites))
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from dct_compile.cli.results import KINDS, BackendResult, Results
+from dct_compile.cli.results import KINDS, RARE, BackendResult, Results
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def traffic(results: Results) -> Table | None:
     dct = results.get("dct")
     if dct is None or not any(dct.sites):
         return None
-    rows = [_bytes_row(f"{name}s", dct, kinds) for name, kinds in KINDS.items() if name != "other" or dct.bytes_of("dense_bytes", kinds)]
+    rows = [_bytes_row(f"{name}s", dct, kinds) for name, kinds in KINDS.items() if name not in RARE or dct.bytes_of("dense_bytes", kinds)]
     rows.append(_bytes_row("all", dct, [kind for kinds in KINDS.values() for kind in kinds]))
     note = "Sent per rank and training step, mean over ranks, indices and other metadata included, forward and backward."
     return Table("Bytes on the wire", ["traffic", "dense", "dct", "ratio"], rows, note)

@@ -78,7 +78,6 @@ def _postfix(loss: Tensor, numbers: dict[str, float]) -> dict[str, str]:
 class _Trainer:
     def __init__(self, backend: str, settings: Settings, mesh: Mesh, model: DLRM, compiled: nn.Module) -> None:
         self.backend, self.settings, self.mesh, self.model, self.compiled = backend, settings, mesh, model, compiled
-        self.training_sites = 0
 
     def run(self, seed: int) -> Run:
         """Trains from the initialisation of ``seed`` and tests; the compiled graphs are those of the seeds before."""
@@ -108,8 +107,6 @@ class _Trainer:
                     achieved = gradient_density(self._sites())
                     if achieved is not None:
                         density.append((step, achieved))
-        sites = self._sites()
-        self.training_sites = self.training_sites or len(sites)
         loss_curve = torch.stack(losses)
         dist.all_reduce(loss_curve, dist.ReduceOp.AVG)
         logits = self._predict(data.test).numpy()
@@ -165,9 +162,8 @@ class _Trainer:
         return torch.cat(gathered[:: self.mesh.mp], dim=1).flatten()[: len(samples)]
 
     def _sites(self) -> list[SiteReport]:
-        """Returns the sites of the training graphs: those of the graph for testing are compiled, and reported, after them."""
-        sites = list(RUNTIME.reports.snapshot().sites) if self.backend == "dct" else []
-        return sites[: self.training_sites or None]
+        """Returns the sites of a training step. The graph for testing is not part of it."""
+        return [site for site in RUNTIME.reports.snapshot().sites if site.training and site.calls] if self.backend == "dct" else []
 
     def all_sites(self) -> list[list[dict[str, object]]]:
         """Returns the sites of every rank, by rank; on rank 0."""

@@ -13,6 +13,7 @@ from dct_compile.exchange import BACKWARD_OF, GRADIENT
 from dct_compile.passes.graph_utils import resolve_group
 from dct_compile.passes.plan import Decision
 from dct_compile.posts import Signature
+from dct_compile.report import ReportEntry
 from dct_compile.runtime import Runtime
 from dct_compile.state import refer_to
 
@@ -29,7 +30,12 @@ class FirstUse:
 
     def __init__(self, config: DCTConfig, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
+        self.entry: ReportEntry | None = None
         self.forward, self.backward = _Half(self), _Half(self)
+
+    def watch(self, entry: ReportEntry) -> None:
+        """Tells ``entry`` of the report how the graph is called. The entry lives as long as the graph."""
+        self.entry, entry.owner = entry, weakref.ref(self)
 
     def expect(self, decisions: Sequence[Decision], training: bool) -> None:
         """Remembers the decisions about the graph. ``training``: whether it has a backward of its own."""
@@ -49,6 +55,9 @@ class FirstUse:
             self.backward.notice(parameters)
             self.forward.notice(parameters)
             self.forward.agree()
+            if self.entry is not None:
+                self.runtime.reports.serve(self.entry, parameters)
+                self.entry.forward_ran()
             with self.forward.explained():
                 return compiled(*args)
 
@@ -59,6 +68,8 @@ class FirstUse:
 
         def run(args: list[Any]) -> Any:
             self.backward.agree()
+            if self.entry is not None:
+                self.runtime.reports.backward_ran(self.entry)
             with self.backward.explained():
                 return compiled(args)
 

@@ -1,5 +1,6 @@
 """Compiles one Dynamo graph: Inductor, with this project's passes in front of it."""
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,10 @@ from dct_compile.reasons import Note
 from dct_compile.runtime import Runtime
 
 Compiled = Callable[..., Any]
+_STEP = re.compile(r"""(?:^[LG])?(?:\.(\w+)|\['((?:[^'\\]|\\.)*)'\]|\["((?:[^"\\]|\\.)*)"\]|\[(\d+)\])""")
+"""One step of a source: an attribute, a key or an index; the first is a local or global variable."""
+_CLOSURE = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
+_CONTAINERS = ("_modules", "_parameters", "_buffers", "__dict__", "__self__")
 JOINT_SLOT, _LAST_SLOT = "joint_custom_pre_pass", "post_grad_custom_post_pass"
 
 
@@ -115,6 +120,8 @@ class GraphCompiler:
             compiled = compile_graph(gm, inputs, {**self.settings.patches, **passes}, self._inner_compile(joint_pass))
         self.first_use.expect(joint_pass.decisions, joint_pass.training)
         self.trains_later = joint_pass.training
+        if joint_pass.entry is not None:
+            self.first_use.watch(joint_pass.entry)
         self._note_training(joint_pass.trains)
         self._note_left_alone(joint_pass.reduced)
         return compiled
@@ -144,14 +151,16 @@ class GraphCompiler:
 
     def _inner_compile(self, joint_pass: JointGraphPass) -> Compiled:
         """Compiles a partitioned graph; a backward agrees with the other ranks before it runs for the first time."""
+        # The function lives as long as the compiled graph. This object holds the parameters of the first call, which may die sooner.
+        inner_compile, first_use, config, runtime = self.settings.inner_compile, self.first_use, self.config, self.runtime
 
         def inner(gm: fx.GraphModule, inputs: Sequence[Any], **flags: Any) -> Any:
-            compiled = self.settings.inner_compile(gm, inputs, **flags)
+            compiled = inner_compile(gm, inputs, **flags)
             if not flags.get("is_backward") or not joint_pass.decisions:
                 return compiled
             if joint_pass.requests:
-                compiled = before_exchanges(compiled, joint_pass.requests, self.config, self.runtime)
-            return self.first_use.before_backward(compiled)
+                compiled = before_exchanges(compiled, joint_pass.requests, config, runtime)
+            return first_use.before_backward(compiled)
 
         return inner
 
@@ -178,6 +187,13 @@ def _describe(node: fx.Node, example: Any, group: ProcessGroup | None, meshes: M
 
 
 def _readable_source(source: str) -> str:
-    """Returns a source such as ``L['self']._modules['top']._parameters['weight']`` as a name: ``top.weight``."""
-    parts = [part.strip("'\"") for chunk in source.split("[")[1:] for part in [chunk.split("]")[0]]]
-    return ".".join(parts[1:]) if len(parts) > 1 else source
+    """Returns a source such as ``L['self']._modules['top']._parameters['weight']`` as a name: ``top.weight``.
+
+    The variable that holds a module is left out, that of a list or dict is not. A source of another form is returned as it is.
+    """
+    steps = list(_STEP.finditer(_CLOSURE.sub("", source)))
+    if len(steps) < 2 or "".join(step[0] for step in steps) != _CLOSURE.sub("", source):
+        return source
+    parts = [next(part for part in step.groups() if part is not None) for step in steps]
+    path = parts[0 if steps[1][0].startswith("[") else 1 :]
+    return ".".join(part for part in path if part not in _CONTAINERS)

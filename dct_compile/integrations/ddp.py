@@ -16,12 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from dct_compile.config import DCTConfig
 from dct_compile.integrations.ddp_calls import parts_of_compiled_model, running_modules
 from dct_compile.integrations.ddp_reducer import BucketPlan, GradientCompressor
+from dct_compile.integrations.ddp_report import bucket_name, publish_module, title_of
 from dct_compile.integrations.interface import Compiled
-from dct_compile.passes.collectives import ALL_REDUCE
-from dct_compile.passes.manager import publish
 from dct_compile.posts import Signature
 from dct_compile.reasons import Note, Reason
-from dct_compile.report import GraphReport, SiteReport, wrapped_class
+from dct_compile.report import wrapped_class
 from dct_compile.runtime import Runtime
 from dct_compile.state_store import named_parameters
 from dct_compile.workarounds import gloo
@@ -51,9 +50,9 @@ class DDPIntegration:
         plans = _future_plans(target, config)
         reason = _reason_to_leave(target, plans)
         agree = partial(_agree, target.process_group, config, runtime, [plan.signature(reason) for plan in plans])
+        publish_module(target, reason, runtime)
         if reason is not None:
             runtime.attached[target] = _Attached(config, None)
-            _publish_dense(target, reason, runtime)
             _at_first_gradient(target, agree)
             return
         # Another DDP module may have averaged these parameters before, in other buckets.
@@ -72,11 +71,10 @@ class DDPIntegration:
         """
         plans = _future_plans(target, config)
         reason = _reason_to_leave(target, plans)
-        if reason is not None:
-            _publish_dense(target, reason, runtime)
-            return
-        for index, plan in enumerate(plans):
-            plan.publish(f"DDP bucket {index} of group {target.process_group.group_name}", runtime, None)
+        publish_module(target, reason, runtime)
+        title = title_of(target, runtime)
+        for index, plan in enumerate(plans if reason is None else []):
+            plan.publish(bucket_name(title, index, target.process_group), runtime, None).model = title
 
     def attach_at_calls(self, compiled: Compiled, positions: Sequence[int], config: DCTConfig, runtime: Runtime) -> Compiled:
         settled: WeakSet[object] = WeakSet()
@@ -188,18 +186,3 @@ def _note_other_options(module: DistributedDataParallel, first: DCTConfig, other
     differences = [f"option {name!r} is {values[name]!r} there and {others[name]!r} in another graph" for name in names]
     if differences:
         runtime.warn_once(Note.OTHER_OPTIONS.format(module=wrapped_class(module), differences="; ".join(differences)))
-
-
-def _publish_dense(module: DistributedDataParallel, reason: str, runtime: Runtime) -> None:
-    """Reports that ``module`` keeps DDP's own reducer."""
-    publish(GraphReport("DistributedDataParallel", "", ""), [(_dense_site(module, reason), None)], runtime)
-
-
-def _dense_site(module: DistributedDataParallel, reason: str) -> SiteReport:
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    numel = sum(parameter.numel() for parameter in parameters)
-    size = module.process_group.size()
-    sent = int(ALL_REDUCE.sent(sum(parameter.numel() * parameter.itemsize for parameter in parameters), size))
-    dtype = str(parameters[0].dtype).removeprefix("torch.")
-    group = module.process_group.group_name
-    return SiteReport("all_reduce", "gradient", "all of DDP's parameters", (numel,), dtype, "dense", str(reason), sent, sent, group, size)

@@ -24,6 +24,7 @@ from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
 from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
+from dct_compile.integrations.ddp_report import abbreviated, averaged_parameters, bucket_name, title_of
 from dct_compile.measure import BucketMeasure
 from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.manager import publish
@@ -37,8 +38,6 @@ from dct_compile.schemes import GradientOffer
 from dct_compile.state import BucketState, refer_to
 from dct_compile.state_store import named_parameters
 
-_NAMED = 8
-"""Parameters that a note names."""
 _NO_BACKWARD = -1
 """The task of autograd outside of a backward. A rank without inputs is called there (``torch.distributed.algorithms.Join``)."""
 
@@ -103,9 +102,10 @@ class GradientCompressor:
     def __init__(self, module: DistributedDataParallel, config: DCTConfig, runtime: Runtime, agree: Callable[[], None]) -> None:
         self.find_unused = module.find_unused_parameters
         self.config, self.runtime, self.process_group, self.agree = config, runtime, module.process_group, agree
+        self.title = title_of(module, runtime)
         self.names = {id(parameter): name for name, parameter in named_parameters(module)}
         # Parameters that no compiled graph was called with; a parameter that was not used at all cannot be told from those.
-        self.uncompiled = {} if self.find_unused else {id(p): self.names[id(p)] for p in module.parameters() if p.requires_grad}
+        self.uncompiled = {} if self.find_unused else {id(parameter): name for name, parameter in averaged_parameters(module)}
         self.group: ProcessGroup | None = None
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dct-reducer")
         weakref.finalize(module, self.worker.shutdown, wait=False)
@@ -145,9 +145,7 @@ class GradientCompressor:
 
     def _warn_of_uncompiled(self) -> None:
         if self.uncompiled:
-            names = list(self.uncompiled.values())
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            self.runtime.warn_once(Note.NOT_COMPILED.format(parameters=", ".join(names[:_NAMED]) + more))
+            self.runtime.warn_once(Note.NOT_COMPILED.format(parameters=abbreviated(list(self.uncompiled.values()))))
             self.uncompiled = {}
 
     def _reduce_on_side_stream(self, reducer: "BucketReducer", buffer: Tensor) -> torch.futures.Future[Tensor]:
@@ -190,7 +188,8 @@ class BucketReducer:
         self.plan = BucketPlan.of(parameters, owner.names, group, owner.config, may_be_unused=self.find_unused)
         self.state = self._find_state(parameters, owner)
         measure = BucketMeasure([self.state]) if self.state is not None else None
-        self.entry = self.plan.publish(f"DDP bucket {index} of group {group.group_name}", owner.runtime, measure)
+        self.entry = self.plan.publish(bucket_name(owner.title, index, owner.process_group), owner.runtime, measure)
+        self.entry.owner, self.entry.model = weakref.ref(self), owner.title
 
     def __call__(self, buffer: Tensor) -> Tensor:
         """Returns the average over the group of ``buffer`` (1-D), as a new tensor."""

@@ -1,6 +1,6 @@
 """The parts of a report: plain values, no graph and no process group."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,15 +9,16 @@ from pathlib import Path
 class SiteReport:
     """One collective.
 
-    ``kind``: "gradient", "activation", "activation_gradient", "embedding", "embedding_gradient" or "other". ``name``: the parameters
-    whose gradient it carries, else the source line. ``decision``: "compressed" or "dense", for ``reason``. ``dense_bytes``,
-    ``wire_bytes``: sent per rank and call before and after, metadata and padding included. ``density``: fraction of the elements sent so
-    far (for row thresholds: of a row's elements that its payload holds). ``overflow``: entries above the threshold that found no room in
-    a payload so far; error feedback keeps them in the residual.
+    ``kind``: "gradient", "activation", "activation_gradient", "embedding", "embedding_gradient", "buffers" (of DDP) or "other". ``name``:
+    the parameters or buffers that it is about, else the source line. ``decision``: "compressed" or "dense", for ``reason``.
+    ``dense_bytes``, ``wire_bytes``: sent per rank and call before and after, metadata and padding included. ``density``: fraction of the
+    elements sent so far (for row thresholds: of a row's elements that its payload holds). ``overflow``: entries above the threshold that
+    found no room in a payload so far; error feedback keeps them in the residual.
 
     ``offers``: what each scheme would send, in bytes; empty where no offer was turned down. ``source``: the user's line as ``path:line``,
     empty where the trace holds none. ``graph``: the position in the report's ``graphs``; ``number``: the place among the sites of that
-    graph; ``pair``: the number of the site's twin, the backward of a forward collective or the other way round.
+    graph; ``pair``: the number of the site's twin, the backward of a forward collective or the other way round. ``calls``: how often one
+    step runs it, 0 where a later compilation has taken its place. ``training``: whether its graph has a backward.
     """
 
     collective: str
@@ -38,6 +39,8 @@ class SiteReport:
     graph: int = 0
     number: int = 0
     pair: int | None = None
+    calls: int = 1
+    training: bool = True
 
     @property
     def ratio(self) -> float | None:
@@ -81,3 +84,29 @@ class GraphReport:
     after: str
     nodes_before: tuple[NodeReport, ...] = ()
     nodes_after: tuple[NodeReport, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Bytes that a rank sends, over several sites: ``dense`` without compression, ``wire`` with it."""
+
+    dense: int
+    wire: int
+
+    @classmethod
+    def of(cls, sites: Iterable[SiteReport]) -> "Sums":
+        """Adds up the sites, each as often as a step runs it."""
+        counted = [(site.calls * site.dense_bytes, site.calls * site.wire_bytes) for site in sites]
+        return cls(sum(dense for dense, _ in counted), sum(wire for _, wire in counted))
+
+
+def step_and_evaluation(sites: Iterable[SiteReport]) -> tuple[Sums, Sums | None]:
+    """Returns the bytes of one training step, and those of one evaluation (``None`` where nothing is evaluated).
+
+    Where no graph trains, a step is one call of the model.
+    """
+    sites = list(sites)
+    training, evaluation = ([site for site in sites if site.training is flag] for flag in (True, False))
+    if not training:
+        return Sums.of(evaluation), None
+    return Sums.of(training), Sums.of(evaluation) if evaluation else None

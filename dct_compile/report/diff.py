@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from dct_compile.report.data import SiteReport
-from dct_compile.report.table import shorten
+from dct_compile.report.data import SiteReport, step_and_evaluation
+from dct_compile.report.table import calls, shorten
 
 _WIDTH = 40
 """Longer names and reasons are shortened."""
@@ -54,8 +54,8 @@ class ReportDiff:
         rows = [[_title(change.site), _cell(change.before), _cell(change.after), f"{change.wire_bytes:+d}"] for change in self.different]
         headers = ["site", "before", "after", "wire_B"]
         text = tabulate(rows, headers, disable_numparse=True, colalign=["left"] * 3 + ["right"])
-        before = sum(change.before.wire_bytes for change in self.changes if change.before is not None)
-        after = sum(change.after.wire_bytes for change in self.changes if change.after is not None)
+        before = step_and_evaluation(change.before for change in self.changes if change.before is not None)[0].wire
+        after = step_and_evaluation(change.after for change in self.changes if change.after is not None)[0].wire
         same = len(self.changes) - len(self.different)
         sums = f"on the wire per rank and step: {before} bytes before, {after} after ({after - before:+d})"
         return f"{text}\n{same} more sites are the same\n{sums}"
@@ -80,7 +80,7 @@ def _identity(site: SiteReport) -> tuple[str, ...]:
 
 
 def _verdict(site: SiteReport) -> tuple[object, ...]:
-    return site.decision, site.reason, site.shape, site.dtype, site.dense_bytes, site.wire_bytes
+    return site.decision, site.reason, site.shape, site.dtype, site.dense_bytes, site.wire_bytes, calls(site)
 
 
 def _title(site: SiteReport) -> str:
@@ -88,4 +88,7 @@ def _title(site: SiteReport) -> str:
 
 
 def _cell(site: SiteReport | None) -> str:
-    return f"{site.decision}, {site.wire_bytes} B\n{shorten(site.reason, _WIDTH)}" if site is not None else "not there"
+    if site is None:
+        return "not there"
+    times = f", calls: {calls(site)}" if calls(site) is not None else ""
+    return f"{site.decision}, {site.wire_bytes} B{times}\n{shorten(site.reason, _WIDTH)}"

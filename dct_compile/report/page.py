@@ -13,11 +13,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dct_compile.report.alignment import Block, align, stretches
-from dct_compile.report.data import GraphReport, NodeReport, SiteReport
+from dct_compile.report.data import GraphReport, NodeReport, SiteReport, step_and_evaluation
 from dct_compile.report.drawing import HEIGHT, WIDTH, Drawing, draw
-from dct_compile.report.table import schemes_offered, sites_table, totals
+from dct_compile.report.table import COVERED, calls, schemes_offered, sites_table, totals
 
-KINDS = ("gradient", "activation", "activation_gradient", "embedding", "embedding_gradient", "other")
+KINDS = ("gradient", "activation", "activation_gradient", "embedding", "embedding_gradient", "buffers", "other")
 _AROUND = 1
 """Source lines that are shown on either side of one that issued a node."""
 
@@ -65,7 +65,7 @@ class Excerpt:
 
 def render(title: str, sites: Sequence[SiteReport], graphs: Sequence[GraphReport], notes: Sequence[str]) -> str:
     """Returns the whole page, under the headline ``title``."""
-    dense, wire = sum(site.dense_bytes for site in sites), sum(site.wire_bytes for site in sites)
+    step, evaluation = step_and_evaluation(sites)
     sources = _Sources(node for graph in graphs for node in graph.nodes_before)
     scale = _Scale(sites)
     return (
@@ -75,8 +75,9 @@ def render(title: str, sites: Sequence[SiteReport], graphs: Sequence[GraphReport
             title=title,
             sites=sites,
             notes=notes,
-            dense=dense,
-            wire=wire,
+            step=step,
+            evaluation=evaluation,
+            covered=COVERED,
             scale=scale,
             kinds=[kind for kind in KINDS if any(site.kind == kind for site in sites)],
             decisions=sorted({site.decision for site in sites}),
@@ -91,13 +92,10 @@ def render(title: str, sites: Sequence[SiteReport], graphs: Sequence[GraphReport
     )
 
 
-def summary(sites: Sequence[SiteReport], notes: Sequence[str]) -> str:
+def summary(sites: Sequence[SiteReport], graphs: Sequence[GraphReport], notes: Sequence[str]) -> str:
     """Table, totals and notes as a fragment of HTML, for notebooks."""
-    parts = [sites_table(sites, html=True)]
-    dense, wire = sum(site.dense_bytes for site in sites), sum(site.wire_bytes for site in sites)
-    if wire:
-        parts.append(f"<p>{escape(totals(dense, wire))}</p>")
-    return "\n".join([*parts, *(f"<p>note: {escape(note)}</p>" for note in notes)])
+    lines = [*totals(sites), *(f"note: {note}" for note in notes)]
+    return "\n".join([sites_table(sites, graphs, html=True), *(f"<p>{escape(line)}</p>" for line in lines)])
 
 
 def human(size: float) -> str:
@@ -193,5 +191,5 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("dct_compile.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(human=human, describe=describe, file=lambda source: Path(source).name)
+    environment.filters.update(human=human, describe=describe, calls=calls, file=lambda source: Path(source).name)
     return environment

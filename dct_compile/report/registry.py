@@ -1,7 +1,11 @@
-"""Collects what compilations report, for as long as the process lives."""
+"""Collects what compilations report, as long as the models live that they serve."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
+
+from torch import Tensor
 
 from dct_compile.report.data import GraphReport, SiteReport
 from dct_compile.report.report import Report
@@ -26,16 +30,69 @@ NOT_REACHED = (
 
 
 @dataclass
+class _Use:
+    """The calls of a graph with the same parameters. ``last``: the pass of the last one, see :class:`ReportRegistry`."""
+
+    parameters: "list[weakref.ref[Tensor]]"
+    last: int = 0
+
+    @property
+    def lives(self) -> bool:
+        return all(ref() is not None for ref in self.parameters)
+
+
+@dataclass(eq=False)
 class ReportEntry:
-    """The addition of one compilation to the report."""
+    """The addition of one compilation to the report.
+
+    ``training``: whether the graph has a backward. ``model``: the name of the DDP module that it belongs to, if it does. ``owner``: the
+    object that runs it; when that is gone, so is the entry. An entry without an owner stays. ``uses``: by the parameters' identities.
+    ``backwards``: the number of backwards that followed each other without a forward: those of one step.
+    """
 
     graph: GraphReport
     sites: Sequence[tuple[SiteReport, Measure | None]]
+    training: bool = True
+    model: str = ""
+    owner: "weakref.ref[object] | None" = None
+    uses: dict[tuple[int, ...], _Use] = field(default_factory=dict)
+    backwards: int = 0
+    is_forward_last: bool = True
+
+    @property
+    def lives(self) -> bool:
+        """Whether the graph can run again with parameters that it knows."""
+        if self.owner is not None and self.owner() is None:
+            return False
+        return not self.uses or any(use.lives for use in self.uses.values())
+
+    def forward_ran(self) -> None:
+        """Ends the backwards of a step."""
+        self.is_forward_last = True
+
+    def backward_ran(self) -> None:
+        """Counts a backward."""
+        self.backwards = 1 if self.is_forward_last else self.backwards + 1
+        self.is_forward_last = False
+
+    def is_replaced_by(self, other: "ReportEntry", key: tuple[int, ...]) -> bool:
+        """Whether calls with the parameters ``key`` go to ``other`` by now, another compilation of the same code."""
+        if self is other or self.training != other.training or key not in other.uses or other.uses[key].last <= self.uses[key].last:
+            return False
+        code, is_same = self.graph.name.rpartition("/")[0], self.graph.name == other.graph.name
+        # One compilation can hold several graphs: DDP's buckets cut it. They share a name, and no parameters.
+        return bool(code) and code == other.graph.name.rpartition("/")[0] and (bool(key) or not is_same)
 
 
 @dataclass
 class ReportRegistry:
     """Collects what compilations report.
+
+    Entries of models that are gone are dropped when another graph is added, or is called with other parameters. So a script can print the
+    report after the function that trained.
+
+    A pass is a forward with its backward, as far as it can be seen: it ends with a forward behind a backward. Compilations of one code that
+    run in the same pass with the same parameters are all part of a step. An evaluation is a pass of its own.
 
     ``called``: whether the backend has been asked to compile anything. ``trains_alone``: whether a graph returned gradients of parameters
     on one of several ranks, with neither DDP nor ``data_parallel`` to average them. ``has_shards``: whether DTensor or FSDP distributes
@@ -47,14 +104,62 @@ class ReportRegistry:
     called: bool = False
     trains_alone: bool = False
     has_shards: bool = False
+    _models: "weakref.WeakKeyDictionary[object, str]" = field(default_factory=weakref.WeakKeyDictionary)
+    _passes: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+    _is_backward_last: bool = False
+    _dropped: "weakref.WeakSet[ReportEntry]" = field(default_factory=weakref.WeakSet)
 
     def add(self, graph: GraphReport, sites: Sequence[tuple[SiteReport, Measure | None]]) -> ReportEntry:
+        self._drop_dead()
         entry = ReportEntry(graph, sites)
         self.entries.append(entry)
         return entry
 
     def remove(self, entry: ReportEntry) -> None:
-        self.entries.remove(entry)
+        if entry in self.entries:
+            self.entries.remove(entry)
+
+    def serve(self, entry: ReportEntry, parameters: Sequence[Tensor]) -> None:
+        """Remembers that the graph of ``entry`` is called with ``parameters``."""
+        if self._is_backward_last or not entry.training:
+            self._passes[entry.training] += 1
+            self._is_backward_last = False
+        key = tuple(map(id, parameters))
+        if key not in entry.uses or not entry.uses[key].lives:
+            self._drop_dead()
+            entry.uses[key] = _Use([weakref.ref(parameter) for parameter in parameters])
+            if entry in self._dropped:  # its model is gone, and another one of that class has come
+                self._dropped.remove(entry)
+                self.entries.append(entry)
+        entry.uses[key].last = self._passes[entry.training]
+
+    def backward_ran(self, entry: ReportEntry) -> None:
+        """Remembers that the backward of ``entry`` runs."""
+        entry.backward_ran()
+        self._is_backward_last = True
+
+    def calls(self, entry: ReportEntry) -> int:
+        """Returns how often one step runs the graph of ``entry``.
+
+        It is once for each set of parameters that it is called with, such as the layers of one class, or more often where a backward runs
+        it more often. It is 0 where other compilations have taken over all these parameters.
+        """
+        current = sum(not any(entry.is_replaced_by(other, key) for other in self.entries) for key in entry.uses)
+        return max(current, entry.backwards, 1) if current or not entry.uses else 0
+
+    def _drop_dead(self) -> None:
+        self._dropped.update(entry for entry in self.entries if not entry.lives)
+        self.entries = [entry for entry in self.entries if entry.lives]
+        for entry in [*self.entries, *self._dropped]:
+            entry.uses = {key: use for key, use in entry.uses.items() if use.lives}
+
+    def name_model(self, model: object, title: str) -> str:
+        """Returns the name of a model: ``title``, with a number where another model that lives has it."""
+        if model not in self._models:
+            taken = set(self._models.values())
+            names = (f"{title} #{number}" if number > 1 else title for number in count(1))
+            self._models[model] = next(name for name in names if name not in taken)
+        return self._models[model]
 
     def note(self, text: str) -> None:
         """Adds a note once."""
@@ -63,8 +168,23 @@ class ReportRegistry:
 
     def clear(self) -> None:
         self.entries.clear()
+        self._dropped.clear()
         self.notes.clear()
         self.trains_alone = self.has_shards = False
+
+    def sites(self, *, measured: bool) -> list[SiteReport]:
+        """Returns all sites. ``measured``: reads their counters, which waits for the device."""
+        return [
+            replace(
+                _measured(site, measure) if measured else site,
+                graph=position,
+                number=number,
+                calls=self.calls(entry),
+                training=entry.training,
+            )
+            for position, entry in enumerate(self.entries)
+            for number, (site, measure) in enumerate(entry.sites)
+        ]
 
     def snapshot(self, not_reached: Callable[[], Sequence[str]] = tuple) -> Report:
         """Returns the report so far.
@@ -72,11 +192,7 @@ class ReportRegistry:
         Args:
             not_reached: Returns the names of the DDP modules that average their gradients and have no compiled graph inside.
         """
-        sites = [
-            replace(_measured(site, measure), graph=position, number=number)
-            for position, entry in enumerate(self.entries)
-            for number, (site, measure) in enumerate(entry.sites)
-        ]
+        sites = self.sites(measured=True)
         return Report(tuple(sites), tuple(entry.graph for entry in self.entries), (*self.notes, *self._hints(sites, not_reached)))
 
     def _hints(self, sites: Sequence[SiteReport], not_reached: Callable[[], Sequence[str]]) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dct_compile.report import page
-from dct_compile.report.data import GraphReport, SiteReport
+from dct_compile.report.data import GraphReport, SiteReport, step_and_evaluation
 from dct_compile.report.diff import ReportDiff, compare
 from dct_compile.report.table import sites_table, totals
 
@@ -14,7 +14,8 @@ from dct_compile.report.table import sites_table, totals
 class Report:
     """A snapshot; ``str(report)`` is a table.
 
-    ``notes`` hold what belongs to no site: why no graph was examined, or what was not compiled.
+    ``notes`` hold what belongs to no site: why no graph was examined, or what was not compiled. ``dense_bytes``, ``wire_bytes``: sent per
+    rank by one training step, a forward with its backward, before and after. Graphs without a backward count only where none has one.
     """
 
     sites: tuple[SiteReport, ...]
@@ -23,11 +24,11 @@ class Report:
 
     @property
     def dense_bytes(self) -> int:
-        return sum(site.dense_bytes for site in self.sites)
+        return step_and_evaluation(self.sites)[0].dense
 
     @property
     def wire_bytes(self) -> int:
-        return sum(site.wire_bytes for site in self.sites)
+        return step_and_evaluation(self.sites)[0].wire
 
     def __str__(self) -> str:
         return self.table()
@@ -38,10 +39,8 @@ class Report:
         Args:
             width: The longest line, in characters. Where lines would exceed it, a site takes several shorter ones. ``None`` sets no limit.
         """
-        text = sites_table(self.sites, width)
-        if self.wire_bytes:
-            text += "\n" + totals(self.dense_bytes, self.wire_bytes)
-        return text + "".join(f"\nnote: {note}" for note in self.notes)
+        lines = [sites_table(self.sites, self.graphs, width), *totals(self.sites), *(f"note: {note}" for note in self.notes)]
+        return "\n".join(lines)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Returns totals, sites, graphs (code and nodes) and notes as JSON.
@@ -75,7 +74,7 @@ class Report:
         return text
 
     def _repr_html_(self) -> str:
-        return page.summary(self.sites, self.notes)
+        return page.summary(self.sites, self.graphs, self.notes)
 
     def diff(self, other: "Report") -> ReportDiff:
         """Compares this report with ``other``, such as one of the same model with another option.

@@ -6,7 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from dct_compile.report.data import SiteReport
+from dct_compile.report.data import GraphReport, SiteReport, Sums, step_and_evaluation
 
 Columns = dict[str, tuple[Callable[[SiteReport], Any], str]]
 _COLUMNS: Columns = {
@@ -16,6 +16,7 @@ _COLUMNS: Columns = {
     "shape": (lambda site: "x".join(map(str, site.shape)), "g"),
     "dtype": (lambda site: site.dtype, "g"),
     "decision": (lambda site: site.decision, "g"),
+    "calls": (lambda site: calls(site), "g"),
     "dense_B": (lambda site: site.dense_bytes, "g"),
     "wire_B": (lambda site: site.wire_bytes, "g"),
     "ratio": (lambda site: site.ratio, ".1f"),
@@ -26,21 +27,25 @@ _COLUMNS: Columns = {
 """The value of each column and the format of its numbers."""
 _WIDTHS = {"name": 44, "reason": 60}
 """Longer texts are shortened."""
-_STACKED = ("collective", "kind", "name", "shape", "dtype", "decision", "reason")
+COVERED = "counted: collectives of compiled graphs and of DDP; not of FSDP, pipelines and the training loop"
+_STACKED = ("graph", "collective", "kind", "name", "shape", "dtype", "decision", "reason")
 """The columns that become one, where lines would be too long."""
 
 
-def sites_table(sites: Sequence[SiteReport], width: int | None = None, html: bool = False) -> str:
+def sites_table(sites: Sequence[SiteReport], graphs: Sequence[GraphReport], width: int | None = None, html: bool = False) -> str:
     """Returns a table with one line per site. Columns in which no site has a value are left out.
 
     Args:
         sites: The sites, in the order of the lines.
+        graphs: The graphs that they belong to. Their names are a column where there are several.
         width: The longest line, in characters. Where lines would be longer, the texts of a site stand below each other in one column.
         html: Returns an HTML table instead of text.
     """
     if not sites:
         return "no collectives found"
     columns = {header: [read(site) for site in sites] for header, (read, _) in _columns(sites).items()}
+    if len(graphs) > 1:
+        columns = {"graph": [graphs[site.graph].name for site in sites], **columns}
     columns = {header: values for header, values in columns.items() if any(value is not None for value in values)}
     short = {header: [shorten(text, limit) for text in columns[header]] for header, limit in _WIDTHS.items()}
     table = _tabulate({**columns, **short}, "html" if html else "simple")
@@ -48,7 +53,8 @@ def sites_table(sites: Sequence[SiteReport], width: int | None = None, html: boo
         return table
     numbers = {header: values for header, values in columns.items() if header not in _STACKED}
     left = max(30, width - len(_tabulate(numbers).partition("\n")[0]) - 2)
-    return _tabulate({"site": [_stacked(site, left) for site in sites], **numbers})
+    names = columns.get("graph", [""] * len(sites))
+    return _tabulate({"site": [_stacked(name, site, left) for name, site in zip(names, sites, strict=True)], **numbers})
 
 
 def _columns(sites: Sequence[SiteReport]) -> Columns:
@@ -68,10 +74,10 @@ def _offered(scheme: str, site: SiteReport) -> int | None:
     return site.offers.get(scheme)
 
 
-def _stacked(site: SiteReport, width: int) -> str:
+def _stacked(graph: str, site: SiteReport, width: int) -> str:
     tensor = f"{'x'.join(map(str, site.shape))} {site.dtype}"
-    lines = (f"{site.kind}: {site.collective} {tensor}", site.name, f"{site.decision}: {site.reason}")
-    return "\n".join(shorten(line, width) for line in lines)
+    lines = (graph, f"{site.kind}: {site.collective} {tensor}", site.name, f"{site.decision}: {site.reason}")
+    return "\n".join(shorten(line, width) for line in lines if line)
 
 
 def _tabulate(columns: Mapping[str, Sequence[Any]], style: str = "simple") -> str:
@@ -79,9 +85,23 @@ def _tabulate(columns: Mapping[str, Sequence[Any]], style: str = "simple") -> st
     return tabulate(list(zip(*columns.values(), strict=True)), list(columns), tablefmt=style, floatfmt=formats)
 
 
-def totals(dense_bytes: int, wire_bytes: int) -> str:
-    """Returns the sum over all sites as one sentence."""
-    return f"per rank and step: {dense_bytes} bytes dense, {wire_bytes} on the wire ({dense_bytes / wire_bytes:.1f}x)"
+def totals(sites: Sequence[SiteReport]) -> list[str]:
+    """Returns the bytes of one step, and of one evaluation if there is any, as lines; none where nothing is sent."""
+    step, evaluation = step_and_evaluation(sites)
+    named = [("step", step), ("evaluation", evaluation)]
+    lines = [f"per rank and {name}: {_in_words(sums)}" for name, sums in named if sums is not None and sums.wire]
+    return [COVERED, *lines] if lines else []
+
+
+def calls(site: SiteReport) -> str | None:
+    """Returns how often a step runs the site, where that is not once."""
+    if site.training:
+        return str(site.calls) if site.calls != 1 else None
+    return f"{site.calls} in evaluation"
+
+
+def _in_words(sums: Sums) -> str:
+    return f"{sums.dense} bytes dense, {sums.wire} on the wire ({sums.dense / sums.wire:.1f}x)"
 
 
 def shorten(text: str, width: int) -> str:

@@ -1,0 +1,102 @@
+"""The report's rows about a DDP module beside its compressed buckets, and the names of its rows."""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+
+from dct_compile.exchange import BUFFERS, GRADIENT, OTHER, Collective
+from dct_compile.passes.collectives import ALL_REDUCE, BROADCAST
+from dct_compile.passes.manager import publish
+from dct_compile.reasons import Note, Reason, Unseen
+from dct_compile.report import GraphReport, SiteReport
+from dct_compile.runtime import Runtime
+from dct_compile.state_store import named_parameters
+
+_NAMED = 8
+"""Parameters that a note names."""
+
+
+def title_of(module: DistributedDataParallel, runtime: Runtime) -> str:
+    """Returns the module's name in the report, such as ``DDP(Net)``; ``DDP(Net) #2`` for the second one of its class."""
+    inner = module.module
+    inner = inner._orig_mod if isinstance(inner, OptimizedModule) else inner
+    return runtime.reports.name_model(module, f"DDP({type(inner).__name__})")
+
+
+def bucket_name(title: str, index: int, group: ProcessGroup) -> str:
+    """Returns the name of a bucket of the module ``title``, with the group if that is not the default one."""
+    suffix = "" if group is dist.group.WORLD else f" of group {group.group_name}"
+    return f"{title} bucket {index}{suffix}"
+
+
+def averaged_parameters(module: DistributedDataParallel) -> list[tuple[str, nn.Parameter]]:
+    """Returns the parameters whose gradients DDP averages in its buckets, by name."""
+    averaged = {id(parameter) for parameter in module._module_parameters if parameter.requires_grad}
+    return [(name, parameter) for name, parameter in named_parameters(module) if id(parameter) in averaged]
+
+
+def abbreviated(names: Sequence[str]) -> str:
+    """Returns the first names, and the number of the others."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def publish_module(module: DistributedDataParallel, reason: str | None, runtime: Runtime) -> None:
+    """Reports all that DDP sends itself in every step. ``reason``: the reason why its reducer stays, if it does."""
+    title, sites = title_of(module, runtime), list(_beside_buckets(module, runtime))
+    if reason is not None:
+        sites.insert(0, _dense_site(module, reason))
+    if sites:
+        entry = publish(GraphReport(title, "", ""), [(site, None) for site in sites], runtime)
+        entry.owner, entry.model = weakref.ref(module), title
+    averaged = {id(parameter) for _, parameter in averaged_parameters(module)} | {id(p) for p in module._delay_all_reduce_params}
+    ignored = [name for name, parameter in named_parameters(module) if parameter.requires_grad and id(parameter) not in averaged]
+    if ignored:
+        runtime.reports.note(Note.IGNORED.format(parameters=abbreviated(ignored)))
+
+
+def _dense_site(module: DistributedDataParallel, reason: str) -> SiteReport:
+    parameters = [parameter for _, parameter in averaged_parameters(module)]
+    return _site(module, ALL_REDUCE, GRADIENT, "all of DDP's parameters", parameters, str(reason))
+
+
+def _beside_buckets(module: DistributedDataParallel, runtime: Runtime) -> Iterator[SiteReport]:
+    if module.process_group.size() == 1:
+        return
+    if module._delay_all_reduce_params:
+        delayed = {id(parameter) for parameter in module._delay_all_reduce_params}
+        names = [name for name, parameter in named_parameters(module) if id(parameter) in delayed]
+        yield _site(module, ALL_REDUCE, GRADIENT, ", ".join(names), module._delay_all_reduce_params, Reason.DELAYED)
+    if module._delay_all_reduce_all_params or getattr(module, "_use_python_reducer", False):
+        return  # it leaves out all of the following
+    if module.find_unused_parameters and not module.static_graph:
+        used = torch.empty(len(averaged_parameters(module)), dtype=torch.int32, device="meta")
+        yield _site(module, ALL_REDUCE, OTHER, "flags of DDP: which parameters were used", [used], Reason.USED_PARAMETERS)
+    if not module.broadcast_buffers or not module.named_module_buffers:
+        return
+    if hasattr(module, "buffer_hook"):
+        runtime.reports.note(Note.UNSEEN.format(what=Unseen.BUFFER_HOOK))
+        return
+    by_dtype: dict[torch.dtype, dict[str, Tensor]] = defaultdict(dict)
+    for name, buffer in module.named_module_buffers.items():
+        by_dtype[buffer.dtype][name.replace("_orig_mod.", "")] = buffer
+    for buffers in by_dtype.values():
+        yield _site(module, BROADCAST, BUFFERS, ", ".join(buffers), list(buffers.values()), Reason.BUFFERS)
+
+
+def _site(
+    module: DistributedDataParallel, collective: Collective, kind: str, name: str, tensors: Sequence[Tensor], reason: str
+) -> SiteReport:
+    """Describes a collective of DDP's own that carries all of ``tensors``."""
+    numel, size = sum(tensor.numel() for tensor in tensors), module.process_group.size()
+    sent = int(collective.sent(sum(tensor.numel() * tensor.itemsize for tensor in tensors), size))
+    dtype = str(tensors[0].dtype).removeprefix("torch.")
+    group = module.process_group.group_name
+    return SiteReport(collective.name, kind, name, (numel,), dtype, "dense", str(reason), sent, sent, group, size)
