@@ -56,8 +56,8 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], config: DCTConfi
     reduced_outside = any(integration.active() for integration in INTEGRATIONS)
     settings = Settings(config, patches, gradient_group(config, reduced_outside), RUNTIME)
     warn_of_graph_break(gm, settings, in_ddp=reduced_outside)
-    is_sharded = note_unseen(example_inputs, RUNTIME)
-    return GraphCompiler(gm, example_inputs, settings, reduced_outside=reduced_outside or is_sharded).run()
+    note_unseen(example_inputs, RUNTIME)
+    return GraphCompiler(gm, example_inputs, settings, reduced_outside=reduced_outside).run()
 
 
 def warn_of_graph_break(gm: fx.GraphModule, settings: Settings, *, in_ddp: bool) -> None:

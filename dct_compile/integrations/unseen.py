@@ -15,15 +15,12 @@ _WRAPPERS = {"torch.distributed.fsdp": Unseen.FSDP, "torch.distributed.pipelinin
 """By the package of a class whose method is running while its part of the model is compiled."""
 
 
-def note_unseen(example_inputs: Sequence[Any], runtime: Runtime) -> bool:
+def note_unseen(example_inputs: Sequence[Any], runtime: Runtime) -> None:
     """Adds a note for each kind of collective that is outside of everything that the report counts.
 
     Args:
         example_inputs: The inputs of the graph that is being compiled.
         runtime: The owner of the report.
-
-    Returns:
-        True if FSDP runs the graph: it reduces the gradients.
     """
     found = set(_running())
     if any(isinstance(item, DTensor) and isinstance(item, nn.Parameter) for item in example_inputs):
@@ -31,7 +28,6 @@ def note_unseen(example_inputs: Sequence[Any], runtime: Runtime) -> bool:
     for what in Unseen:
         if what in found:
             runtime.reports.note(Note.UNSEEN.format(what=what))
-    return Unseen.FSDP in found
 
 
 def _running() -> Iterator[Unseen]:
