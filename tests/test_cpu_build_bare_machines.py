@@ -1,7 +1,6 @@
 """The library of the C++ kernels on machines that cannot build it, or only somewhere else than they were told."""
 
 import errno
-import logging
 import pwd
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def no_compiler(kind: str, folder: Path) -> tuple[str, str]:
     return {
         "missing": ("no-such-compiler", "the C++ compiler no-such-compiler cannot be run: No such file or directory"),
         "wrapped": ("no-such-cache g++", "the C++ compiler no-such-cache g++ cannot be run: No such file or directory"),
-        "unbalanced": ("'unbalanced", "CXX is \"'unbalanced\", which is no command: No closing quotation"),
+        "unbalanced": ("'unbalanced", 'CXX is "\'unbalanced", which is no command: No closing quotation'),
         "folder": (str(folder), f"the C++ compiler {folder} cannot be run: Permission denied"),
         "not executable": (str(plain), f"the C++ compiler {plain} cannot be run: Permission denied"),
         "failing": (str(failing), "returned non-zero exit status 1"),
