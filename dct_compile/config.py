@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,13 +17,17 @@ GRADIENT_SCHEMES = ("auto", "gather", "owner", "powersgd", "random_k")
 ROW_OPTIONS = ("mp_density", "mp_value_dtype", "mp_eval", "embedding_codec")
 """The options that say nothing about gradients."""
 EMBEDDING_CODECS = ("int8", "int4", "threshold", "dense")
+LARGEST_NUMBER = torch.finfo(torch.float32).max
+LARGEST_INTEGER = torch.iinfo(torch.int64).max
+"""The largest that the operators take."""
 
 
 @dataclass(frozen=True)
 class DCTConfig:
     """The options: which tensors are compressed, and by how much.
 
-    Densities are fractions KEPT (the paper's eta is the fraction dropped) [Gupta21].
+    Densities are fractions KEPT (the paper's eta is the fraction dropped) [Gupta21]. Numbers of other libraries, such as
+    numpy.float32(0.1), are kept as Python's.
 
     Raises:
         ValueError: A field has a wrong type or is out of range. The message has the field, its value and the allowed ones.
@@ -74,31 +79,34 @@ class DCTConfig:
     """On CUDA: let Inductor see the kernel launches instead of the operators ``torch.ops.dct``."""
 
     def __post_init__(self) -> None:
-        _check_fraction("dp_density", self.dp_density)
-        _check_fraction("mp_density", self.mp_density)
+        self._keep("dp_density", _fraction("dp_density", self.dp_density))
+        self._keep("mp_density", _fraction("mp_density", self.mp_density))
         if isinstance(self.threshold, str):
             _check_choice("threshold", self.threshold, THRESHOLDS, " or a float")
         else:
-            _check_number("threshold", self.threshold, 0.0, f"one of {', '.join(THRESHOLDS)} or a float >= 0")
-        _check_integer("refresh_interval", self.refresh_interval, 1)
+            self._keep("threshold", _number("threshold", self.threshold, 0.0, f"one of {', '.join(THRESHOLDS)} or a float >= 0"))
+        self._keep("refresh_interval", _integer("refresh_interval", self.refresh_interval, 1))
         _check_choice("refresh_warmup", self.refresh_warmup, REFRESH_WARMUPS)
         _check_bool("error_feedback", self.error_feedback)
         _check_bool("undo_discarded", self.undo_discarded)
         _check_choice("dp_value_dtype", self.dp_value_dtype, DP_VALUE_DTYPES)
         _check_choice("mp_value_dtype", self.mp_value_dtype, MP_VALUE_DTYPES)
-        _check_number("capacity_factor", self.capacity_factor, 1.0, "a number >= 1")
-        _check_integer("min_numel", self.min_numel, 0)
+        self._keep("capacity_factor", _number("capacity_factor", self.capacity_factor, 1.0, "a number >= 1"))
+        self._keep("min_numel", _integer("min_numel", self.min_numel, 0))
         if isinstance(self.exempt, str) or not all(isinstance(pattern, str) for pattern in _as_iterable(self.exempt)):
             raise _error("exempt", self.exempt, "a list of parameter-name patterns (strings)")
-        object.__setattr__(self, "exempt", tuple(self.exempt))
+        self._keep("exempt", tuple(self.exempt))
         _check_bool("mp_eval", self.mp_eval)
         _check_choice("gradient_scheme", self.gradient_scheme, GRADIENT_SCHEMES)
-        _check_integer("rank", self.rank, 1)
+        self._keep("rank", _integer("rank", self.rank, 1))
         _check_choice("embedding_codec", self.embedding_codec, EMBEDDING_CODECS)
         if not isinstance(self.data_parallel, bool | ProcessGroup):
             raise _error("data_parallel", self.data_parallel, "True, False or a torch.distributed.ProcessGroup")
         _check_bool("audit", self.audit)
         _check_bool("inline_kernels", self.inline_kernels)
+
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def threshold_method(self) -> str:
@@ -190,19 +198,30 @@ def _error(name: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"option {name!r} is {value!r} ({type(value).__name__}); allowed is {allowed}")
 
 
-def _check_number(name: str, value: object, low: float, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < float("inf"):
-        raise _error(name, value, allowed)
+def _float(value: Any) -> float:
+    """Returns a number as a float, and NaN for what is none."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else float("nan")
+    except OverflowError:
+        return float("inf")
 
 
-def _check_fraction(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+def _number(name: str, value: object, low: float, allowed: str) -> float:
+    if not low <= _float(value) <= LARGEST_NUMBER:
+        raise _error(name, value, f"{allowed}, up to {LARGEST_NUMBER}, float32's largest")
+    return _float(value)
+
+
+def _fraction(name: str, value: object) -> float:
+    if not 0.0 < _float(value) <= 1.0:
         raise _error(name, value, "a number in (0, 1]: the fraction kept")
+    return _float(value)
 
 
-def _check_integer(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise _error(name, value, f"an integer >= {low}")
+def _integer(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= LARGEST_INTEGER:
+        raise _error(name, value, f"an integer >= {low}, up to {LARGEST_INTEGER}")
+    return int(value)
 
 
 def _check_bool(name: str, value: object) -> None:

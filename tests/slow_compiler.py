@@ -42,6 +42,7 @@ class Machine:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.steps_file = folder / "cache", folder / "steps"
+        self.torch_folder = folder / "torch" / "dct_compile"
         self.steps_file.touch()
         script = folder / "slow-compiler"
         script.write_text(COMPILER)
@@ -49,6 +50,7 @@ class Machine:
         self.setenv = monkeypatch.setenv
         for name, value in {"CXX": script, "STEPS": self.steps_file, "SECONDS_PER_STEP": 0, "DCT_COMPILE_CACHE_DIR": self.folder}.items():
             monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(build, "default_cache_dir", lambda: str(self.torch_folder.parent))
         # One unit, so that a step takes as long as it is told.
         monkeypatch.setattr(build, "_sources", lambda: [Path(build.__file__).with_name("repack.cpp")])
 

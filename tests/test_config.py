@@ -1,13 +1,18 @@
 """Options: every bad value is refused with the key, the value and what is allowed."""
 
+import math
 from dataclasses import fields
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._inductor import list_options
 
+import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
 from dct_compile.config import DCTConfig, default_options, split_options
+from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from tests.tracing import fake_group
 
 FRACTION = "a number in (0, 1]: the fraction kept"
@@ -17,12 +22,23 @@ PATTERNS = "a list of parameter-name patterns (strings)"
 NAN = float("nan")
 INF = float("inf")
 
+TOO_LARGE = (2**70, 2**63, np.float64(3), 10**400)
+NO_FLOAT32 = (1e39, 1e308, 10**400, np.float64(1e39), Fraction(10**40))
+
 BAD: list[tuple[str, Any, str]] = [
     *[("dp_density", value, FRACTION) for value in (0, -0.1, 1.01, 2, NAN, INF, "0.1", None, True, [0.1])],
     *[("mp_density", value, FRACTION) for value in (0.0, -1, 1.5, NAN, "all", None, False)],
     *[("threshold", value, THRESHOLDS) for value in ("exakt", "", "fixed")],
     *[("threshold", value, "one of exact, sampled, laplace or a float >= 0") for value in (-0.1, NAN, INF, True, None, ["exact"])],
+    *[("threshold", value, "one of exact, sampled, laplace or a float >= 0, up to 3.4028234663852886e+38") for value in NO_FLOAT32],
     *[("refresh_interval", value, "an integer >= 1") for value in (0, -1, 1.0, "10", None, True)],
+    *[(key, value, "an integer >= 1, up to 9223372036854775807") for key in ("refresh_interval", "rank") for value in TOO_LARGE],
+    *[("min_numel", value, "an integer >= 0, up to 9223372036854775807") for value in TOO_LARGE],
+    *[("capacity_factor", value, "a number >= 1, up to 3.4028234663852886e+38, float32's largest") for value in NO_FLOAT32],
+    *[
+        ("mp_density", value, FRACTION)
+        for value in (np.float32(1.5), np.float64("nan"), Fraction(1, 10**400), torch.tensor(0.1), np.bool_(True))
+    ],
     *[("refresh_warmup", value, "one of 'geometric', 'off'") for value in ("geometrical", "on", None, True, 1)],
     *[("error_feedback", value, "True or False") for value in (0, 1, "yes", None)],
     *[("undo_discarded", value, "True or False") for value in (0, "no", None)],
@@ -82,6 +98,9 @@ GOOD: list[dict[str, Any]] = [
     {"exempt": ("*.bias", "norm.*")},
     {"exempt": ["*.bias"]},
     {"data_parallel": True},
+    {"threshold": 3.4028234663852886e38, "capacity_factor": 3.4028234663852886e38},
+    {"refresh_interval": 2**63 - 1, "min_numel": 2**63 - 1, "rank": 2**63 - 1},
+    {"dp_density": 5e-324, "mp_density": 5e-324},
 ]
 
 
@@ -91,6 +110,52 @@ def test_good_values_are_kept(options: dict[str, Any]) -> None:
     for key, value in options.items():
         assert getattr(config, key) == (tuple(value) if key == "exempt" else value)
     assert inductor == {}
+
+
+NUMPY = {
+    "dp_density": np.float32(0.01),
+    "mp_density": np.float64(0.05),
+    "threshold": np.float16(0.5),
+    "capacity_factor": np.int32(2),
+    "refresh_interval": np.int64(100),
+    "min_numel": np.uint8(7),
+    "rank": np.int16(3),
+}
+
+
+def test_numbers_of_numpy_become_those_of_python() -> None:
+    """They are printed into generated code, and compared between ranks."""
+    config, _ = split_options(NUMPY, [])
+    kept = {key: getattr(config, key) for key in NUMPY}
+    assert kept == {key: value.item() for key, value in NUMPY.items()}
+    integers = {"refresh_interval", "min_numel", "rank"}
+    assert {key: type(value) for key, value in kept.items()} == {key: int if key in integers else float for key in NUMPY}
+
+
+def test_one_number_is_as_good_as_another() -> None:
+    written = [repr(DCTConfig(dp_density=one, capacity_factor=one, threshold=one).comparable()) for one in (1, 1.0, np.float32(1))]
+    assert written == [written[0]] * 3
+
+
+EXTREME = {"threshold": 3.4e38, "capacity_factor": 3.4e38, "refresh_interval": 2**63 - 1, "dp_density": 5e-324, "min_numel": 0}
+
+
+@pytest.mark.parametrize("method", ["exact", "sampled", "laplace", 3.4e38])
+def test_operators_take_the_largest_values(method: str | float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both implementations, with the values as schemes hand them on."""
+    config = DCTConfig(**{**EXTREME, "threshold": method})
+    selection = Selection(config.dp_density, config.threshold_method, config.fixed_threshold, config.refresh_interval, "geometric")
+    layout = GradientLayout(((0, 9),), 256, 1, -1, min(1.0, config.dp_density * config.capacity_factor), config.dp_dtype)
+    chosen = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr("dct_compile.ops.library.is_ready", lambda: False)
+        state = torch.zeros(9), torch.ones(1), torch.zeros(1, 4, dtype=torch.int64)
+        torch.ops.dct.select_threshold(torch.arange(9.0), *state, layout, selection, True)
+        torch.ops.dct.threshold_pack(torch.arange(9.0), *state, layout, True)
+        chosen.append(float(state[1]))
+    assert chosen[0] == chosen[1]
+    assert math.isfinite(chosen[0])
 
 
 @pytest.mark.parametrize("options", [None, {}])

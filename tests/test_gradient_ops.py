@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,8 +177,9 @@ print(state[2].tolist())
 """
 
 
-def test_a_machine_without_triton_and_compiler_warns_once() -> None:
-    environment = {**os.environ, "CXX": "no-such-compiler", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+def test_a_machine_without_triton_and_compiler_warns_once(tmp_path: Path) -> None:
+    own = {"CXX": "no-such-compiler", "DCT_COMPILE_CACHE_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, **own, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", BARE_MACHINE], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[[2, 18, 0, 0]]"
     assert done.stderr.count("could not be compiled") == 1

@@ -183,8 +183,9 @@ def with_and_without_a_compiler(tmp_path_factory: pytest.TempPathFactory) -> lis
         done = run_python(OWN_KERNELS, file, **environment)
         return torch.load(file), [line for line in done.stderr.splitlines() if line.startswith("dct_compile.ops:")], done.stdout.strip()
 
+    bare = {"CXX": str(folder / "no-such-compiler"), "DCT_COMPILE_CACHE_DIR": str(folder), "TMPDIR": str(folder)}
     with ThreadPoolExecutor() as pool:  # each waits for a process of its own
-        return list(pool.map(run, ("compiled", "fallback"), ({}, {"CXX": str(folder / "no-such-compiler")})))
+        return list(pool.map(run, ("compiled", "fallback"), ({}, bare)))
 
 
 def test_without_a_compiler_the_kernels_fall_back_to_the_same_results(with_and_without_a_compiler: list[Any]) -> None:

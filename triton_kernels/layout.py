@@ -14,6 +14,8 @@ One chunk of a payload (int8 values are multiples of a scale of their tile)::
     indices [capacity]          uint8 / uint16 / uint32  index of each entry in its block
 
 Counts begin at a multiple of their size; the chunk is padded to 4 bytes.
+
+A value whose fields mean nothing to the kernels cannot be made (`layout_checks.py`).
 """
 
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ from math import ceil, prod
 
 import torch
 
+from dct_compile.triton_kernels.layout_checks import check_gradient_layout, check_row_layout, check_selection
 from dct_compile.triton_kernels.values import Value
 
 SMALL_BLOCK = 256
@@ -83,9 +86,7 @@ class GradientLayout(Value):
     value_dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        largest = max((numel for _, numel in self.segments), default=0)
-        if self.block == WHOLE_PIECE and largest > WHOLE_PIECE:
-            raise ValueError(f"a segment of {largest} elements cannot be one block: at most {WHOLE_PIECE}, or blocks of {LARGE_BLOCK}")
+        check_gradient_layout(self, LARGE_BLOCK, WHOLE_PIECE)
 
     @cached_property
     def _hash(self) -> int:
@@ -202,6 +203,9 @@ class Selection(Value):
     refresh_interval: int
     refresh_warmup: str
 
+    def __post_init__(self) -> None:
+        check_selection(self)
+
 
 @dataclass(frozen=True)
 class RowLayout(Value):
@@ -210,6 +214,9 @@ class RowLayout(Value):
     row_shape: tuple[int, ...]
     capacity: int
     value_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        check_row_layout(self)
 
     @property
     def width(self) -> int:

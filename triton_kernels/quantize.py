@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.layout import quantized_row_bytes
-from dct_compile.triton_kernels.row_codec import check_dtype, check_rows
 
 SMALLEST_SCALE = 2.0**-126
 """A row that is not all zero has at least this scale (the smallest normal float32), so that its reciprocal is accurate and finite."""
@@ -25,23 +24,6 @@ def largest_code(bits: int) -> int:
     if bits not in (8, 4):
         raise ValueError(f"bits {bits} is not 8 or 4")
     return 127 if bits == 8 else 7
-
-
-def check_quantize_arguments(x: Tensor, seed: Tensor, bits: int) -> None:
-    """Raises ValueError for rows, a seed or ``bits`` that ``quantize_rows`` does not take."""
-    largest_code(bits)
-    check_rows(x)
-    if seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError(f"seed is {seed.dtype} {tuple(seed.shape)}, expected int64 [1]")
-
-
-def check_quantized(payload: Tensor, row_shape: Sequence[int], bits: int, dtype: torch.dtype) -> None:
-    """Raises ValueError if ``payload`` is not uint8 [R, inner * quantized_row_bytes], or for ``bits`` or a ``dtype`` that are not known."""
-    largest_code(bits)
-    check_dtype(dtype, "dtype of the rows")
-    columns = math.prod(row_shape[:-1]) * quantized_row_bytes(row_shape[-1], bits)
-    if payload.dtype != torch.uint8 or payload.dim() != 2 or payload.shape[1] != columns:
-        raise ValueError(f"payload is {payload.dtype} {tuple(payload.shape)}, expected uint8 [rows, {columns}]")
 
 
 def _mix(h: Tensor) -> Tensor:
@@ -83,11 +65,7 @@ def quantize_rows_reference(x: Tensor, seed: Tensor, bits: int) -> Tensor:
 
     Returns:
         uint8 [R, inner * quantized_row_bytes].
-
-    Raises:
-        ValueError: ``bits`` or a dtype is another one.
     """
-    check_quantize_arguments(x, seed, bits)
     qmax = largest_code(bits)
     width = x.shape[-1]
     rows = x.reshape(-1, width).float()
@@ -122,11 +100,7 @@ def dequantize_rows_reference(payload: Tensor, row_shape: Sequence[int], bits: i
 
     Returns:
         ``dtype`` [R, *row_shape], contiguous.
-
-    Raises:
-        ValueError: ``bits`` is another one, or ``payload`` has another shape.
     """
-    check_quantized(payload, row_shape, bits, dtype)
     width = row_shape[-1]
     rows = payload.reshape(-1, quantized_row_bytes(width, bits))
     scale = rows[:, :2].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.compat import jit, launch, tl
-from dct_compile.triton_kernels.gradient_checks import check_gathered, check_state
 from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from dct_compile.triton_kernels.pack_kernel_triton import STAGE_DUE, STAGE_NONE, is_piece_due
 from dct_compile.triton_kernels.pack_stage_triton import stage_tile
@@ -100,10 +99,8 @@ def repack_triton(
     error_feedback: bool,
 ) -> Tensor:
     """Computes `repack_reference` with Triton. No host sync; the same bytes in every run."""
-    check_gathered(gathered, layout, None, layout.state_numel)
     total = torch.empty(layout.state_numel, dtype=torch.float32, device=gathered.device)
     state = (residual, threshold, counters)
-    check_state(total, *state, layout, error_feedback)
     packer = Packer.create(layout, state, error_feedback)
     if not layout.segments:
         return packer.payload

@@ -6,22 +6,11 @@ import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.layout import RowLayout
-from dct_compile.triton_kernels.row_codec import check_dense_rows, encode_rows, round_to_value
+from dct_compile.triton_kernels.row_codec import encode_rows, round_to_value
 
 METHODS = ("exact", "laplace", "fixed")
 INF_KEY = 0x7F800000
 """Bits of +inf in float32. The *key* of an entry is the bits of its magnitude: integers in the same order as the magnitudes."""
-
-
-def check_pack_arguments(x: Tensor, layout: RowLayout, method: str, density: float, fixed: float) -> None:
-    """Raises ValueError for arguments that mean nothing."""
-    check_dense_rows(x, layout)
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is not one of {METHODS}")
-    if method == "laplace" and not 0 < density <= 1:
-        raise ValueError(f"density {density} is outside (0, 1]")
-    if method == "fixed" and not fixed >= 0:
-        raise ValueError(f"fixed threshold {fixed} is negative or NaN")
 
 
 def laplace_factor(density: float) -> float:
@@ -37,9 +26,8 @@ def pack_rows_reference(x: Tensor, layout: RowLayout, method: str, density: floa
 
     Eligible is what is not zero and at least the row's threshold: 0 for "exact"; ``-mean|x| * ln(density)`` for "laplace";
     ``fixed`` for "fixed". NaN and Inf are always eligible, with magnitude +inf. Kept are the ``capacity`` eligible entries of largest
-    magnitude, of equals the first. Values are rounded as in ``round_to_value``. Raises ValueError for arguments that mean nothing.
+    magnitude, of equals the first. Values are rounded as in ``round_to_value``.
     """
-    check_pack_arguments(x, layout, method, density, fixed)
     width = layout.width
     rows = x.reshape(-1, width).float()
     magnitude = torch.where(rows.isfinite(), rows.abs(), math.inf)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.layout import RowLayout
-from dct_compile.triton_kernels.row_codec import check_dense_rows, check_row_payload, check_row_values, decode_rows, round_to_value
+from dct_compile.triton_kernels.row_codec import decode_rows, round_to_value
 
 
 def _sum_rows(values: Tensor, indices: Tensor, valid: Tensor, width: int) -> Tensor:
@@ -28,9 +28,7 @@ def unpack_rows_reference(payload: Tensor, layout: RowLayout, addends: int, dtyp
 
     ``payload``: uint8 [addends * R, inner * row_bytes]. Returns ``dtype`` [R, *row_shape], contiguous: zeros and the valid entries; with
     several addends their sum, accumulated in float32 in the order of the addends, then cast.
-    Raises ValueError for a payload of another shape.
     """
-    check_row_payload(payload, layout, addends, dtype)
     values, indices, valid = (part.reshape(addends, -1, layout.capacity) for part in decode_rows(payload, layout))
     return _sum_rows(values, indices, valid, layout.width).to(dtype).reshape(payload.shape[0] // addends, *layout.row_shape)
 
@@ -41,10 +39,7 @@ def gather_rows_reference(grad: Tensor, payload: Tensor, layout: RowLayout, valu
     ``grad``: float32, bfloat16 or float16 [R, *row_shape], any strides. ``payload``: uint8 [A * R, inner * row_bytes]; each of its A
     blocks of R rows reads the same gradient rows (the backward of a sum of A payloads). Returns ``value_dtype`` [A * R, inner * capacity],
     rounded as in ``round_to_value``, 0 in entries that are not valid.
-    Raises ValueError for a gradient or a payload of another shape.
     """
-    check_dense_rows(grad, layout)
-    check_row_payload(payload, layout, grad.shape[0], value_dtype)
     _, indices, valid = decode_rows(payload, layout)
     blocks = payload.shape[0] // max(grad.shape[0], 1)
     rows = grad.reshape(-1, layout.width).float().repeat(blocks, 1)
@@ -57,10 +52,8 @@ def scatter_rows_reference(values: Tensor, payload: Tensor, layout: RowLayout, a
 
     ``values``: float32, bfloat16 or float16 [addends * R, inner * capacity]. ``payload``: uint8 [R, inner * row_bytes]. Returns ``dtype``
     [R, *row_shape], contiguous: zeros and, at the valid indices, the sum over the addends, accumulated in float32 in their order, then
-    cast. Raises ValueError for a payload or values of another shape.
+    cast.
     """
-    check_row_payload(payload, layout, 1, dtype)
-    check_row_values(values, payload, layout, addends)
     _, indices, valid = decode_rows(payload, layout)
     blocks = values.reshape(addends, -1, layout.capacity)
     shape = (addends, *indices.shape)

@@ -12,7 +12,6 @@ from torch import Tensor
 from dct_compile.triton_kernels.compat import jit, launch, tl
 from dct_compile.triton_kernels.layout import RowLayout
 from dct_compile.triton_kernels.number_formats_triton import CODES, as_bits, as_float, as_stored, float_of_bits, rounded_bits
-from dct_compile.triton_kernels.row_codec import check_dense_rows, check_row_payload, check_row_values
 from dct_compile.triton_kernels.row_codec_triton import load_bytes, power_of_two, warps_for
 
 
@@ -127,7 +126,6 @@ def _dense_rows(payload: Tensor, values: Tensor | None, out: Tensor, layout: Row
 @torch.no_grad()
 def unpack_rows_triton(payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
     """Computes `unpack_rows_reference` with Triton. No host sync."""
-    check_row_payload(payload, layout, addends, dtype)
     out = torch.empty(payload.shape[0] // addends, *layout.row_shape, dtype=dtype, device=payload.device)
     return _dense_rows(payload, None, out, layout, addends)
 
@@ -135,8 +133,6 @@ def unpack_rows_triton(payload: Tensor, layout: RowLayout, addends: int, dtype: 
 @torch.no_grad()
 def scatter_rows_triton(values: Tensor, payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
     """Computes `scatter_rows_reference` with Triton. No host sync."""
-    check_row_payload(payload, layout, 1, dtype)
-    check_row_values(values, payload, layout, addends)
     out = torch.empty(payload.shape[0], *layout.row_shape, dtype=dtype, device=payload.device)
     return _dense_rows(payload, values, out, layout, addends)
 
@@ -144,8 +140,6 @@ def scatter_rows_triton(values: Tensor, payload: Tensor, layout: RowLayout, adde
 @torch.no_grad()
 def gather_rows_triton(grad: Tensor, payload: Tensor, layout: RowLayout, value_dtype: torch.dtype) -> Tensor:
     """Computes `gather_rows_reference` with Triton. No host sync."""
-    check_dense_rows(grad, layout)
-    check_row_payload(payload, layout, grad.shape[0], value_dtype)
     out = torch.empty(payload.shape[0], layout.inner * layout.capacity, dtype=value_dtype, device=payload.device)
     if out.numel() == 0:
         return out

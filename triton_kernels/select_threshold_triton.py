@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.compat import launch
-from dct_compile.triton_kernels.gradient_checks import check_state
 from dct_compile.triton_kernels.gradient_tables import device_table
 from dct_compile.triton_kernels.layout import TILE, GradientLayout, Selection
 from dct_compile.triton_kernels.number_formats_triton import CODES, as_stored
@@ -65,7 +64,6 @@ def select_threshold_triton(
     error_feedback: bool,
 ) -> None:
     """`select_threshold_reference` in one launch, without a host sync: whether a threshold is due is decided on the device."""
-    check_state(grad, residual, threshold, counters, layout, error_feedback)
     table, runs, factors = _tables(layout, selection, grad.device)
     count = table.shape[0]
     if count == 0:

@@ -13,14 +13,10 @@ def check_store(state: Tensor, value: Tensor) -> None:
 
 @torch.no_grad()
 def store_reference(state: Tensor, value: Tensor) -> None:
-    """Copy ``value`` into ``state``, whose version counter stays: the backward of an earlier step may have saved the state.
+    """Copies ``value`` into ``state``, whose version counter stays: the backward of an earlier step may have saved the state.
 
     Args:
         state: Tensor of any shape and dtype, mutated.
         value: Tensor of the same shape and dtype.
-
-    Raises:
-        ValueError: The shapes or the dtypes differ.
     """
-    check_store(state, value)
     state.data.copy_(value)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.compat import launch, triton
-from dct_compile.triton_kernels.gradient_checks import check_state
 from dct_compile.triton_kernels.gradient_tables import piece_table, tile_table
 from dct_compile.triton_kernels.layout import TILE, GradientLayout
 from dct_compile.triton_kernels.number_formats_triton import CODES, as_stored
@@ -91,6 +90,5 @@ def threshold_pack_triton(
     grad: Tensor, residual: Tensor, threshold: Tensor, counters: Tensor, layout: GradientLayout, error_feedback: bool
 ) -> Tensor:
     """`threshold_pack_reference` in one launch and one pass over memory. No host sync; the same bytes in every run."""
-    check_state(grad, residual, threshold, counters, layout, error_feedback)
     packer = Packer.create(layout, (residual, threshold, counters), error_feedback)
     return packer.pack(grad.contiguous(), STAGE_ALL) if layout.segments else packer.payload

@@ -26,20 +26,25 @@ def uncovered_ranges(layout: GradientLayout, numel: int) -> tuple[tuple[int, int
 
 
 def _add_chunk(total: Tensor, payload: Tensor, layout: GradientLayout, chunk: int) -> None:
+    """Adds the entries of a chunk. Of a damaged one, those beyond the capacity or their block are left out."""
     view = chunk_view(payload, layout)
-    in_block = unsigned(view.counts, layout)
-    starts = torch.zeros_like(in_block)
-    first_tiles = torch.zeros_like(in_block)
+    ends = unsigned(view.counts, layout).cumsum(0).clamp(max=layout.capacity)
+    in_block = ends.diff(prepend=ends.new_zeros(1))
+    starts, first_tiles, sizes = torch.zeros(3, *in_block.shape, dtype=torch.int64, device=in_block.device)
     for piece in layout.pieces:
         if piece.chunk == chunk:
+            blocks = slice(piece.first_block, piece.first_block + piece.blocks)
             offsets = torch.arange(piece.blocks, device=starts.device) * layout.block
-            starts[piece.first_block : piece.first_block + piece.blocks] = offsets + piece.grad_offset
-            first_tiles[piece.first_block : piece.first_block + piece.blocks] = piece.first_tile + offsets // TILE
-    indices = unsigned(view.indices[: int(in_block.sum())], layout)
-    values = view.values[: indices.numel()].float()
+            starts[blocks] = offsets + piece.grad_offset
+            first_tiles[blocks] = piece.first_tile + offsets // TILE
+            sizes[blocks] = (piece.numel - offsets).clamp(max=layout.block)
+    block = torch.arange(in_block.numel(), device=in_block.device).repeat_interleave(in_block)
+    indices = unsigned(view.indices[: block.numel()], layout)
+    inside = indices < sizes[block]
+    block, indices, values = block[inside], indices[inside], view.values[: inside.numel()][inside].float()
     if layout.value_dtype == torch.int8:
-        values = values * view.scales[first_tiles.repeat_interleave(in_block) + indices // TILE]
-    total[starts.repeat_interleave(in_block) + indices] += values  # an index occurs once in a payload
+        values = values * view.scales[first_tiles[block] + indices // TILE]
+    total[starts[block] + indices] += values  # an index occurs once in a payload
 
 
 def finish(total: Tensor, dense: Tensor | None, dtype: torch.dtype, layout: GradientLayout, divisor: int) -> Tensor:

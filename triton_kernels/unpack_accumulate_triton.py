@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.compat import launch
-from dct_compile.triton_kernels.gradient_checks import check_gathered
 from dct_compile.triton_kernels.gradient_tables import device_table, piece_table, tile_table
 from dct_compile.triton_kernels.layout import TILE, GradientLayout
 from dct_compile.triton_kernels.number_formats_triton import CODES, as_bits, as_stored
@@ -61,7 +60,6 @@ def unpack_accumulate_triton(
     gathered: Tensor, dense: Tensor | None, numel: int, dtype: torch.dtype, layout: GradientLayout, divisor: int
 ) -> Tensor:
     """`unpack_accumulate_reference` with Triton. No host sync; the order of the additions is that of the payloads."""
-    check_gathered(gathered, layout, dense, numel)
     device = gathered.device
     out = torch.empty(numel, dtype=dtype, device=device)
     tiles = tile_table(layout, device)

@@ -8,6 +8,12 @@ from torch import Tensor
 
 from dct_compile.ops.library import LAYOUT, SELECTION, define_op
 from dct_compile.triton_kernels.cpu.gradient import repack_cpu, select_threshold_cpu, threshold_pack_cpu, unpack_accumulate_cpu
+from dct_compile.triton_kernels.gradient_checks import (
+    check_repack,
+    check_select_threshold,
+    check_threshold_pack,
+    check_unpack_accumulate,
+)
 from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from dct_compile.triton_kernels.repack import repack_reference
 from dct_compile.triton_kernels.repack_triton import repack_triton
@@ -58,6 +64,7 @@ def _repack_fake(
 select_threshold = define_op(
     "select_threshold(Tensor grad, Tensor residual, Tensor(a!) threshold, Tensor counters,"
     f" {LAYOUT} layout, {SELECTION} selection, bool error_feedback) -> ()",
+    check=check_select_threshold,
     fake=_select_threshold_fake,
     reference=select_threshold_reference,
     cpu=select_threshold_cpu,
@@ -66,6 +73,7 @@ select_threshold = define_op(
 threshold_pack = define_op(
     "threshold_pack(Tensor grad, Tensor(a!) residual, Tensor threshold, Tensor(b!) counters,"
     f" {LAYOUT} layout, bool error_feedback) -> Tensor",
+    check=check_threshold_pack,
     fake=_threshold_pack_fake,
     reference=threshold_pack_reference,
     cpu=threshold_pack_cpu,
@@ -73,6 +81,7 @@ threshold_pack = define_op(
 )
 unpack_accumulate = define_op(
     f"unpack_accumulate(Tensor gathered, Tensor? dense, int numel, ScalarType dtype, {LAYOUT} layout, int divisor) -> Tensor",
+    check=check_unpack_accumulate,
     fake=_unpack_accumulate_fake,
     reference=unpack_accumulate_reference,
     cpu=unpack_accumulate_cpu,
@@ -81,6 +90,7 @@ unpack_accumulate = define_op(
 repack = define_op(
     "repack(Tensor gathered, Tensor(a!) residual, Tensor(b!) threshold, Tensor(c!) counters,"
     f" {LAYOUT} layout, {SELECTION} selection, bool error_feedback) -> Tensor",
+    check=check_repack,
     fake=_repack_fake,
     reference=repack_reference,
     cpu=repack_cpu,

@@ -94,6 +94,17 @@ def _where_compiled(compiled: Callable[..., Any], reference: Callable[..., Any])
     return call
 
 
+def _checked(check: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls ``function`` with arguments that ``check`` has let pass."""
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        check(*args)
+        return function(*args)
+
+    return call
+
+
 def _value_type(cls: type[Value]) -> str:
     """Lets operators take values of ``cls``; returns the name of that type in a schema."""
     if hasattr(opaque_object, "register_custom_class"):  # torch 2.14 and later
@@ -110,6 +121,7 @@ LAYOUT, SELECTION, ROWS = _value_type(GradientLayout), _value_type(Selection), _
 def define_op(
     schema: str,
     *,
+    check: Callable[..., None],
     fake: Callable[..., Any],
     reference: Callable[..., Any],
     cpu: Callable[..., Any] | None = None,
@@ -127,6 +139,8 @@ def define_op(
 
     Args:
         schema: Name, arguments and results, without the keyword arguments that only name things.
+        check: Raises ValueError for tensors and numbers that the operator does not take. The functions below trust it. It also sees fake
+            tensors, and sizes that are symbolic.
         fake: Returns a result of the right shape, dtype and strides without touching data.
         reference: Does the work in PyTorch, on any device: the specification, and the fallback of the others.
         cpu: Does the same by the C++ kernels; the reference takes its place where these cannot be compiled.
@@ -137,9 +151,9 @@ def define_op(
     LIBRARY.define(f"{arguments}{_RANGE_ARGUMENTS}) -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
     on_cpu = reference if cpu is None else _where_compiled(cpu, reference)
     on_cuda = triton if triton is not None and HAS_TRITON else reference
-    LIBRARY.impl(name, _in_range(name, on_cpu), "CPU")
-    LIBRARY.impl(name, _in_range(name, _on_device_of_first(on_cuda)), "CUDA")
-    torch.library.register_fake(f"dct::{name}", _without_range(fake), lib=LIBRARY)
+    LIBRARY.impl(name, _in_range(name, _checked(check, on_cpu)), "CPU")
+    LIBRARY.impl(name, _in_range(name, _checked(check, _on_device_of_first(on_cuda))), "CUDA")
+    torch.library.register_fake(f"dct::{name}", _without_range(_checked(check, fake)), lib=LIBRARY)
     overload: torch._ops.OpOverload = getattr(torch.ops.dct, name).default
     if triton is not None:
         CUDA_IMPLEMENTATIONS[overload] = on_cuda

@@ -20,16 +20,23 @@ from dct_compile.triton_kernels.cpu.rows import (
     unpack_rows_cpu,
 )
 from dct_compile.triton_kernels.layout import RowLayout, quantized_row_bytes
-from dct_compile.triton_kernels.quantize import check_quantize_arguments, dequantize_rows_reference, quantize_rows_reference
+from dct_compile.triton_kernels.quantize import dequantize_rows_reference, quantize_rows_reference
 from dct_compile.triton_kernels.quantize_triton import dequantize_rows_triton, quantize_rows_triton
-from dct_compile.triton_kernels.rows_pack import check_pack_arguments, pack_rows_reference
+from dct_compile.triton_kernels.row_checks import (
+    check_dequantize_rows,
+    check_gather_rows,
+    check_pack_rows,
+    check_quantize_rows,
+    check_scatter_rows,
+    check_unpack_rows,
+)
+from dct_compile.triton_kernels.rows_pack import pack_rows_reference
 from dct_compile.triton_kernels.rows_pack_triton import pack_rows_triton
 from dct_compile.triton_kernels.rows_unpack import gather_rows_reference, scatter_rows_reference, unpack_rows_reference
 from dct_compile.triton_kernels.rows_unpack_triton import gather_rows_triton, scatter_rows_triton, unpack_rows_triton
 
 
 def _pack_rows_fake(x: Tensor, layout: RowLayout, method: str, density: float, fixed: float) -> Tensor:
-    check_pack_arguments(x, layout, method, density, fixed)
     return x.new_empty((x.shape[0], layout.inner * layout.row_bytes), dtype=torch.uint8)
 
 
@@ -47,7 +54,6 @@ def _scatter_rows_fake(values: Tensor, payload: Tensor, layout: RowLayout, adden
 
 
 def _quantize_rows_fake(x: Tensor, seed: Tensor, bits: int) -> Tensor:
-    check_quantize_arguments(x, seed, bits)
     return x.new_empty((x.shape[0], math.prod(x.shape[1:-1]) * quantized_row_bytes(x.shape[-1], bits)), dtype=torch.uint8)
 
 
@@ -57,6 +63,7 @@ def _dequantize_rows_fake(payload: Tensor, row_shape: list[int], bits: int, dtyp
 
 pack_rows = define_op(
     f"pack_rows(Tensor x, {ROWS} layout, str method, float density, float fixed) -> Tensor",
+    check=check_pack_rows,
     fake=_pack_rows_fake,
     reference=pack_rows_reference,
     cpu=pack_rows_cpu,
@@ -64,6 +71,7 @@ pack_rows = define_op(
 )
 unpack_rows = define_op(
     f"unpack_rows(Tensor payload, {ROWS} layout, int addends, ScalarType dtype) -> Tensor",
+    check=check_unpack_rows,
     fake=_unpack_rows_fake,
     reference=unpack_rows_reference,
     cpu=unpack_rows_cpu,
@@ -71,6 +79,7 @@ unpack_rows = define_op(
 )
 gather_rows = define_op(
     f"gather_rows(Tensor grad, Tensor payload, {ROWS} layout, ScalarType value_dtype) -> Tensor",
+    check=check_gather_rows,
     fake=_gather_rows_fake,
     reference=gather_rows_reference,
     cpu=gather_rows_cpu,
@@ -78,6 +87,7 @@ gather_rows = define_op(
 )
 scatter_rows = define_op(
     f"scatter_rows(Tensor values, Tensor payload, {ROWS} layout, int addends, ScalarType dtype) -> Tensor",
+    check=check_scatter_rows,
     fake=_scatter_rows_fake,
     reference=scatter_rows_reference,
     cpu=scatter_rows_cpu,
@@ -85,6 +95,7 @@ scatter_rows = define_op(
 )
 quantize_rows = define_op(
     "quantize_rows(Tensor x, Tensor seed, int bits) -> Tensor",
+    check=check_quantize_rows,
     fake=_quantize_rows_fake,
     reference=quantize_rows_reference,
     cpu=quantize_rows_cpu,
@@ -92,6 +103,7 @@ quantize_rows = define_op(
 )
 dequantize_rows = define_op(
     "dequantize_rows(Tensor payload, int[] row_shape, int bits, ScalarType dtype) -> Tensor",
+    check=check_dequantize_rows,
     fake=_dequantize_rows_fake,
     reference=dequantize_rows_reference,
     cpu=dequantize_rows_cpu,

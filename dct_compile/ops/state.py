@@ -3,13 +3,19 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import lowerings, register_lowering
 
 from dct_compile.ops.library import define_op
 from dct_compile.triton_kernels.store import check_store, store_reference
 
-store = define_op("store(Tensor(a!) state, Tensor value) -> ()", fake=check_store, reference=store_reference)
+
+def _store_fake(state: Tensor, value: Tensor) -> None:
+    return None
+
+
+store = define_op("store(Tensor(a!) state, Tensor value) -> ()", check=check_store, fake=_store_fake, reference=store_reference)
 
 
 @register_lowering(store, type_promotion_kind=None)

@@ -1,10 +1,12 @@
 """Compiles the C++ kernels of this folder once per machine and version, and loads them with ctypes.
 
-A machine without a C++ compiler is supported: `load_library` returns None, after one warning, and callers use the PyTorch references.
+A machine without a C++ compiler is supported: it uses a library that was built before, as in an image of a container. Without one
+`load_library` returns None, after one warning, and callers use the PyTorch references.
 
-The library is a file in the user's cache folder, named by a digest of all that decides its contents. It ends with a checksum of its bytes:
-a file without the right one is built again. It is written under another name, flushed to the disk and renamed, so no process ever loads a
-part of it, and neither does one that starts after the machine has lost its power.
+The library is a file in the user's cache folder. The first half of its name is a digest of the sources and flags, the second one of the
+compiler and the CPU. Where no compiler can be run, any file with the first half serves that this CPU can run (`library_file.py`).
+It is written under another name, flushed to the disk and renamed, so no process ever loads a part of it, and neither does one that starts
+after the machine has lost its power.
 """
 
 import ctypes
@@ -17,33 +19,31 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from dct_compile.triton_kernels.cpu.compiler import FLAGS, CancelledError, Compilation, compiler
+from dct_compile.triton_kernels.cpu.compiler import FLAGS, CancelledError, Compilation, compiler_name
+from dct_compile.triton_kernels.cpu.library_file import load, seal
 
 logger = logging.getLogger("dct_compile.ops")
 
 LOCK_TIMEOUT_S = 600
-_CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
 def _sources() -> list[Path]:
     return sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
 
 
-def _library_name() -> str:
-    """Names the library by all that decides its contents: sources, flags, and what -march=native means to this compiler on this CPU."""
-    resolved = subprocess.run([*compiler(), "-march=native", "-###", "-E", "-x", "c++", os.devnull], capture_output=True, check=True)
-    digest = hashlib.sha256(resolved.stderr)
-    digest.update(shlex.join([*compiler(), *FLAGS]).encode())
+def _source_name() -> str:
+    """Names the sources and how they are compiled: the first half of a library's name."""
+    digest = hashlib.sha256(shlex.join(FLAGS).encode())
     for source in _sources():
         digest.update(source.name.encode())
         digest.update(source.read_bytes())
-    return f"kernels-{digest.hexdigest()[:32]}"
+    return f"kernels-{digest.hexdigest()[:24]}"
 
 
 def _folders() -> Iterator[Path]:
@@ -54,7 +54,7 @@ def _folders() -> Iterator[Path]:
     elif caches:
         yield Path(caches).absolute() / "dct_compile"
     else:
-        home = Path("~").expanduser()
+        home = Path(os.path.expanduser("~"))  # Path.expanduser would raise for a user without a home
         if home.is_absolute():
             yield home / ".cache" / "dct_compile"
     yield Path(default_cache_dir()).absolute() / "dct_compile"
@@ -69,27 +69,12 @@ def _is_writable(folder: Path) -> bool:
         return False
 
 
-def _load(target: Path) -> ctypes.CDLL | None:
-    """Loads a library, or returns None where there is none, no whole one, or one that the system does not let us execute."""
-    try:
-        content = target.read_bytes()
-        if hashlib.sha256(content[:-_CHECKSUM_BYTES]).digest() == content[-_CHECKSUM_BYTES:]:
-            return ctypes.CDLL(str(target))
-    except OSError:
-        pass
-    return None
-
-
 def _build(target: Path, compilation: Compilation) -> None:
     """Builds a library in a folder of its own and moves it to its place when it is whole."""
     folder = Path(tempfile.mkdtemp(prefix=f"{target.stem}.building-", dir=target.parent))
     try:
         library = compilation.compile([path for path in _sources() if path.suffix == ".cpp"], folder)
-        with library.open("rb+") as file:
-            checksum = hashlib.sha256(file.read()).digest()
-            file.write(checksum)
-            file.flush()
-            os.fsync(file.fileno())
+        seal(library)
         os.replace(library, target)
         _sync_folder(target.parent)
     finally:
@@ -135,38 +120,51 @@ class _Build(threading.Thread):
             self.library = self._find_or_make()
         except CancelledError:
             return
-        except subprocess.CalledProcessError as error:
-            self._warn(error.stderr.decode(errors="replace").strip())
-        except OSError as error:
-            self._warn(str(error))
+        except Exception as error:  # whatever is wrong with a machine, the references work
+            logger.warning("the CPU kernels could not be compiled, the slower PyTorch reference is used instead: %s", _said(error))
         self.is_done = True
 
     def _find_or_make(self) -> ctypes.CDLL:
-        name, folders = _library_name(), list(_folders())
+        sources, folders = _source_name(), list(_folders())
+        try:
+            return self._with_compiler(f"{sources}-{compiler_name()}", folders)
+        except (OSError, subprocess.CalledProcessError) as error:
+            unusable = []
+            for file in [file for folder in folders for file in sorted(folder.glob(f"{sources}-*.so"))]:
+                try:
+                    return load(file)
+                except OSError as reason:
+                    unusable.append(str(reason))
+            raise OSError("; ".join([_said(error), *unusable])) from error
+
+    def _with_compiler(self, name: str, folders: list[Path]) -> ctypes.CDLL:
         for folder in folders:
-            if (found := _load(folder / f"{name}.so")) is not None:
-                return found
-        reason = OSError(f"none of these folders can be written: {', '.join(map(str, folders))}")
+            with suppress(OSError):
+                return load(folder / f"{name}.so")
+        reason: Exception = OSError(f"none of these folders can be written: {', '.join(map(str, folders))}")
         for folder in filter(_is_writable, folders):
             try:
-                return self._make(name, folder)
-            except OSError as error:  # programs on that file system may not be executed, or another process is stuck while it builds
+                return self._make(folder / f"{name}.so")
+            # Its disk is full, programs on it may not be executed, or another process is stuck while it builds.
+            except (OSError, subprocess.CalledProcessError) as error:
                 reason = error
         raise reason
 
-    def _make(self, name: str, folder: Path) -> ctypes.CDLL:
-        target = folder / f"{name}.so"
+    def _make(self, target: Path) -> ctypes.CDLL:
         # The ranks of a machine start together: one compiles, the others wait for it.
-        with _lock(name, folder, LOCK_TIMEOUT_S):
+        with _lock(target.stem, target.parent, LOCK_TIMEOUT_S):
             self.compilation.check()
-            if (found := _load(target)) is not None:
-                return found
-            _remove_dead_builds(folder, name)
+            with suppress(OSError):
+                return load(target)
+            _remove_dead_builds(target.parent, target.stem)
             _build(target, self.compilation)
-        return ctypes.CDLL(str(target))
+        return load(target)
 
-    def _warn(self, reason: str) -> None:
-        logger.warning("the CPU kernels could not be compiled, the slower PyTorch reference is used instead: %s", reason)
+
+def _said(error: Exception) -> str:
+    """Returns the reason in words: the compiler's own, where it has said any."""
+    words = error.stderr.decode(errors="replace").strip() if isinstance(error, subprocess.CalledProcessError) else ""
+    return words or str(error) or repr(error)
 
 
 class _Library:
@@ -233,7 +231,8 @@ def load_library() -> ctypes.CDLL | None:
 
     The first call on a machine compiles for some seconds; later processes load the cached file. Calls through the returned object release
     the GIL. ``CXX`` selects the compiler. ``DCT_COMPILE_CACHE_DIR`` is the folder of the library; without it, that is ``dct_compile`` in
-    ``XDG_CACHE_HOME`` or ~/.cache, or in torch's cache folder where these cannot be written.
+    ``XDG_CACHE_HOME`` or ~/.cache, or in torch's cache folder where these cannot be written. Where no compiler can be run, a library that
+    another compiler has built is used, if it is there and its CPU had no instructions that this one lacks.
 
     Raises:
         KeyboardInterrupt: Ctrl-C while the library was built. The build ends; the next call starts another one.

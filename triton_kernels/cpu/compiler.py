@@ -8,6 +8,7 @@ Compilers begin with the lowest priority, because Inductor compiles a model's co
 as somebody misses the library.
 """
 
+import hashlib
 import os
 import shlex
 import subprocess
@@ -15,6 +16,8 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from dct_compile.triton_kernels.cpu.library_file import cpu_features
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden")
 """No -ffast-math, no fused products and sums: numbers mean what IEEE says, so that the kernels agree with the references to the bit."""
@@ -38,8 +41,30 @@ class CancelledError(Exception):
 
 
 def compiler() -> list[str]:
-    """Returns the command of the C++ compiler: ``CXX``, else g++."""
-    return shlex.split(os.environ.get("CXX") or "g++")
+    """Returns the command of the C++ compiler: ``CXX``, else g++. Raises OSError where ``CXX`` is no command."""
+    named = os.environ.get("CXX", "")
+    try:
+        return shlex.split(named) or ["g++"]
+    except ValueError as error:
+        raise OSError(f"CXX is {named!r}, which is no command: {error}") from error
+
+
+def compiler_name() -> str:
+    """Returns a name for the compiler and this CPU, which differs where -march=native means something else.
+
+    Raises:
+        OSError: ``CXX`` is not the command of a program.
+        subprocess.CalledProcessError: It is none of a compiler.
+    """
+    command = [*compiler(), "-march=native", "-###", "-E", "-x", "c++", os.devnull]
+    try:
+        resolved = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    except OSError as error:
+        raise OSError(f"the C++ compiler {shlex.join(compiler())} cannot be run: {error.strerror}") from error
+    digest = hashlib.sha256(resolved.stderr)
+    digest.update(shlex.join(compiler()).encode())
+    digest.update(" ".join(sorted(cpu_features())).encode())
+    return digest.hexdigest()[:16]
 
 
 class Compilation:

@@ -14,13 +14,6 @@ VALUE_DTYPE_CODES = {**DTYPE_CODES, torch.int8: 3}
 """The dtypes of a gradient payload's values, as gradient.h numbers them."""
 
 
-def dtype_code(name: str, dtype: torch.dtype, codes: dict[torch.dtype, int]) -> int:
-    """Returns the kernels' number of a dtype. Raises ValueError with the argument's name where they have none."""
-    if dtype not in codes:
-        raise ValueError(f"{name} is {dtype}: expected one of {', '.join(str(known) for known in codes)}")
-    return codes[dtype]
-
-
 @cache
 def cpu_function(name: str, parameters: tuple[type, ...]) -> Callable[..., None]:
     """Returns the C function ``name`` with the given ctypes parameter types and no result.

@@ -6,7 +6,7 @@ from math import log
 import torch
 from torch import Tensor
 
-from dct_compile.triton_kernels.cpu.dispatch import DTYPE_CODES, INT, POINTER, VALUE_DTYPE_CODES, cpu_function, dtype_code
+from dct_compile.triton_kernels.cpu.dispatch import INT, POINTER, VALUE_DTYPE_CODES, cpu_function
 from dct_compile.triton_kernels.cpu.structs import (
     BUCKET,
     GATHERED,
@@ -19,8 +19,7 @@ from dct_compile.triton_kernels.cpu.structs import (
     State,
     Uncovered,
 )
-from dct_compile.triton_kernels.gradient_checks import check_gathered, check_state
-from dct_compile.triton_kernels.layout import WHOLE_PIECE, GradientLayout, Selection
+from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from dct_compile.triton_kernels.select_threshold import constant_threshold, regions
 from dct_compile.triton_kernels.unpack_accumulate import uncovered_ranges
 
@@ -30,17 +29,13 @@ _UNPACK = (POINTER, GATHERED, UNCOVERED, BUCKET, INT, INT)
 _REPACK = (POINTER, GATHERED, STATE, SELECTING, POINTER, INT)
 
 _RANK, _MEAN, _CONSTANT = 0, 1, 2
-_GROUP = 64
 
 
 @lru_cache(maxsize=4096)
 def _geometry(layout: GradientLayout) -> Tensor:
-    """Returns the layout as the array that gradient.h describes. Raises ValueError where the kernels have no such block or value dtype."""
-    if layout.block not in [1 << bits for bits in range(_GROUP.bit_length() - 1, WHOLE_PIECE.bit_length())]:
-        raise ValueError(f"block is {layout.block}: expected a power of two from {_GROUP} to {WHOLE_PIECE}")
-    value_code = dtype_code("value_dtype", layout.value_dtype, VALUE_DTYPE_CODES)
+    """Returns the layout as the array that gradient.h describes."""
     head = [layout.block, layout.index_bytes, layout.max_count, layout.capacity, layout.values_offset, layout.counts_offset]
-    head += [layout.indices_offset, layout.chunk_bytes, layout.payload_chunks, value_code, len(layout.segments)]
+    head += [layout.indices_offset, layout.chunk_bytes, layout.payload_chunks, VALUE_DTYPE_CODES[layout.value_dtype], len(layout.segments)]
     head += [layout.state_numel, len(layout.pieces)]
     for p in layout.pieces:
         head += [p.segment, p.chunk, p.grad_offset, p.state_offset, p.numel, p.first_block, p.blocks, p.first_tile, p.tiles, p.capacity]
@@ -77,7 +72,6 @@ def select_threshold_cpu(
     error_feedback: bool,
 ) -> None:
     """Computes `select_threshold_reference`, compiled: one pass over the memory, only at refresh steps."""
-    check_state(grad, residual, threshold, counters, layout, error_feedback)
     grad = grad.contiguous()
     state = State.of(residual, threshold, counters, error_feedback)
     cpu_function("dct_select_threshold", _SELECT)(Bucket.of(grad), state, _selecting(layout, selection), torch.get_num_threads())
@@ -87,7 +81,6 @@ def threshold_pack_cpu(
     grad: Tensor, residual: Tensor, threshold: Tensor, counters: Tensor, layout: GradientLayout, error_feedback: bool
 ) -> Tensor:
     """Computes `threshold_pack_reference`, compiled: gradient and residual are read once, and the residual is written once."""
-    check_state(grad, residual, threshold, counters, layout, error_feedback)
     geometry = _geometry(layout)
     grad = grad.contiguous()
     payload = torch.empty(layout.payload_bytes, dtype=torch.uint8)
@@ -101,15 +94,13 @@ def unpack_accumulate_cpu(
     gathered: Tensor, dense: Tensor | None, numel: int, dtype: torch.dtype, layout: GradientLayout, divisor: int
 ) -> Tensor:
     """Computes `unpack_accumulate_reference`, compiled: the output is written once, each tile's sum is formed in cache."""
-    payloads = check_gathered(gathered, layout, dense, numel)
-    dtype_code("dtype", dtype, DTYPE_CODES)
     geometry, ranges = _geometry(layout), _range_table(layout, numel)
     gathered = gathered.contiguous()
     dense = None if dense is None else dense.to(dtype).contiguous()
     result = torch.empty(numel, dtype=dtype)
     cpu_function("dct_unpack_accumulate", _UNPACK)(
         geometry.data_ptr(),
-        Gathered(gathered.data_ptr(), payloads),
+        Gathered.of(gathered, layout),
         Uncovered(None if dense is None else dense.data_ptr(), ranges.data_ptr(), ranges.shape[0]),
         Bucket.of(result),
         divisor,
@@ -128,15 +119,12 @@ def repack_cpu(
     error_feedback: bool,
 ) -> Tensor:
     """Computes `repack_reference`, compiled. The sum of the payloads is formed in cache. It is written only where a threshold is due."""
-    payloads = check_gathered(gathered, layout, None, layout.state_numel)
-    total = torch.empty(1).expand(layout.state_numel)  # stands for the sum, which does not exist
-    check_state(total, residual, threshold, counters, layout, error_feedback)
     geometry = _geometry(layout)
     gathered = gathered.contiguous()
     payload = torch.empty(layout.payload_bytes, dtype=torch.uint8)
     cpu_function("dct_repack", _REPACK)(
         geometry.data_ptr(),
-        Gathered(gathered.data_ptr(), payloads),
+        Gathered.of(gathered, layout),
         State.of(residual, threshold, counters, error_feedback),
         _selecting(layout, selection),
         payload.data_ptr(),

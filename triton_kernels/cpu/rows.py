@@ -9,9 +9,7 @@ from torch import Tensor
 from dct_compile.triton_kernels.cpu.dispatch import DOUBLE, INT, POINTER, cpu_function
 from dct_compile.triton_kernels.cpu.structs import ROW_FORMAT, ROWS, RowFormat, Rows
 from dct_compile.triton_kernels.layout import RowLayout, quantized_row_bytes
-from dct_compile.triton_kernels.quantize import check_quantize_arguments, check_quantized
-from dct_compile.triton_kernels.row_codec import check_dense_rows, check_row_payload, check_row_values
-from dct_compile.triton_kernels.rows_pack import METHODS, check_pack_arguments, laplace_factor
+from dct_compile.triton_kernels.rows_pack import METHODS, laplace_factor
 
 _PACK = (ROWS, ROW_FORMAT, INT, DOUBLE, POINTER, INT)
 _UNPACK = (POINTER, ROW_FORMAT, INT, ROWS, INT)
@@ -23,7 +21,6 @@ _DEQUANTIZE = (POINTER, INT, INT, ROWS, INT)
 
 def pack_rows_cpu(x: Tensor, layout: RowLayout, method: str, density: float, fixed: float) -> Tensor:
     """Computes `pack_rows_reference`, compiled: one pass over the memory, the selection of a row in the first-level cache."""
-    check_pack_arguments(x, layout, method, density, fixed)
     x = x.contiguous()
     payload = torch.empty(x.shape[0], layout.inner * layout.row_bytes, dtype=torch.uint8)
     parameter = laplace_factor(density) if method == "laplace" else fixed
@@ -35,7 +32,6 @@ def pack_rows_cpu(x: Tensor, layout: RowLayout, method: str, density: float, fix
 
 def unpack_rows_cpu(payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
     """Computes `unpack_rows_reference`, compiled."""
-    check_row_payload(payload, layout, addends, dtype)
     payload = payload.contiguous()
     out = torch.empty(payload.shape[0] // addends, *layout.row_shape, dtype=dtype)
     arguments = (payload.data_ptr(), RowFormat.of(layout), addends, Rows.of(out, layout.inner), torch.get_num_threads())
@@ -45,8 +41,6 @@ def unpack_rows_cpu(payload: Tensor, layout: RowLayout, addends: int, dtype: tor
 
 def gather_rows_cpu(grad: Tensor, payload: Tensor, layout: RowLayout, value_dtype: torch.dtype) -> Tensor:
     """Computes `gather_rows_reference`, compiled."""
-    check_dense_rows(grad, layout)
-    check_row_payload(payload, layout, grad.shape[0], value_dtype)
     grad, payload = grad.contiguous(), payload.contiguous()
     out = torch.empty(payload.shape[0], layout.inner * layout.capacity, dtype=value_dtype)
     source, values = Rows.of(grad, layout.inner), Rows.of(out, layout.inner)
@@ -56,8 +50,6 @@ def gather_rows_cpu(grad: Tensor, payload: Tensor, layout: RowLayout, value_dtyp
 
 def scatter_rows_cpu(values: Tensor, payload: Tensor, layout: RowLayout, addends: int, dtype: torch.dtype) -> Tensor:
     """Computes `scatter_rows_reference`, compiled."""
-    check_row_payload(payload, layout, 1, dtype)
-    check_row_values(values, payload, layout, addends)
     values, payload = values.contiguous(), payload.contiguous()
     out = torch.empty(payload.shape[0], *layout.row_shape, dtype=dtype)
     source, rows = Rows.of(values, layout.inner), Rows.of(out, layout.inner)
@@ -67,7 +59,6 @@ def scatter_rows_cpu(values: Tensor, payload: Tensor, layout: RowLayout, addends
 
 def quantize_rows_cpu(x: Tensor, seed: Tensor, bits: int) -> Tensor:
     """Computes `quantize_rows_reference`, compiled: one pass over the memory."""
-    check_quantize_arguments(x, seed, bits)
     width, inner = x.shape[-1], math.prod(x.shape[1:-1])
     x = x.contiguous()
     payload = torch.empty(x.shape[0], inner * quantized_row_bytes(width, bits), dtype=torch.uint8)
@@ -78,7 +69,6 @@ def quantize_rows_cpu(x: Tensor, seed: Tensor, bits: int) -> Tensor:
 
 def dequantize_rows_cpu(payload: Tensor, row_shape: Sequence[int], bits: int, dtype: torch.dtype) -> Tensor:
     """Computes `dequantize_rows_reference`, compiled: one pass over the memory."""
-    check_quantized(payload, row_shape, bits, dtype)
     payload = payload.contiguous()
     out = torch.empty(payload.shape[0], *row_shape, dtype=dtype)
     rows = Rows.of(out, math.prod(row_shape[:-1]))

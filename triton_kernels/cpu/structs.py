@@ -6,7 +6,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from dct_compile.triton_kernels.cpu.dispatch import DTYPE_CODES
-from dct_compile.triton_kernels.layout import RowLayout
+from dct_compile.triton_kernels.layout import GradientLayout, RowLayout
 
 
 class Bucket(Structure):
@@ -33,6 +33,10 @@ class Gathered(Structure):
     """gradient_kernels.h: payloads of chunks, one after the other."""
 
     _fields_ = (("bytes", c_void_p), ("payloads", c_int64))
+
+    @classmethod
+    def of(cls, gathered: Tensor, layout: GradientLayout) -> "Gathered":
+        return cls(gathered.data_ptr(), gathered.numel() // max(layout.chunk_bytes, 1))
 
 
 class Uncovered(Structure):

@@ -177,6 +177,7 @@ void write_window(const Job& job, Source& source, const Run& run, const Window& 
   const RunView<kFeedback> at(job, run, kHeld);
   const Layout& layout = job.layout;
   int64_t rank = run.base;
+  const int64_t stop = rank + run.entries;  // the sum of a damaged payload may have more candidates when it is formed again
   slot += window.held_before(rank);
   alignas(64) float w[kGroup];
   if (kReadsGradient) source.seek(at.piece, run.first);
@@ -199,7 +200,7 @@ void write_window(const Job& job, Source& source, const Run& run, const Window& 
         const uint64_t counted = lowest_bits(reaching(w, at.tau), layout.max_count - count);
         count += bit_count(counted);
         each_bit(counted, [&](int bit) {
-          if (!window.holds(rank++)) return;
+          if (rank == stop || !window.holds(rank++)) return;
           with_value_dtype(layout.value_dtype, [&](auto type) {
             const auto value = encode<decltype(type)>(w[bit], scale);
             write_at(at.chunk.values(), slot, value);
