@@ -47,6 +47,18 @@ SHAPE_OPS = frozenset(
 )
 """Operators that move elements about and compute nothing with them."""
 
+METADATA_OPS = frozenset(
+    {
+        aten.sym_size.int,
+        aten.sym_size.default,
+        aten.sym_stride.int,
+        aten.sym_stride.default,
+        aten.sym_numel.default,
+        aten.sym_storage_offset.default,
+    }
+)
+"""Operators that ask for the shape of a tensor and read none of its values."""
+
 SCALING_OPS = frozenset({aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar})
 
 
@@ -144,6 +156,16 @@ def sources(node: fx.Node) -> set[fx.Node]:
 
 def _is_getitem_of_shape_op(node: fx.Node) -> bool:
     return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].target in SHAPE_OPS
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """Returns the nodes of the graph's inputs, in order."""
+    return list(graph.find_nodes(op="placeholder"))
+
+
+def tangents(graph: fx.Graph) -> list[fx.Node]:
+    """Returns the inputs of the backward part of a joint graph."""
+    return [node for node in placeholders(graph) if node.name.startswith("tangents")]
 
 
 def output_node(graph: fx.Graph) -> fx.Node:

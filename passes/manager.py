@@ -6,9 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
-import torch
 from torch import fx
-from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import trace_structured
 from torch.distributed import ProcessGroup
@@ -16,8 +14,8 @@ from torch.distributed import ProcessGroup
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
 from dct_compile.measure import BucketMeasure
-from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.collectives import ALL_REDUCE
+from dct_compile.passes.context import GraphInput, read_context
 from dct_compile.passes.insert_gradient_sync import gradient_buckets, insert_gradient_sync
 from dct_compile.passes.plan import Decision, decide, plan
 from dct_compile.passes.record import Described, describe, describe_nodes, readable
@@ -30,22 +28,6 @@ from dct_compile.state import BucketState
 from dct_compile.state_spec import StateSpec
 
 log = logging.getLogger("dct_compile.passes")
-
-
-@dataclass(frozen=True)
-class GraphInput:
-    """One input of a Dynamo graph.
-
-    ``dtype``, ``shape``: of a tensor, on this rank. ``is_parameter``: True for a parameter. ``is_trainable``: True for a parameter that
-    needs a gradient. ``is_foreign``: True if another part of the model computed it.
-    """
-
-    name: str
-    dtype: torch.dtype | None
-    shape: tuple[int, ...]
-    is_parameter: bool
-    is_trainable: bool
-    is_foreign: bool
 
 
 @dataclass
@@ -123,32 +105,8 @@ class JointGraphPass(CustomGraphPass):
             record(self.name, before, graph, self.runtime, self._measures())
 
     def _read_inputs(self, graph: fx.Graph) -> tuple[GraphContext, dict[int, dict[str, fx.Node]]]:
-        """Reads AOTAutograd's descriptors: the Dynamo input of each placeholder, and the parameter of each gradient among the outputs.
-
-        A tensor subclass is several placeholders; DTensor's local tensor is the one that counts.
-        """
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        tangents = [node for node in placeholders if node.name.startswith("tangents")]
-        context = GraphContext(training=bool(tangents), tangents=tangents, backward_only=self.backward_only)
-        state_nodes: list[fx.Node] = []
-        for node in placeholders:
-            position = _input_position(node.meta.get("desc"))
-            if position is None:
-                continue
-            if position >= len(self.inputs):
-                state_nodes.append(node)
-                continue
-            info, tensor = self.inputs[position], gu.value(node)
-            if info.is_parameter and tensor is not None:
-                context.parameters[node] = Parameter(position, info.name, tuple(gu.hint(size) for size in tensor.shape))
-            if info.is_foreign:
-                context.foreign.add(node)
-        known = {parameter.position: parameter for parameter in context.parameters.values()}
-        output = gu.output_node(graph)
-        for place, (result, descriptor) in enumerate(zip(output.args[0], output.meta.get("desc", ()), strict=False)):  # type: ignore[arg-type]
-            position = _input_position(getattr(_innermost(descriptor), "grad_of", None))
-            if position in known and self.inputs[position].is_trainable and isinstance(result, fx.Node) and gu.value(result) is not None:
-                context.gradients[place] = known[position]
+        """Returns the context of the graph, and the placeholders of each request's state by name."""
+        context, state_nodes = read_context(graph, self.inputs, self.backward_only)
         if self.group is not None and len(set(context.gradients.values())) < len(context.gradients):
             raise RuntimeError(f"{self.name}: a parameter is a subclass of several tensors; data_parallel cannot average its gradient")
         nodes = iter(state_nodes)
@@ -171,18 +129,6 @@ class JointGraphPass(CustomGraphPass):
             BucketMeasure(self.requests[self._request_of(decision)].buckets) if isinstance(decision.offer, GradientOffer) else None
             for decision in self.decisions
         ]
-
-
-def _innermost(descriptor: object) -> object:
-    """Strips the descriptors of a subclass's parts down to that of the whole."""
-    while hasattr(descriptor, "base"):
-        descriptor = descriptor.base
-    return descriptor
-
-
-def _input_position(descriptor: object) -> int | None:
-    innermost = _innermost(descriptor)
-    return innermost.idx if isinstance(innermost, PlainAOTInput) else None
 
 
 def trainable_buckets(inputs: Sequence[GraphInput], parameters: Iterable[Parameter]) -> list[tuple[Parameter, ...]]:

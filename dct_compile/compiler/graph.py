@@ -15,12 +15,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from dct_compile.compiler.first_use import FirstUse
-from dct_compile.compiler.state_inputs import add_state_inputs, placeholders, with_equal_start, with_state
+from dct_compile.compiler.state_inputs import add_state_inputs, with_equal_start, with_state
 from dct_compile.config import DCTConfig
 from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.context import GraphInput
 from dct_compile.passes.foresight import can_hold_sites
 from dct_compile.passes.inline_kernels import InlineKernels
-from dct_compile.passes.manager import GraphInput, JointGraphPass, StateNeededError, StateRequest, expected_requests
+from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRequest, expected_requests
 from dct_compile.runtime import Runtime
 
 Compiled = Callable[..., Any]
@@ -62,7 +63,7 @@ class GraphCompiler:
         self.config, self.group, self.runtime = settings.config, settings.group, settings.runtime
         self.is_reduced = reduced_outside or settings.group is not None or dist.get_world_size() == 1
         self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
-        self.inputs = [_describe(node, example) for node, example in zip(placeholders(gm), example_inputs, strict=True)]
+        self.inputs = [_describe(node, example) for node, example in zip(gu.placeholders(gm.graph), example_inputs, strict=True)]
         self.parameter_positions = [position for position, info in enumerate(self.inputs) if info.is_parameter]
         compile_id = CompileContext.current_compile_id()
         self.name = f"graph {compile_id}" if compile_id is not None else "graph"

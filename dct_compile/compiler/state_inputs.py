@@ -10,17 +10,13 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.distributed import ProcessGroup
 
+from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.manager import StateRequest
 from dct_compile.runtime import Runtime
 from dct_compile.state import BucketState
 from dct_compile.state_store import local_tensor
 
 Compiled = Callable[..., Any]
-
-
-def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
-    """Returns the nodes of the graph's inputs, in order."""
-    return gm.graph.find_nodes(op="placeholder")
 
 
 def add_state_inputs(gm: fx.GraphModule, inputs: Sequence[Any], requests: Sequence[StateRequest]) -> tuple[fx.GraphModule, list[Any]]:
@@ -32,7 +28,7 @@ def add_state_inputs(gm: fx.GraphModule, inputs: Sequence[Any], requests: Sequen
         return gm, list(inputs)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    last_placeholder = placeholders(gm)[-1]
+    last_placeholder = gu.placeholders(gm.graph)[-1]
     for node in gm.graph.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if node.op == "placeholder":
