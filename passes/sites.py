@@ -186,6 +186,7 @@ def _local_gradient(node: fx.Node, backward: set[fx.Node]) -> tuple[fx.Node, tup
         return None
     own = [other for other in backward if other.meta.get("seq_nr") == seq]
     incoming = {source for user in own for source in user.all_input_nodes if source in backward and source.meta.get("seq_nr") != seq}
+    incoming = {source for source in incoming if gu.value(source) is not None}  # a size is no gradient
     if len(incoming) != 1:
         return None
     gradient = incoming.pop()

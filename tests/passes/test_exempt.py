@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from dct_compile.config import DCTConfig
 from dct_compile.passes.plan import plan
 from tests.hand_made_sites import make_gradient, make_site
-from tests.small_models import exchange, leaf
 from tests.small_models import __file__ as models_file
+from tests.small_models import exchange, leaf
 from tests.tracing import Trace, trace
 
 LINE = next(
@@ -47,7 +47,9 @@ def test_one_of_two_by_module_or_short_name(pattern: str) -> None:
     assert reasons(pattern) == [KEPT, exempt, f"its forward is dense: {exempt}", "the forward's mask, values only"]
 
 
-@pytest.mark.parametrize("pattern", [f"small_models.py:{LINE}", "small_models.py:*", f"tests/small_models.py:{LINE}", f"{models_file}:{LINE}", "*"])
+@pytest.mark.parametrize(
+    "pattern", [f"small_models.py:{LINE}", "small_models.py:*", f"tests/small_models.py:{LINE}", f"{models_file}:{LINE}", "*"]
+)
 def test_all_of_a_line(pattern: str) -> None:
     assert reasons(pattern)[:2] == [f"exempt by pattern {pattern!r}"] * 2
 
@@ -86,6 +88,6 @@ def test_what_ranks_compare_says_dense() -> None:
     """The ranks compare decisions: a pattern that only one of them has is an error that names the option."""
     forward, gradient = make_site(), make_gradient(4096)
     exempt = plan([forward, gradient], DCTConfig(exempt=("here",)), True)
-    assert [decision.digest for decision in exempt][0] == "dense"
+    assert exempt[0].digest == "dense"
     assert exempt[1].compressed
     assert DCTConfig(exempt=("here",)).comparable()["exempt"] == ["here"]
