@@ -8,6 +8,7 @@ class Reason(StrEnum):
     """Why a site was left dense, or how it travels. Templates for ``str.format``; a name in braces is filled in by the plan."""
 
     ONE_RANK = "a group of one rank sends nothing"
+    SUBGRAPH = "it stands in a subgraph of {operator}, which is left as it is"
     COLLECTIVE = "{collective} is not compressed"
     NOT_WAITED = "its result is used before it was waited for"
     NEVER_WAITED = "nothing waits for its result"

@@ -70,9 +70,9 @@ def read_context(graph: fx.Graph, inputs: Sequence[GraphInput], backward_only: b
 def _read_outputs(graph: fx.Graph, inputs: Sequence[GraphInput], context: GraphContext) -> None:
     """Adds to ``context`` which outputs are gradients of parameters, which are new values of inputs, and which are returned."""
     known = {parameter.position: parameter for parameter in context.parameters.values()}
-    output = gu.output_node(graph)
+    descriptors = gu.output_node(graph).meta.get("desc", ())
     written: set[int | None] = set()
-    for place, (result, descriptor) in enumerate(zip(output.args[0], output.meta.get("desc", ()), strict=False)):  # type: ignore[arg-type]
+    for place, (result, descriptor) in enumerate(zip(gu.outputs(graph), descriptors, strict=False)):
         innermost = _innermost(descriptor)
         if isinstance(innermost, InputMutationAOTOutput):
             context.results[place] = STORED

@@ -78,7 +78,8 @@ def destination(node: fx.Node, results: Results) -> str:
         current, intact = stack.pop()
         for user in current.users:
             if user.op == "output":
-                places = {results.places.get(place, COMPUTED) for place, result in enumerate(user.args[0]) if result is current}  # type: ignore[arg-type]
+                outputs = gu.outputs(user.graph)
+                places = {results.places.get(place, COMPUTED) for place, result in enumerate(outputs) if result is current}
                 found |= places if intact else places - {RETURNED}
             elif user.target is aten.copy_.default and user.args[1] is current:
                 found.add(STORED)

@@ -174,6 +174,12 @@ def output_node(graph: fx.Graph) -> fx.Node:
     return node
 
 
+def outputs(graph: fx.Graph) -> list[Any]:
+    """Returns the graph's results, in order. The subgraph of a higher-order operator may return one that is not in a list."""
+    results = output_node(graph).args[0]
+    return list(results) if isinstance(results, list | tuple) else [results]
+
+
 def inherited(like: fx.Node, label: str) -> dict[str, Any]:
     """Returns the ``meta`` of nodes that stand for ``like``: its source line, its site, and ``label`` as the name of their origin.
 

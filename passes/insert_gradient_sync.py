@@ -41,7 +41,7 @@ def gradient_buckets(parameters: Sequence[tuple[Parameter, torch.dtype]]) -> lis
 def insert_gradient_sync(graph: fx.Graph, context: GraphContext, buckets: Sequence[Sequence[Parameter]], group: ProcessGroup) -> int:
     """Inserts one averaging all_reduce per bucket and declares its layout in ``context.segments``; returns their number."""
     output = gu.output_node(graph)
-    outputs = list(output.args[0])  # type: ignore[arg-type]
+    outputs = gu.outputs(graph)
     positions = {parameter: position for position, parameter in context.gradients.items() if isinstance(outputs[position], fx.Node)}
     order = {node: position for position, node in enumerate(graph.nodes)}
     comm = Comm(group.group_name, group.size())

@@ -15,12 +15,13 @@ from dct_compile.config import DCTConfig
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
 from dct_compile.measure import BucketMeasure
 from dct_compile.passes.collectives import ALL_REDUCE
-from dct_compile.passes.context import GraphInput, read_context
+from dct_compile.passes.context import GraphInput, has_descriptors, read_context
 from dct_compile.passes.insert_gradient_sync import gradient_buckets, insert_gradient_sync
 from dct_compile.passes.plan import Decision, decide, plan
 from dct_compile.passes.record import Described, describe, describe_nodes, readable
 from dct_compile.passes.rewrite import rewrite
 from dct_compile.passes.sites import GraphContext, find_sites
+from dct_compile.passes.subgraphs import subgraph_sites
 from dct_compile.report import GraphReport, Measure, ReportEntry, SiteReport
 from dct_compile.runtime import Runtime
 from dct_compile.schemes import GradientOffer
@@ -84,6 +85,10 @@ class JointGraphPass(CustomGraphPass):
         self.training = False
         """True if the graph, in the last call, had a backward."""
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "JointGraphPass":
+        """Returns itself: torch copies Inductor's configuration while it traces a scan, and this holds what cannot be copied."""
+        return self
+
     def uuid(self) -> str:
         """Returns a hash of the options. The rewritten graph itself is part of Inductor's cache key anyway."""
         return hashlib.sha256(json.dumps(self.config.comparable(), sort_keys=True).encode()).hexdigest()
@@ -92,11 +97,14 @@ class JointGraphPass(CustomGraphPass):
         self.runtime.reports.called = True
         for user_pass in self.earlier:
             user_pass(graph)
+        if not has_descriptors(graph):
+            return  # Inductor calls this for the subgraphs of a higher-order operator too. The graph that holds them reports them.
         context, state = self._read_inputs(graph)
         self.trains, self.training = bool(context.gradients), context.training
         if self.group is not None and context.training:
             insert_gradient_sync(graph, context, trainable_buckets(self.inputs, context.parameters.values()), self.group)
-        self.decisions = plan(find_sites(graph, context), self.config, context.training)
+        sites = [*find_sites(graph, context), *subgraph_sites(graph, context)]
+        self.decisions = plan(sites, self.config, context.training)
         self._check_state()
         # Describing a large graph takes a while: one without collectives is neither rewritten nor reported.
         if self.decisions:

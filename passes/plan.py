@@ -119,6 +119,8 @@ def _unsupported(exchange: Exchange) -> str | None:
     """Returns the reason why no scheme can carry this collective, if there is one."""
     if exchange.ranks == 1:
         return Reason.ONE_RANK
+    if exchange.operator:
+        return Reason.SUBGRAPH.format(operator=exchange.operator)
     if not exchange.collective.carrier:
         return Reason.COLLECTIVE.format(collective=exchange.collective.name)
     if not exchange.waited:

@@ -105,8 +105,8 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
         The sites, in graph order. A backward site has the site of its forward as ``twin``.
     """
     backward = gu.reachable_from(context.tangents)
-    outputs = gu.output_node(graph).args[0]
-    returned = {outputs[position]: parameter for position, parameter in context.gradients.items()}  # type: ignore[index]
+    outputs = gu.outputs(graph)
+    returned = {outputs[position]: parameter for position, parameter in context.gradients.items()}
     sites: list[Site] = []
     forward_by_seq: dict[int, Site] = {}
     for node in graph.nodes:

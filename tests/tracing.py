@@ -23,8 +23,9 @@ from dct_compile.compiler.graph import JOINT_SLOT, GraphCompiler, Settings
 from dct_compile.compiler.options import gradient_group
 from dct_compile.compiler.state_inputs import add_state_inputs
 from dct_compile.config import DCTConfig
+from dct_compile.passes.context import GraphInput, has_descriptors
 from dct_compile.passes.graph_utils import WAIT
-from dct_compile.passes.manager import GraphInput, JointGraphPass, StateRequest
+from dct_compile.passes.manager import JointGraphPass, StateRequest
 from dct_compile.passes.plan import Decision
 from dct_compile.report import Report
 from dct_compile.runtime import Runtime
@@ -126,7 +127,8 @@ class _CapturingPass(JointGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         before = copy.deepcopy(graph)
         super().__call__(graph)
-        self.captured.before, self.captured.after, self.captured.decisions = before, copy.deepcopy(graph), self.decisions
+        if has_descriptors(graph):
+            self.captured.before, self.captured.after, self.captured.decisions = before, copy.deepcopy(graph), self.decisions
 
 
 class _TracingCompiler(GraphCompiler):
