@@ -58,9 +58,13 @@ class DCTConfig:
     min_numel: int = 128
     """Tensors with fewer elements stay dense."""
     exempt: tuple[str, ...] = ()
-    """Parameter-name patterns (``fnmatch``) whose gradients stay dense."""
+    """Patterns (``fnmatch``) of what stays dense: gradients by parameter name; activations and embeddings, with their gradients, by module
+    path, short name (``top.0: model.py:12``) or source line (``model.py:12``, with any leading folders).
+    """
     mp_eval: bool = True
     """Keep masking activations in evaluation (graphs without a backward), as the paper does."""
+    mp_outputs: bool = False
+    """Compress also activations and embeddings that a graph returns as they arrive, such as gathered logits."""
     gradient_scheme: str = "auto"
     """The scheme for gradients: "gather" sends payloads to all ranks, "owner" sends them through owners of shares, "auto" takes whichever
     sends less; "powersgd" sends low-rank factors; "random_k" sends elements that all ranks draw alike.
@@ -94,9 +98,10 @@ class DCTConfig:
         self._keep("capacity_factor", _number("capacity_factor", self.capacity_factor, 1.0, "a number >= 1"))
         self._keep("min_numel", _integer("min_numel", self.min_numel, 0))
         if isinstance(self.exempt, str) or not all(isinstance(pattern, str) for pattern in _as_iterable(self.exempt)):
-            raise _error("exempt", self.exempt, "a list of parameter-name patterns (strings)")
+            raise _error("exempt", self.exempt, "a list of patterns (strings) of parameters, modules or source lines")
         self._keep("exempt", tuple(self.exempt))
         _check_bool("mp_eval", self.mp_eval)
+        _check_bool("mp_outputs", self.mp_outputs)
         _check_choice("gradient_scheme", self.gradient_scheme, GRADIENT_SCHEMES)
         self._keep("rank", _integer("rank", self.rank, 1))
         _check_choice("embedding_codec", self.embedding_codec, EMBEDDING_CODECS)

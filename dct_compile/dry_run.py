@@ -35,8 +35,8 @@ def dry_run(options: Mapping[str, Any] | None, runtime: Runtime) -> Compiled:
                 integration.preview(target, config, runtime)
                 previewed.append(target)
         settings = Settings(config, patches, group, runtime, _nothing_computed)
-        is_sharded = note_unseen(example_inputs, runtime)
-        compiler = GraphCompiler(gm, example_inputs, settings, reduced_outside=bool(active) or is_sharded)
+        note_unseen(example_inputs, runtime)
+        compiler = GraphCompiler(gm, example_inputs, settings, reduced_outside=bool(active))
         compiled, requests = compiler.compile()
         entry = compiler.first_use.entry
 

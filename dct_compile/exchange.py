@@ -23,6 +23,8 @@ BUFFERS = "buffers"
 BACKWARD_OF = {ACTIVATION: "activation_gradient", EMBEDDING: "embedding_gradient"}
 """The kind of the exchange that carries the gradient of one of these."""
 ALL_GATHER, ALL_TO_ALL, ALL_REDUCE = "all_gather_into_tensor", "all_to_all_single", "all_reduce"
+COMPUTED, RETURNED, STORED = "computed", "returned", "stored"
+"""The destinations of a result: computed with, returned by the graph, or written to one of its inputs."""
 COMPRESSIBLE = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that schemes carry."""
 
@@ -80,15 +82,18 @@ class Exchange:
 
     ``kind``: "gradient", "activation", "embedding", the gradient of one of the latter two (:data:`BACKWARD_OF`), or "other". ``name``: the
     parameters whose gradient it carries, else the source line. ``shape``: of the input, ``None`` where it is unknown; a leading size that
-    is dynamic is the traced example's. ``static_rows``: whether all sizes but the leading one are static. ``reduce_op``: "sum", "avg",
-    ..., empty where nothing is reduced. ``splits``: the static input splits of an uneven all_to_all. ``segments``: whose gradients a
-    buffer holds. ``number``: the place among the sites of its graph.
+    is dynamic is the traced example's. ``static_rows``: whether all sizes but the leading one are static; ``static_width``: whether the
+    last one is. ``reduce_op``: "sum", "avg", ..., empty where nothing is reduced. ``splits``: the static input splits of an uneven
+    all_to_all. ``segments``: whose gradients a buffer holds. ``number``: the place among the sites of its graph. ``module``: the path of
+    the module that issued it, and ``source``: its source line, as "/path/model.py:12", by which the option ``exempt`` finds it too.
 
     ``origin``: the source of the input, as far as the graph shows: "embedding", "parameter", "foreign" (not visible) or "computed".
+    ``destination``: where the result goes: :data:`COMPUTED`, :data:`RETURNED` or :data:`STORED`. ``operator``: the higher-order operator in
+    whose subgraph it stands, empty for the graph itself.
     ``trains``: whether a backward belongs to it. ``backward``: the exchange of that backward; ``None`` where it sends nothing.
     ``local_gradient``: whether the gradient of the input was found on this rank, for an exchange whose backward sends nothing.
-    ``waited``: whether its result is used only after a wait. ``may_be_unused``: whether a step may leave out parameters (DDP's
-    ``find_unused_parameters``).
+    ``waited``: whether its result is used only after a wait; ``used``: whether there is a wait. ``may_be_unused``: whether a step may leave
+    out parameters (DDP's ``find_unused_parameters``).
     """
 
     collective: Collective
@@ -103,13 +108,19 @@ class Exchange:
     reduce_op: str = ""
     splits: tuple[int, ...] | None = None
     static_rows: bool = True
+    static_width: bool = True
     segments: tuple[Segment, ...] = ()
     number: int = 0
+    module: str = ""
+    source: str = ""
     origin: str = "computed"
+    destination: str = COMPUTED
+    operator: str = ""
     trains: bool = True
     backward: "Exchange | None" = None
     local_gradient: bool = False
     waited: bool = True
+    used: bool = True
     may_be_unused: bool = False
 
     @property

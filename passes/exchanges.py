@@ -9,6 +9,7 @@ from torch import fx
 from dct_compile.exchange import Exchange
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.sites import Site
+from dct_compile.passes.source import module_path, source_line
 
 
 def exchanges_of(sites: Sequence[Site], training: bool) -> list[Exchange]:
@@ -41,12 +42,18 @@ def _exchange(site: Site, number: int, training: bool) -> Exchange:
         reduce_op=str(gu.optional_argument(site.node, "reduce_op") or "").lower(),
         splits=_static_splits(site),
         static_rows=tensor is None or all(isinstance(size, int) for size in tensor.shape[1:]),
+        static_width=tensor is None or all(isinstance(size, int) for size in tensor.shape[-1:]),
         segments=site.segments,
         number=number,
+        module=module_path(site.node),
+        source=line.place if (line := source_line(site.node)) is not None else "",
         origin=site.origin,
+        destination=site.destination,
+        operator=site.operator,
         trains=training,
         local_gradient=site.local_gradient is not None,
-        waited=all(user.target is gu.WAIT for user in site.node.users),
+        waited=all(user.target is gu.WAIT or user.target in gu.METADATA_OPS for user in site.node.users),
+        used=bool(gu.waits(site.node)),
     )
 
 

@@ -47,6 +47,18 @@ SHAPE_OPS = frozenset(
 )
 """Operators that move elements about and compute nothing with them."""
 
+METADATA_OPS = frozenset(
+    {
+        aten.sym_size.int,
+        aten.sym_size.default,
+        aten.sym_stride.int,
+        aten.sym_stride.default,
+        aten.sym_numel.default,
+        aten.sym_storage_offset.default,
+    }
+)
+"""Operators that ask for the shape of a tensor and read none of its values."""
+
 SCALING_OPS = frozenset({aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar})
 
 
@@ -146,10 +158,26 @@ def _is_getitem_of_shape_op(node: fx.Node) -> bool:
     return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].target in SHAPE_OPS
 
 
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """Returns the nodes of the graph's inputs, in order."""
+    return list(graph.find_nodes(op="placeholder"))
+
+
+def tangents(graph: fx.Graph) -> list[fx.Node]:
+    """Returns the inputs of the backward part of a joint graph."""
+    return [node for node in placeholders(graph) if node.name.startswith("tangents")]
+
+
 def output_node(graph: fx.Graph) -> fx.Node:
     """Returns the one node that returns the graph's results."""
     node: fx.Node = next(node for node in reversed(graph.nodes) if node.op == "output")
     return node
+
+
+def outputs(graph: fx.Graph) -> list[Any]:
+    """Returns the graph's results, in order. The subgraph of a higher-order operator may return one that is not in a list."""
+    results = output_node(graph).args[0]
+    return list(results) if isinstance(results, list | tuple) else [results]
 
 
 def inherited(like: fx.Node, label: str) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def insert_gradient_sync(graph: fx.Graph, context: GraphContext, buckets: Sequen
         ValueError: A gradient cannot be averaged: it is sparse, or has another shape than its parameter.
     """
     output = gu.output_node(graph)
-    outputs = list(output.args[0])  # type: ignore[arg-type]
+    outputs = gu.outputs(graph)
     positions = {parameter: position for position, parameter in context.gradients.items() if isinstance(outputs[position], fx.Node)}
     order = {node: position for position, node in enumerate(graph.nodes)}
     comm = Comm(group.group_name, group.size())

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from torch import fx
-from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import trace_structured
 from torch.distributed import ProcessGroup
@@ -15,14 +14,15 @@ from torch.distributed import ProcessGroup
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
 from dct_compile.measure import BucketMeasure
-from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.collectives import ALL_REDUCE
+from dct_compile.passes.context import has_descriptors, read_context
 from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.insert_gradient_sync import averaged_buckets, insert_gradient_sync
 from dct_compile.passes.plan import Decision, decide_in_graph, plan
 from dct_compile.passes.record import Described, describe, describe_nodes, readable
 from dct_compile.passes.rewrite import rewrite
 from dct_compile.passes.sites import GraphContext, find_sites
+from dct_compile.passes.subgraphs import subgraph_sites
 from dct_compile.report import GraphReport, Measure, ReportEntry, SiteReport
 from dct_compile.runtime import Runtime
 from dct_compile.schemes import GradientOffer
@@ -89,6 +89,10 @@ class JointGraphPass(CustomGraphPass):
         """The positions of parameters whose gradients DTensor reduces, known once the graph has been traced."""
         self.entry: ReportEntry | None = None
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "JointGraphPass":
+        """Returns itself: torch copies Inductor's configuration while it traces a scan, and this holds what cannot be copied."""
+        return self
+
     def uuid(self) -> str:
         """Returns a hash of the options. The rewritten graph itself is part of Inductor's cache key anyway."""
         return hashlib.sha256(json.dumps(self.config.comparable(), sort_keys=True).encode()).hexdigest()
@@ -97,12 +101,15 @@ class JointGraphPass(CustomGraphPass):
         self.runtime.reports.called = True
         for user_pass in self.earlier:
             user_pass(graph)
+        if not has_descriptors(graph):
+            return  # Inductor calls this for the subgraphs of a higher-order operator too. The graph that holds them reports them.
         context, state = self._read_inputs(graph)
         self.trains, self.training = bool(context.gradients), context.training
         if self.group is not None and context.training:
             parameters = [parameter for parameter in context.parameters.values() if parameter.position not in self.reduced]
             insert_gradient_sync(graph, context, averaged_buckets(self.inputs, parameters), self.group)
-        self.decisions = plan(find_sites(graph, context), self.config, context.training)
+        sites = [*find_sites(graph, context), *subgraph_sites(graph, context)]
+        self.decisions = plan(sites, self.config, context.training)
         self._check_state()
         # Describing a large graph takes a while: one without collectives is neither rewritten nor reported.
         if self.decisions:
@@ -112,32 +119,8 @@ class JointGraphPass(CustomGraphPass):
             self.entry.training = context.training or self.backward_only
 
     def _read_inputs(self, graph: fx.Graph) -> tuple[GraphContext, dict[int, dict[str, fx.Node]]]:
-        """Reads AOTAutograd's descriptors: the Dynamo input of each placeholder, and the parameter of each gradient among the outputs.
-
-        A tensor subclass is several placeholders; DTensor's local tensor is the one that counts.
-        """
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        tangents = [node for node in placeholders if node.name.startswith("tangents")]
-        context = GraphContext(training=bool(tangents), tangents=tangents, backward_only=self.backward_only)
-        state_nodes: list[fx.Node] = []
-        for node in placeholders:
-            position = _input_position(node.meta.get("desc"))
-            if position is None:
-                continue
-            if position >= len(self.inputs):
-                state_nodes.append(node)
-                continue
-            info, tensor = self.inputs[position], gu.value(node)
-            if info.is_parameter and tensor is not None:
-                context.parameters[node] = Parameter(position, info.name, tuple(gu.hint(size) for size in tensor.shape))
-            if info.is_foreign:
-                context.foreign.add(node)
-        known = {parameter.position: parameter for parameter in context.parameters.values()}
-        output = gu.output_node(graph)
-        for place, (result, descriptor) in enumerate(zip(output.args[0], output.meta.get("desc", ()), strict=False)):  # type: ignore[arg-type]
-            position = _input_position(getattr(_innermost(descriptor), "grad_of", None))
-            if position in known and self.inputs[position].is_trainable and isinstance(result, fx.Node) and gu.value(result) is not None:
-                context.gradients[place] = known[position]
+        """Returns the context of the graph, and the placeholders of each request's state by name."""
+        context, state_nodes = read_context(graph, self.inputs, self.backward_only)
         if self.group is not None and len(set(context.gradients.values())) < len(context.gradients):
             raise RuntimeError(f"{self.name}: a parameter is a subclass of several tensors; data_parallel cannot average its gradient")
         nodes = iter(state_nodes)
@@ -160,18 +143,6 @@ class JointGraphPass(CustomGraphPass):
             BucketMeasure(self.requests[self._request_of(decision)].buckets) if isinstance(decision.offer, GradientOffer) else None
             for decision in self.decisions
         ]
-
-
-def _innermost(descriptor: object) -> object:
-    """Strips the descriptors of a subclass's parts down to that of the whole."""
-    while hasattr(descriptor, "base"):
-        descriptor = descriptor.base
-    return descriptor
-
-
-def _input_position(descriptor: object) -> int | None:
-    innermost = _innermost(descriptor)
-    return innermost.idx if isinstance(innermost, PlainAOTInput) else None
 
 
 def expected_requests(inputs: Sequence[GraphInput], group: ProcessGroup | None, config: DCTConfig) -> list[StateRequest]:

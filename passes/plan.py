@@ -4,11 +4,12 @@ A decision depends on the options, on dtypes and on static sizes only. It never 
 All ranks therefore decide alike.
 """
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dct_compile.config import DCTConfig
-from dct_compile.exchange import ALL_REDUCE, BACKWARD_OF, COMPRESSIBLE, GRADIENT, OTHER, Exchange
+from dct_compile.exchange import ALL_REDUCE, BACKWARD_OF, COMPRESSIBLE, GRADIENT, OTHER, RETURNED, STORED, Exchange
 from dct_compile.passes.exchanges import exchanges_of
 from dct_compile.passes.sites import Site
 from dct_compile.reasons import Reason
@@ -127,10 +128,14 @@ def _unsupported(exchange: Exchange) -> str | None:
     """Returns the reason why no scheme can carry this collective, if there is one."""
     if exchange.ranks == 1:
         return Reason.ONE_RANK
+    if exchange.operator:
+        return Reason.SUBGRAPH.format(operator=exchange.operator)
     if not exchange.collective.carrier:
         return Reason.COLLECTIVE.format(collective=exchange.collective.name)
     if not exchange.waited:
         return Reason.NOT_WAITED
+    if not exchange.used:
+        return Reason.NEVER_WAITED
     if exchange.shape is None:
         return Reason.UNKNOWN_SHAPE
     if exchange.dtype not in COMPRESSIBLE:
@@ -150,11 +155,29 @@ def _left_alone(exchange: Exchange, config: DCTConfig) -> str | None:
         return Reason.NO_FORWARD
     if exchange.kind == OTHER:
         return Reason.PARAMETERS
+    if (pattern := _exempting(exchange, config)) is not None:
+        return Reason.EXEMPT.format(pattern=pattern)
+    if exchange.destination == STORED:
+        return Reason.STORED
+    if exchange.destination == RETURNED and not config.mp_outputs:
+        return Reason.RETURNED
     if exchange.origin == "foreign":
         return Reason.FOREIGN
     if not exchange.trains and not config.mp_eval:
         return Reason.EVALUATION
     return _mismatch(exchange, exchange.backward) if exchange.backward is not None else None
+
+
+def _exempting(exchange: Exchange, config: DCTConfig) -> str | None:
+    """Returns the first pattern of ``exempt`` that matches the exchange's name, short name, module path or source line.
+
+    The name holds code, in which a bracket is no pattern, and so it is compared as it is. A source line may lack leading folders.
+    """
+    places = [place for place in (exchange.label, exchange.module, exchange.source) if place]
+    for pattern in config.exempt:
+        if exchange.name == pattern or any(fnmatch.fnmatchcase(place, wanted) for place in places for wanted in (pattern, f"*/{pattern}")):
+            return pattern
+    return None
 
 
 def _mismatch(exchange: Exchange, backward: Exchange) -> str | None:

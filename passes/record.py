@@ -53,8 +53,7 @@ def readable(graph: fx.Graph) -> str:
 
 def describe_nodes(graph: fx.Graph) -> tuple[NodeReport, ...]:
     """Returns all nodes, in graph order."""
-    tangents = [node for node in graph.nodes if node.op == "placeholder" and node.name.startswith("tangents")]
-    backward = gu.reachable_from(tangents)
+    backward = gu.reachable_from(gu.tangents(graph))
     return tuple(_describe_node(node, node in backward) for node in graph.nodes)
 
 
@@ -67,7 +66,7 @@ def _describe_node(node: fx.Node, backward: bool) -> NodeReport:
         shape=tuple(gu.hint(size) for size in tensor.shape) if tensor is not None else None,
         dtype=str(tensor.dtype).removeprefix("torch.") if tensor is not None else "",
         size=gu.numel_hint(tensor) * tensor.itemsize if tensor is not None else 0,
-        source=f"{line.path}:{line.line}" if line is not None else "",
+        source=line.place if line is not None else "",
         code=line.code if line is not None else "",
         site=node.meta.get(gu.SITE),
         backward=backward or node.meta.get("partitioner_tag") == "is_backward",
@@ -109,7 +108,7 @@ def describe_site(decision: Decision, number: int = 0, pair: int | None = None) 
         group_size=exchange.ranks,
         density=decision.offer.density if decision.offer is not None else None,
         offers=dict(decision.offers),
-        source=f"{line.path}:{line.line}" if line is not None else "",
+        source=line.place if line is not None else "",
         number=number,
         pair=pair,
     )

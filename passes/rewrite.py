@@ -1,6 +1,7 @@
 """Executes decisions: puts the function of each scheme in the place of its collective. Declines nothing; only the plan does."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import dropwhile, takewhile
 from typing import Any
 
 from torch import Tensor, fx
@@ -114,7 +115,22 @@ def _first_wait(site: Site) -> fx.Node:
 
 def _replace(site: Site, result: fx.Node) -> None:
     """Lets ``result`` stand for the waited result. Removes the wait before the collective, since both have side effects."""
+    _move_queries(site, result)
     for wait in gu.waits(site.node):
         wait.replace_all_uses_with(result)
         site.node.graph.erase_node(wait)
     site.node.graph.erase_node(site.node)
+
+
+def _move_queries(site: Site, result: fx.Node) -> None:
+    """Lets questions about the shape of the result ask ``result``. They, and what depends on them, move to the wait: behind ``result``."""
+    node, wait = site.node, _first_wait(site)
+    late = {user for user in node.users if user.target in gu.METADATA_OPS}
+    if not late:
+        return
+    for query in late:
+        query.replace_input_with(node, result)
+    for current in takewhile(lambda other: other is not wait, dropwhile(lambda other: other is not node, list(node.graph.nodes))):
+        if current in late or any(source in late for source in current.all_input_nodes):
+            late.add(current)
+            wait.prepend(current)

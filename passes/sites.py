@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from dct_compile.element_order import ElementOrder
-from dct_compile.exchange import ACTIVATION, ALL_REDUCE, BACKWARD_OF, EMBEDDING, GRADIENT, OTHER, Collective, Parameter, Segment
+from dct_compile.exchange import ACTIVATION, ALL_REDUCE, BACKWARD_OF, COMPUTED, EMBEDDING, GRADIENT, OTHER, Collective, Parameter, Segment
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.collectives import collective_of
+from dct_compile.passes.destination import destination, read_results
 from dct_compile.passes.source import source_name
 
 aten = gu.aten
@@ -48,7 +49,9 @@ class GraphContext:
     ``parameters``: the placeholders that stand for parameters. ``gradients``: which positions of the output are the gradients of which
     parameters. ``foreign``: inputs that another part of the model computed (after a graph break, or where DDP's optimizer cut the graph).
     ``tangents``: the inputs of the backward part. ``training``: False for a graph that has no backward. ``segments``: the layout of
-    gradient buffers, by their all_reduce. ``backward_only``: True for a backward that compiled autograd traced on its own.
+    gradient buffers, by their all_reduce. ``backward_only``: True for a backward that compiled autograd traced on its own. ``results``:
+    which positions of the output are returned, and which are new values of inputs, by the destinations of
+    :class:`dct_compile.exchange.Exchange`. ``written``: the placeholders that are written to.
     """
 
     training: bool
@@ -58,6 +61,8 @@ class GraphContext:
     tangents: list[fx.Node] = field(default_factory=list)
     segments: dict[fx.Node, tuple[Segment, ...]] = field(default_factory=dict)
     backward_only: bool = False
+    results: dict[int, str] = field(default_factory=dict)
+    written: set[fx.Node] = field(default_factory=set)
 
 
 @dataclass
@@ -65,7 +70,8 @@ class Site:
     """One collective of a graph: the node that starts it, and its facts from the graph (see :class:`dct_compile.exchange.Exchange`).
 
     ``input``: the node of its one input. ``twin``: the forward site of a backward one. ``local_gradient``: for a forward all_reduce
-    without a backward collective (row-parallel layers), the gradient of its input and the nodes that use it as such.
+    without a backward collective (row-parallel layers), the gradient of its input and the nodes that use it as such. ``destination``: of a
+    forward site's result. ``operator``: the higher-order operator in whose subgraph the node stands.
     """
 
     node: fx.Node
@@ -80,6 +86,8 @@ class Site:
     twin: "Site | None" = None
     segments: tuple[Segment, ...] = ()
     local_gradient: tuple[fx.Node, tuple[fx.Node, ...]] | None = None
+    destination: str = COMPUTED
+    operator: str = ""
 
     @property
     def tensor(self) -> Tensor | None:
@@ -98,8 +106,8 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
         The sites, in graph order. A backward site has the site of its forward as ``twin``.
     """
     backward = gu.reachable_from(context.tangents)
-    outputs = gu.output_node(graph).args[0]
-    returned = {outputs[position]: parameter for position, parameter in context.gradients.items()}  # type: ignore[index]
+    outputs = gu.outputs(graph)
+    returned = {outputs[position]: parameter for position, parameter in context.gradients.items()}
     sites: list[Site] = []
     forward_by_seq: dict[int, Site] = {}
     for node in graph.nodes:
@@ -128,6 +136,10 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
             forward_by_seq.setdefault(seq, site)
         sites.append(site)
     _pair_by_gradient(sites, backward)
+    results = read_results(graph, context.results, {*context.parameters, *context.written})
+    for site in sites:
+        if site.kind in BACKWARD_OF:
+            site.destination = destination(site.node, results)
     return sites
 
 
@@ -175,6 +187,7 @@ def _local_gradient(node: fx.Node, backward: set[fx.Node]) -> tuple[fx.Node, tup
         return None
     own = [other for other in backward if other.meta.get("seq_nr") == seq]
     incoming = {source for user in own for source in user.all_input_nodes if source in backward and source.meta.get("seq_nr") != seq}
+    incoming = {source for source in incoming if gu.value(source) is not None}  # a size is no gradient
     if len(incoming) != 1:
         return None
     gradient = incoming.pop()

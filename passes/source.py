@@ -19,6 +19,11 @@ class SourceLine:
     function: str
     code: str
 
+    @property
+    def place(self) -> str:
+        """The full path of the file, and the line: ``/path/model.py:12``."""
+        return f"{self.path}:{self.line}"
+
     def __str__(self) -> str:
         return f"{Path(self.path).name}:{self.line} in {self.function}: {self.code}"
 
@@ -28,11 +33,15 @@ def source_name(node: fx.Node) -> str:
 
     The node's own name stands for a line that the trace does not hold.
     """
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0].partition("].")[2] if stack else ""
-    line = source_line(node)
+    path, line = module_path(node), source_line(node)
     text = str(line) if line is not None else node.name
     return f"{path}: {text}" if path else text
+
+
+def module_path(node: fx.Node) -> str:
+    """Returns the path of the module that issued ``node``, such as ``top.0``; empty for the outermost one."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next(reversed(stack.values()))[0].partition("].")[2] if stack else ""
 
 
 def source_line(node: fx.Node) -> SourceLine | None:

@@ -116,7 +116,7 @@ def activation_code() -> tuple[GraphLowering, str]:
         x, indices = torch.empty(32, 3, 40, device="cuda:0"), torch.empty(64, dtype=torch.int64, device="cuda:0")
         for tensor in (x, indices):
             torch._dynamo.mark_dynamic(tensor, 0)
-        compiled_exchange = torch.compile(exchange, backend="dct", options={"inline_kernels": True})
+        compiled_exchange = torch.compile(exchange, backend="dct", options={"inline_kernels": True, "mp_outputs": True})
         return generate(lambda: compiled_exchange(x, indices, torch.empty(1000, 40, device="cuda:0")))
 
 

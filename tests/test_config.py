@@ -18,7 +18,7 @@ from tests.tracing import fake_group
 FRACTION = "a number in (0, 1]: the fraction kept"
 DTYPES = "one of 'float32', 'bfloat16', 'float16'"
 THRESHOLDS = "one of 'exact', 'sampled', 'laplace' or a float"
-PATTERNS = "a list of parameter-name patterns (strings)"
+PATTERNS = "a list of patterns (strings) of parameters, modules or source lines"
 NAN = float("nan")
 INF = float("inf")
 
@@ -50,6 +50,7 @@ BAD: list[tuple[str, Any, str]] = [
     *[("exempt", value, PATTERNS) for value in ("*.bias", [1], [None], None, 5, [["a"]])],
     *[("rank", value, "an integer >= 1") for value in (0, 1.0, True, None)],
     *[("mp_eval", value, "True or False") for value in (1, None, "no")],
+    *[("mp_outputs", value, "True or False") for value in (1, None, "no")],
     *[("gradient_scheme", value, "one of 'auto', 'gather', 'owner', 'powersgd', 'random_k'") for value in ("ring", None, 1)],
     *[("embedding_codec", value, "one of 'int8', 'int4', 'threshold', 'dense'") for value in ("int2", "int 8", None, 8)],
     *[("inline_kernels", value, "True or False") for value in (1, 0, "yes", None)],

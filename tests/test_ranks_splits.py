@@ -45,9 +45,9 @@ class Uneven(nn.Module):
             for size in (*received, *sent):
                 torch._check(size >= 0)
                 torch._check(size <= 100)
-            # No layer behind it: how many rows arrive is not known when the graph is made.
-            return funcol.all_to_all_single_autograd(h, received, sent, dist.group.WORLD)
-        return self.top(funcol.all_to_all_single_autograd(h, received, sent, dist.group.WORLD))
+        exchanged = funcol.all_to_all_single_autograd(h, received, sent, dist.group.WORLD)
+        # The backward of the views asks how many rows arrived, which is not always known when the graph is made.
+        return self.top(exchanged.view(-1, 2, WIDTH // 2).sin().view(-1, WIDTH))
 
 
 class Outcome(NamedTuple):

@@ -23,8 +23,9 @@ from dct_compile.compiler.graph import JOINT_SLOT, GraphCompiler, Settings
 from dct_compile.compiler.options import gradient_group
 from dct_compile.compiler.state_inputs import add_state_inputs
 from dct_compile.config import DCTConfig
+from dct_compile.passes.graph_input import GraphInput, has_descriptors
 from dct_compile.passes.graph_utils import WAIT
-from dct_compile.passes.manager import GraphInput, JointGraphPass, StateRequest
+from dct_compile.passes.manager import JointGraphPass, StateRequest
 from dct_compile.passes.plan import Decision
 from dct_compile.report import Report
 from dct_compile.runtime import Runtime
@@ -86,7 +87,7 @@ class Tracer:
         return self.runtime.reports.snapshot()
 
     def compile(self, function: Callable[..., Any], dynamic: bool | None = None, **options: Any) -> Callable[..., Any]:
-        config = DCTConfig(**options)
+        config = DCTConfig(**{"mp_outputs": True, **options})  # functions of tests often return what they exchange
 
         def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             settings = Settings(config, {}, gradient_group(config, reduced_outside=False), self.runtime)
@@ -126,7 +127,8 @@ class _CapturingPass(JointGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         before = copy.deepcopy(graph)
         super().__call__(graph)
-        self.captured.before, self.captured.after, self.captured.decisions = before, copy.deepcopy(graph), self.decisions
+        if has_descriptors(graph):
+            self.captured.before, self.captured.after, self.captured.decisions = before, copy.deepcopy(graph), self.decisions
 
 
 class _TracingCompiler(GraphCompiler):

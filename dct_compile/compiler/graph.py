@@ -19,7 +19,7 @@ from dct_compile.compiler.equal_start import with_equal_start
 from dct_compile.compiler.exchanges import before_exchanges
 from dct_compile.compiler.first_use import FirstUse
 from dct_compile.compiler.spread import Meshes, fsdp_meshes, spread_of, watchers
-from dct_compile.compiler.state_inputs import add_state_inputs, placeholders, with_state
+from dct_compile.compiler.state_inputs import add_state_inputs, with_state
 from dct_compile.config import DCTConfig
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.foresight import can_hold_sites
@@ -77,8 +77,8 @@ class GraphCompiler:
         self.config, self.group, self.runtime = settings.config, settings.group, settings.runtime
         self.is_reduced = reduced_outside or settings.group is not None or dist.get_world_size() == 1
         self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
-        meshes = fsdp_meshes()
-        self.inputs = [_describe(node, item, self.group, meshes) for node, item in zip(placeholders(gm), example_inputs, strict=True)]
+        meshes, nodes = fsdp_meshes(), gu.placeholders(gm.graph)
+        self.inputs = [_describe(node, item, self.group, meshes) for node, item in zip(nodes, example_inputs, strict=True)]
         self.parameter_positions = parameter_positions(example_inputs)
         compile_id = CompileContext.current_compile_id()
         self.name = f"graph {compile_id}" if compile_id is not None else "graph"

@@ -10,16 +10,12 @@ from torch._guards import detect_fake_mode
 
 from dct_compile.compiler.exchanges import begin_exchanges
 from dct_compile.config import DCTConfig
+from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.manager import StateRequest
 from dct_compile.runtime import Runtime
 from dct_compile.state import BucketState
 
 Compiled = Callable[..., Any]
-
-
-def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
-    """Returns the nodes of the graph's inputs, in order."""
-    return gm.graph.find_nodes(op="placeholder")
 
 
 def add_state_inputs(
@@ -42,7 +38,7 @@ def add_state_inputs(
         return gm, list(inputs)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    last_placeholder = placeholders(gm)[-1]
+    last_placeholder = gu.placeholders(gm.graph)[-1]
     for node in gm.graph.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if node.op == "placeholder":
@@ -54,7 +50,7 @@ def add_state_inputs(
                     added._dynamo_source = None
                     added.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
             for position, watch in watchers.items():
-                watched = placeholders(gm)[position]
+                watched = gu.placeholders(gm.graph)[position]
                 copies[watched] = graph.call_function(watch, (copies[watched],))
     copy = fx.GraphModule(gm, graph)
     copy.meta.update(gm.meta)

@@ -25,7 +25,7 @@ def make_pass(runtime: Runtime, earlier: Any = (), **options: Any) -> JointGraph
 
 def captured_graph() -> fx.Graph:
     """A forward graph with one exchange, as a hook of Inductor sees it."""
-    traced = trace(lambda x: exchange(x.relu()), torch.randn(16, 64))
+    traced = trace(lambda x: exchange(x.relu()).sin(), torch.randn(16, 64))
     return fx.GraphModule({}, traced.before).graph
 
 

@@ -73,6 +73,21 @@ def test_dynamic_width_is_left_dense() -> None:
     assert trace(lambda x: exchange(x.relu()), x).reasons == [reason, f"its forward is dense: {reason}"]
 
 
+def test_dynamic_sequence_is_not_called_a_dynamic_width() -> None:
+    x = leaf(16, 8, 64)
+    torch._dynamo.mark_dynamic(x, 1)
+    assert trace(lambda x: exchange(x.relu()), x).reasons[0] == "a size between the first and the last is dynamic"
+
+
+def test_result_that_nothing_waits_for_is_left_dense() -> None:
+    site = make_site()
+    output = next(iter(site.node.graph.find_nodes(op="output")))
+    output.args = ((),)
+    for wait in list(site.node.users):
+        site.node.graph.erase_node(wait)
+    assert decide(site).reason == "nothing waits for its result"
+
+
 MISMATCHES: dict[str, dict[str, Any]] = {
     "its backward is all_to_all_single, expected reduce_scatter_tensor": {"collective": "all_to_all_single", "shape": (64, 64)},
     "its backward carries rows of another shape": {"shape": (64, 32)},

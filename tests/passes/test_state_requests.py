@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from dct_compile.config import DCTConfig
-from dct_compile.passes.manager import GraphInput, JointGraphPass, StateRequest, expected_requests
+from dct_compile.passes.graph_input import GraphInput
+from dct_compile.passes.manager import JointGraphPass, StateRequest, expected_requests
 from tests.small_models import Layers, Weighted, exchange, world
 from tests.tracing import fake_group, trace
 
