@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +59,15 @@ def run(backend: Any, options: dict[str, Any] | None = None, mode: str | None = 
 
 def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_a_graph_without_collectives_can_be_compiled_ahead_of_time(tmp_path: Path) -> None:
+    model, x = Net(), torch.randn(8, 16)
+    with fresh_compiler(), torch._dynamo.config.patch(enable_aot_compile=True):
+        compiled: Any = torch.compile(Net.forward, backend=dct, fullgraph=True)
+        compiled.aot_compile(((model, x), {})).save_compiled_function(str(tmp_path / "compiled"))
+    with (tmp_path / "compiled").open("rb") as file:
+        assert torch.equal(torch.compiler.load_compiled_function(file)(model, x), model(x))
 
 
 @pytest.fixture(scope="module")
