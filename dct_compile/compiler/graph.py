@@ -22,10 +22,12 @@ from dct_compile.passes.context import GraphInput
 from dct_compile.passes.foresight import can_hold_sites
 from dct_compile.passes.inline_kernels import InlineKernels
 from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRequest, expected_requests
+from dct_compile.passes.plan import Decision
 from dct_compile.runtime import Runtime
 
 Compiled = Callable[..., Any]
 JOINT_SLOT, _LAST_SLOT = "joint_custom_pre_pass", "post_grad_custom_post_pass"
+_JOINT_PASSES = "use_joint_graph_passes"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class GraphCompiler:
         self.gm, self.example_inputs, self.settings = gm, example_inputs, settings
         self.config, self.group, self.runtime = settings.config, settings.group, settings.runtime
         self.is_reduced = reduced_outside or settings.group is not None or dist.get_world_size() == 1
+        self.ahead_of_time = functorch_config.bypass_autograd_cache_key
         self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
         self.inputs = [_describe(node, example) for node, example in zip(gu.placeholders(gm.graph), example_inputs, strict=True)]
         self.parameter_positions = [position for position, info in enumerate(self.inputs) if info.is_parameter]
@@ -91,17 +94,32 @@ class GraphCompiler:
             return self._attempt(needed.requests), needed.requests
 
     def _attempt(self, requests: list[StateRequest]) -> Compiled:
+        if not self.settings.patches.get(_JOINT_PASSES, getattr(inductor_config, _JOINT_PASSES)):
+            raise ValueError(f"option {_JOINT_PASSES!r} is False (as in mode 'lite'): Inductor would not run the passes of backend 'dct'")
         joint_pass = self._joint_pass(requests)
         passes: dict[str, Any] = {JOINT_SLOT: joint_pass}
         if self.config.inline_kernels:
             passes[_LAST_SLOT] = InlineKernels(self._custom_passes(_LAST_SLOT))
         gm, inputs = add_state_inputs(self.gm, self.example_inputs, requests)
         # The autograd cache would skip the passes on a warm start, and with them the report; Inductor's own cache stays on.
-        with functorch_config.patch(enable_autograd_cache=False):
+        # aot_compile never looks into the cache, but its result is made by it.
+        with functorch_config.patch(enable_autograd_cache=self.ahead_of_time):
             compiled = compile_graph(gm, inputs, {**self.settings.patches, **passes}, self._inner_compile(joint_pass))
-        self.first_use.expect(joint_pass.decisions, joint_pass.training)
+        if not self.ahead_of_time:
+            self.first_use.expect(joint_pass.decisions, joint_pass.training)
         self._note_training(joint_pass.trains)
         return compiled
+
+    def _refuse_ahead_of_time(self, decisions: Sequence[Decision]) -> None:
+        """Raises ``RuntimeError`` where a saved graph would lack what happens around it in this process."""
+        chosen = [decision.exchange.label for decision in decisions if decision.compressed]
+        if self.group is not None:
+            raise RuntimeError("aot_compile cannot save a graph with option 'data_parallel': parameters are made equal when it first runs")
+        if chosen:
+            raise RuntimeError(
+                f"aot_compile cannot save a graph with compressed exchanges, on which the ranks must agree when it first runs: {chosen}. "
+                "Call the compiled model instead, or leave them dense (options 'exempt', 'mp_density': 1, 'embedding_codec': 'dense')"
+            )
 
     def _note_training(self, trains: bool) -> None:
         """Remembers whether gradients of parameters are left to somebody else, whom the report warns about."""
@@ -115,6 +133,9 @@ class GraphCompiler:
         """Compiles a partitioned graph; a backward agrees with the other ranks before it runs for the first time."""
 
         def inner(gm: fx.GraphModule, inputs: Sequence[Any], **flags: Any) -> Any:
+            if self.ahead_of_time:
+                self._refuse_ahead_of_time(joint_pass.decisions)
+                return self.settings.inner_compile(gm, inputs, **flags)
             compiled = self.settings.inner_compile(gm, inputs, **flags)
             return self.first_use.before_backward(compiled) if flags.get("is_backward") and joint_pass.decisions else compiled
 
