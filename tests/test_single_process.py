@@ -103,6 +103,29 @@ def test_a_bad_option_is_named(options: dict[str, Any], words: list[str]) -> Non
         assert word in str(caught.value.inner_exception)
 
 
+@pytest.mark.parametrize("group", [False, True])
+def test_a_bad_mode_is_named(group: bool, request: pytest.FixtureRequest) -> None:
+    """As Inductor does, but at the first call: torch.compile hands a mode to no other backend earlier."""
+    with pytest.raises(RuntimeError, match="Unrecognized mode=nonsense") as expected:
+        torch.compile(Net(), backend="inductor", mode="nonsense")
+    if group:
+        request.getfixturevalue("group_of_one")
+    with fresh_compiler():
+        compiled = torch.compile(Net(), backend=dct, mode="nonsense")
+        with pytest.raises(RuntimeError, match="Unrecognized mode=nonsense") as caught:
+            compiled(torch.randn(8, 16))
+    assert isinstance(caught.value, torch._dynamo.exc.BackendCompilerFailed)
+    assert type(caught.value.inner_exception) is type(expected.value)
+    assert str(caught.value.inner_exception) == str(expected.value)
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("given", [{"options": {"use_joint_graph_passes": False}}, {"mode": "lite"}])
+def test_passes_that_inductor_would_not_run_are_an_error(given: dict[str, Any]) -> None:
+    with fresh_compiler(), pytest.raises(RuntimeError, match="option 'use_joint_graph_passes' is False"):
+        torch.compile(Sharded(), backend=dct, **given)(torch.randn(8, 16))
+
+
 @pytest.mark.usefixtures("group_of_one")
 def test_passes_given_as_options_run_once(expected: list[Tensor]) -> None:
     seen: list[str] = []

@@ -26,6 +26,7 @@ from dct_compile.passes.foresight import can_hold_sites
 from dct_compile.passes.graph_input import PLAIN, GraphInput
 from dct_compile.passes.inline_kernels import InlineKernels
 from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRequest, expected_requests
+from dct_compile.passes.plan import Decision
 from dct_compile.reasons import Note
 from dct_compile.runtime import Runtime
 
@@ -35,6 +36,7 @@ _STEP = re.compile(r"""(?:^[LG])?(?:\.(\w+)|\['((?:[^'\\]|\\.)*)'\]|\["((?:[^"\\
 _CLOSURE = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
 _CONTAINERS = ("_modules", "_parameters", "_buffers", "__dict__", "__self__")
 JOINT_SLOT, _LAST_SLOT = "joint_custom_pre_pass", "post_grad_custom_post_pass"
+_JOINT_PASSES = "use_joint_graph_passes"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class GraphCompiler:
         self.gm, self.example_inputs, self.settings = gm, example_inputs, settings
         self.config, self.group, self.runtime = settings.config, settings.group, settings.runtime
         self.is_reduced = reduced_outside or settings.group is not None or dist.get_world_size() == 1
+        self.ahead_of_time = functorch_config.bypass_autograd_cache_key
         self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
         meshes, nodes = fsdp_meshes(), gu.placeholders(gm.graph)
         self.inputs = [_describe(node, item, self.group, meshes) for node, item in zip(nodes, example_inputs, strict=True)]
@@ -109,6 +112,8 @@ class GraphCompiler:
             return self._attempt(needed.requests), needed.requests
 
     def _attempt(self, requests: list[StateRequest]) -> Compiled:
+        if not self.settings.patches.get(_JOINT_PASSES, getattr(inductor_config, _JOINT_PASSES)):
+            raise ValueError(f"option {_JOINT_PASSES!r} is False (as in mode 'lite'): Inductor would not run the passes of backend 'dct'")
         joint_pass = self._joint_pass(requests)
         passes: dict[str, Any] = {JOINT_SLOT: joint_pass}
         if self.config.inline_kernels:
@@ -116,10 +121,12 @@ class GraphCompiler:
         watched = watchers(self.inputs, joint_pass.reduced)
         gm, inputs = add_state_inputs(self.gm, self.example_inputs, requests, watched)
         # The autograd cache would skip the passes on a warm start, and with them the report; Inductor's own cache stays on.
-        with functorch_config.patch(enable_autograd_cache=False):
+        # aot_compile never looks into the cache, but its result is made by it.
+        with functorch_config.patch(enable_autograd_cache=self.ahead_of_time):
             compiled = compile_graph(gm, inputs, {**self.settings.patches, **passes}, self._inner_compile(joint_pass))
-        self.first_use.expect(joint_pass.decisions, joint_pass.training)
         self.trains_later = joint_pass.training
+        if not self.ahead_of_time:
+            self.first_use.expect(joint_pass.decisions, joint_pass.training)
         if joint_pass.entry is not None:
             self.first_use.watch(joint_pass.entry)
         self._note_training(joint_pass.trains)
@@ -153,8 +160,12 @@ class GraphCompiler:
         """Compiles a partitioned graph; a backward agrees with the other ranks before it runs for the first time."""
         # The function lives as long as the compiled graph. This object holds the parameters of the first call, which may die sooner.
         inner_compile, first_use, config, runtime = self.settings.inner_compile, self.first_use, self.config, self.runtime
+        ahead_of_time, averages = self.ahead_of_time, self.group is not None
 
         def inner(gm: fx.GraphModule, inputs: Sequence[Any], **flags: Any) -> Any:
+            if ahead_of_time:
+                _refuse_ahead_of_time(joint_pass.decisions, averages)
+                return inner_compile(gm, inputs, **flags)
             compiled = inner_compile(gm, inputs, **flags)
             if not flags.get("is_backward") or not joint_pass.decisions:
                 return compiled
@@ -170,6 +181,18 @@ class GraphCompiler:
         if passes is None:
             return []
         return list(passes) if isinstance(passes, list | tuple) else [passes]
+
+
+def _refuse_ahead_of_time(decisions: Sequence[Decision], averages: bool) -> None:
+    """Raises ``RuntimeError`` where a saved graph would lack what happens around it in this process."""
+    chosen = [decision.exchange.label for decision in decisions if decision.compressed]
+    if averages:
+        raise RuntimeError("aot_compile cannot save a graph with option 'data_parallel': parameters are made equal when it first runs")
+    if chosen:
+        raise RuntimeError(
+            f"aot_compile cannot save a graph with compressed exchanges, on which the ranks must agree when it first runs: {chosen}. "
+            "Call the compiled model instead, or leave them dense (options 'exempt', 'mp_density': 1, 'embedding_codec': 'dense')"
+        )
 
 
 def _describe(node: fx.Node, example: Any, group: ProcessGroup | None, meshes: Meshes) -> GraphInput:
