@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dct_compile.agreement import Agreement
 from dct_compile.report import ReportRegistry
 from dct_compile.state_store import StateStore
+from dct_compile.workers import Workers
 
 log = logging.getLogger("dct_compile")
 
@@ -25,6 +26,7 @@ class Runtime:
     states: StateStore = field(default_factory=StateStore)
     reports: ReportRegistry = field(default_factory=ReportRegistry)
     agreement: Agreement = field(default_factory=Agreement)
+    workers: Workers = field(default_factory=Workers)
     synchronised: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     agreed: "WeakKeyDictionary[ProcessGroup, WeakTensorKeyDictionary]" = field(default_factory=WeakKeyDictionary)

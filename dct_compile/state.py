@@ -21,11 +21,14 @@ Entry = dict[str, Any]
 
 
 class BucketState:
-    """The state of the parameters that are compressed together. ``tensors``: by input name, in the order of the spec."""
+    """The state of the parameters that are compressed together.
 
-    def __init__(self, parameters: Sequence[Tensor], spec: StateSpec, device: torch.device) -> None:
+    ``tensors``: by input name, in the order of the spec. ``sole``: whether its parameters are in no other such bucket.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], spec: StateSpec, device: torch.device, sole: bool = False) -> None:
         self.parameters = [weakref.ref(parameter) for parameter in parameters]
-        self.spec = spec
+        self.spec, self.sole = spec, sole
         self.tensors = {item.input_name: torch.full(item.shape, item.fill or 0, dtype=item.dtype, device=device) for item in spec.tensors}
         for item in spec.tensors:
             for part in item.parts if item.fill is None else ():
@@ -34,6 +37,10 @@ class BucketState:
     def holds(self, parameters: Sequence[Tensor]) -> bool:
         """Returns True if these are the parameters of the bucket, in this order."""
         return refer_to(self.parameters, parameters)
+
+    def give_up(self, index: int) -> None:
+        """Forgets the parameter at ``index``: another bucket has it now, and this one no longer :meth:`holds` its parameters."""
+        self.parameters[index] = weakref.ref(torch.empty(0))  # dead at once
 
     def entry(self, index: int) -> Entry:
         """Returns the state of the parameter at ``index``, as views."""

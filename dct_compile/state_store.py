@@ -4,6 +4,7 @@ The same parameters always find the same state again, whichever graph asks: a re
 once and reused for every layer.
 """
 
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,47 +26,46 @@ class StateStore:
     def __init__(self) -> None:
         self._buckets: list[BucketState] = []
         self._pending: list[tuple[weakref.ref[Tensor], list[Entry]]] = []
+        self._lock = threading.RLock()  # models may be trained in several threads
 
-    def bucket(self, parameters: Sequence[Tensor], spec: StateSpec) -> BucketState:
+    def bucket(self, parameters: Sequence[Tensor], spec: StateSpec, *, sole: bool = False) -> BucketState:
         """Returns the state of exactly these parameters, made on first use.
 
         Args:
             parameters: The parameters of the bucket, in order, all on one device.
             spec: The tensors of the state. A state of another spec is another state.
+            sole: True: the caller averages the gradient of a parameter in one bucket at a time, as DDP does. The state of a parameter moves
+                along when it comes into another bucket, and the bucket of before gives it up. False: each bucket has a state of its own,
+                because two graphs may average parts of a gradient.
         """
-        for bucket in self._buckets:
-            if bucket.holds(parameters) and bucket.spec == spec:
-                return bucket
-        self._buckets = [bucket for bucket in self._buckets if all(ref() is not None for ref in bucket.parameters)]
-        self._pending = [(ref, waiting) for ref, waiting in self._pending if ref() is not None]
-        created = BucketState(parameters, spec, parameters[0].device)
-        for index, parameter in enumerate(parameters):
-            loaded = self._take_pending(parameter)
-            if loaded is not None:
-                created.write(index, loaded)
-        self._buckets.append(created)
-        return created
+        with self._lock:
+            for bucket in self._buckets:
+                if bucket.holds(parameters) and bucket.spec == spec:
+                    return bucket
+            created = BucketState(parameters, spec, parameters[0].device, sole)
+            for index, parameter in enumerate(parameters):
+                found = self._take_held(parameter, sole) or self._take_pending(parameter)
+                if found is not None:
+                    created.write(index, found)
+            self._buckets = [bucket for bucket in self._buckets if any(ref() is not None for ref in bucket.parameters)]
+            self._pending = [(ref, waiting) for ref, waiting in self._pending if ref() is not None]
+            self._buckets.append(created)
+            return created
 
-    def move(self, retired: Sequence[BucketState], created: BucketState) -> None:
-        """Hands over the state of ``created``'s parameters from the buckets that they were in before (DDP rebuilds its buckets once).
+    def _take_held(self, parameter: Tensor, sole: bool) -> Entry | None:
+        """Takes the state of ``parameter`` out of a bucket of before, if it may move: see :meth:`bucket`.
 
-        Args:
-            retired: The buckets of before.
-            created: The bucket to write to.
+        It moves as well where a parameter beside it is gone. Nobody asks for such a bucket again.
         """
-        for bucket in retired:
-            for index, ref in enumerate(bucket.parameters):
-                for target, other in enumerate(created.parameters):
-                    if other() is ref():
-                        created.write(target, bucket.entry(index))
-
-    def retire(self, buckets: Sequence[BucketState]) -> None:
-        """Forgets buckets whose state has been moved."""
-        self._buckets = [bucket for bucket in self._buckets if bucket not in buckets]
+        for bucket, index in self.entries(parameter):
+            if bucket.sole == sole and (sole or any(ref() is None for ref in bucket.parameters)):
+                bucket.give_up(index)
+                return bucket.entry(index)
+        return None
 
     def entries(self, parameter: Tensor) -> Iterator[tuple[BucketState, int]]:
         """Yields every (bucket, index) that holds state of ``parameter``; more than one when two graphs compress it separately."""
-        for bucket in self._buckets:
+        for bucket in list(self._buckets):
             for index, ref in enumerate(bucket.parameters):
                 if ref() is parameter:
                     yield bucket, index
@@ -81,10 +81,11 @@ class StateStore:
             ``name@1``.
         """
         saved: StateDict = {}
-        for name, parameter in named_parameters(model):
-            found = [bucket.entry(index) for bucket, index in self.entries(parameter)]
-            found += [entry for ref, waiting in self._pending if ref() is parameter for entry in waiting]
-            saved.update({_key(name, ordinal): _clone(entry) for ordinal, entry in enumerate(found)})
+        with self._lock:
+            for name, parameter in named_parameters(model):
+                found = [bucket.entry(index) for bucket, index in self.entries(parameter)]
+                found += [entry for ref, waiting in self._pending if ref() is parameter for entry in waiting]
+                saved.update({_key(name, ordinal): _clone(entry) for ordinal, entry in enumerate(found)})
         return saved
 
     def load_state_dict(self, model: nn.Module, saved: StateDict) -> None:
@@ -107,14 +108,18 @@ class StateStore:
                     raise ValueError(
                         f"{name} has {local_tensor(parameter).numel()} elements, its residual in the state has {entry['residual'].numel()}"
                     )
-        for name, parameter in names.items():
-            given = [saved[key] for key in _numbered_keys(name, saved)]
-            self._take_pending(parameter, everything=True)
-            held = list(self.entries(parameter))
-            for ordinal, (bucket, index) in enumerate(held):
-                bucket.write(index, given[ordinal] if ordinal < len(given) else None)
-            if len(given) > len(held):
-                self._pending.append((weakref.ref(parameter), [_clone(entry) for entry in given[len(held) :]]))
+        with self._lock:
+            for name, parameter in names.items():
+                self._load(parameter, [saved[key] for key in _numbered_keys(name, saved)])
+
+    def _load(self, parameter: Tensor, given: Sequence[Entry]) -> None:
+        """Overwrites the states of ``parameter``, and keeps those that no bucket holds yet."""
+        self._take_pending(parameter, everything=True)
+        held = list(self.entries(parameter))
+        for ordinal, (bucket, index) in enumerate(held):
+            bucket.write(index, given[ordinal] if ordinal < len(given) else None)
+        if len(given) > len(held):
+            self._pending.append((weakref.ref(parameter), [_clone(entry) for entry in given[len(held) :]]))
 
     def _take_pending(self, parameter: Tensor, everything: bool = False) -> Entry | None:
         for position, (ref, waiting) in enumerate(self._pending):

@@ -126,7 +126,11 @@ def _reason_to_leave(module: DistributedDataParallel, plans: Sequence[BucketPlan
 def _future_plans(module: DistributedDataParallel, config: DCTConfig) -> list[BucketPlan]:
     names = {id(parameter): name for name, parameter in named_parameters(module)}
     unused = module.find_unused_parameters
-    return [BucketPlan.of(bucket, names, module.process_group, config, may_be_unused=unused) for bucket in _future_buckets(module)]
+    sparse = {id(parameter) for parameter, expected in zip(*module._build_params_for_reducer(), strict=True) if expected}
+    return [
+        BucketPlan.of(bucket, names, module.process_group, config, may_be_unused=unused, sparse=id(bucket[0]) in sparse)
+        for bucket in _future_buckets(module)
+    ]
 
 
 def _future_buckets(module: DistributedDataParallel) -> list[list[Tensor]]:

@@ -1,6 +1,6 @@
 """The parts of a report: plain values, no graph and no process group."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,3 +81,11 @@ class GraphReport:
     after: str
     nodes_before: tuple[NodeReport, ...] = ()
     nodes_after: tuple[NodeReport, ...] = ()
+
+
+@dataclass(frozen=True)
+class DeferredGraph:
+    """A graph whose description costs time, and disturbs other threads: it is made when somebody looks. ``describe``: makes it."""
+
+    name: str
+    describe: Callable[[], GraphReport]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from dct_compile.report.data import GraphReport, SiteReport
+from dct_compile.report.data import DeferredGraph, GraphReport, SiteReport
 from dct_compile.report.report import Report
 
 Measure = Callable[[], tuple[float, int] | None]
@@ -24,8 +24,14 @@ GRADIENTS_OUTSIDE = (
 class ReportEntry:
     """The addition of one compilation to the report."""
 
-    graph: GraphReport
+    graph: GraphReport | DeferredGraph
     sites: Sequence[tuple[SiteReport, Measure | None]]
+
+    def described(self) -> GraphReport:
+        """Returns the description of the graph, made at the first call."""
+        if isinstance(self.graph, DeferredGraph):
+            self.graph = self.graph.describe()
+        return self.graph
 
 
 @dataclass
@@ -41,13 +47,14 @@ class ReportRegistry:
     called: bool = False
     trains_alone: bool = False
 
-    def add(self, graph: GraphReport, sites: Sequence[tuple[SiteReport, Measure | None]]) -> ReportEntry:
+    def add(self, graph: GraphReport | DeferredGraph, sites: Sequence[tuple[SiteReport, Measure | None]]) -> ReportEntry:
         entry = ReportEntry(graph, sites)
         self.entries.append(entry)
         return entry
 
     def remove(self, entry: ReportEntry) -> None:
-        self.entries.remove(entry)
+        if entry in self.entries:
+            self.entries.remove(entry)
 
     def note(self, text: str) -> None:
         """Adds a note once."""
@@ -60,12 +67,13 @@ class ReportRegistry:
         self.trains_alone = False
 
     def snapshot(self) -> Report:
+        entries = list(self.entries)  # another thread may train meanwhile, and add some
         sites = [
             replace(_measured(site, measure), graph=position, number=number)
-            for position, entry in enumerate(self.entries)
+            for position, entry in enumerate(entries)
             for number, (site, measure) in enumerate(entry.sites)
         ]
-        return Report(tuple(sites), tuple(entry.graph for entry in self.entries), (*self.notes, *self._hints(sites)))
+        return Report(tuple(sites), tuple(entry.described() for entry in entries), (*self.notes, *self._hints(sites)))
 
     def _hints(self, sites: Sequence[SiteReport]) -> list[str]:
         """Returns notes about what is missing, as far as is known by now."""
