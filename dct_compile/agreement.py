@@ -10,7 +10,6 @@ rank has posted one of its new sites. It cannot wait for all of them: rank 1 pos
 However a model is cut, the sites of one rank contain those of the other at any time. If both have a site that the other lacks, they differ.
 """
 
-import hashlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,10 @@ from datetime import timedelta
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
-from torch.distributed.constants import default_pg_timeout
-from torch.distributed.distributed_c10d import _get_default_store
 
+from dct_compile.groups import store_of_life, timeout_s
 from dct_compile.posts import Log, Post, Signature, difference
 
 _GRACE_S = 10.0
@@ -104,12 +102,7 @@ class _Record:
         rank = group.rank()
         self.name = group.group_name
         logs = [Log(i, str(i) if i == at else f"{i} (global rank {at})") for i, at in enumerate(ranks)]
-        # Groups that split_group makes at once share a name, so the ranks are part of the prefix.
-        members = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-        # A client of its own: one that waits would keep the other threads of this process from the store.
-        client = _get_default_store().clone()  # type: ignore[attr-defined]
-        base = PrefixStore(f"dct_compile/agreement/{self.name}/{members}", client)
-        self.store = PrefixStore(str(base.add(f"lives/{rank}", 1)), base)
+        self.store, _ = store_of_life(group, "agreement")
         self.mine = logs[rank]
         self.others = logs[1:] if rank == 0 else logs[:1]
         self.lock = threading.Lock()
@@ -209,12 +202,3 @@ def _read(store: Store, key: str, deadline: float) -> str | None:
                 raise
             return None
     return store.get(key).decode()
-
-
-def timeout_s(group: ProcessGroup) -> float:
-    """Returns the timeout of the group's collectives in seconds: the longest where it has several backends."""
-    found = [default_pg_timeout.total_seconds()] if not group._device_types else []
-    for device in group._device_types:
-        options = getattr(group._get_backend(device), "options", None)
-        found.append(getattr(options, "_timeout", default_pg_timeout).total_seconds())
-    return max(found)

@@ -16,6 +16,8 @@ class Reason(StrEnum):
     DTYPE = "dtype {dtype} is not compressed (float32, bfloat16 and float16 are)"
     REDUCE_OP = "reduce operation {op!r} is not compressed (sum and avg are)"
 
+    SPARSE = "a sparse gradient is left to torch, which sends the rows that a step used; the bytes here are those of a dense one"
+
     NO_SCHEME = "the options name no scheme that carries this"
 
     GRADIENT_COLLECTIVE = "{collective} of a gradient is not compressed"

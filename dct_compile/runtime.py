@@ -18,6 +18,7 @@ from dct_compile.reasons import Note
 from dct_compile.report import Report, ReportRegistry, unreached_modules
 from dct_compile.state import BucketState
 from dct_compile.state_store import StateStore
+from dct_compile.workers import Workers
 
 log = logging.getLogger("dct_compile")
 
@@ -34,6 +35,7 @@ class Runtime:
     states: StateStore = field(default_factory=StateStore)
     reports: ReportRegistry = field(default_factory=ReportRegistry)
     agreement: Agreement = field(default_factory=Agreement)
+    workers: Workers = field(default_factory=Workers)
     synchronised: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     agreed: "WeakKeyDictionary[ProcessGroup, WeakTensorKeyDictionary]" = field(default_factory=WeakKeyDictionary)

@@ -22,13 +22,15 @@ from dct_compile.state_spec import LOCAL, StateSpec, StateTensor
 class BucketState:
     """The state of the parameters that are compressed together.
 
-    ``tensors``: by input name, in the order of the spec. ``pending``: the exchanges that may still be taken back. ``uses``: the fate of the
-    gradient of each parameter; not needed for a state that is only looked at.
+    ``tensors``: by input name, in the order of the spec. ``family``: see :meth:`StateStore.bucket`. ``pending``: the exchanges that may still be
+    taken back. ``uses``: the fate of the gradient of each parameter; not needed for a state that is only looked at.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], spec: StateSpec, device: torch.device, uses: Sequence[Use] = ()) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], spec: StateSpec, device: torch.device, uses: Sequence[Use] = (), *, family: str = ""
+    ) -> None:
         self.parameters = [weakref.ref(parameter) for parameter in parameters]
-        self.spec = spec
+        self.spec, self.family = spec, family
         self.tensors = {item.input_name: torch.full(item.shape, item.fill or 0, dtype=item.dtype, device=device) for item in spec.tensors}
         for item in spec.tensors:
             for part in item.parts if item.fill is None else ():
@@ -38,6 +40,15 @@ class BucketState:
     def holds(self, parameters: Sequence[Tensor]) -> bool:
         """Returns True if these are the parameters of the bucket, in this order."""
         return refer_to(self.parameters, parameters)
+
+    @property
+    def lives(self) -> bool:
+        """Whether it holds the state of a parameter that lives."""
+        return any(ref() is not None for ref in self.parameters)
+
+    def give_up(self, index: int) -> None:
+        """Forgets the parameter at ``index``: another bucket has it now, and this one no longer :meth:`holds` its parameters."""
+        self.parameters[index] = weakref.ref(torch.empty(0))  # dead at once
 
     def entry(self, index: int) -> Entry:
         """Returns the state of the parameter at ``index`` as views, with the residual in the order of the buffer."""

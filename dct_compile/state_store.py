@@ -4,6 +4,7 @@ The same parameters always find the same state again, whichever graph asks: a re
 once and reused for every layer.
 """
 
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -27,60 +28,47 @@ class StateStore:
         self.use = GradientUse()
         self._buckets: list[BucketState] = []
         self._pending: list[tuple[weakref.ref[Tensor], list[Entry]]] = []
+        self._lock = threading.RLock()  # models may be trained in several threads
 
-    def bucket(self, parameters: Sequence[Tensor], spec: StateSpec) -> BucketState:
+    def bucket(self, parameters: Sequence[Tensor], spec: StateSpec, family: str = "") -> BucketState:
         """Returns the state of exactly these parameters, made on first use.
 
         Args:
             parameters: The parameters of the bucket, in order, all on one device.
             spec: The tensors of the state. A state of another spec is another state.
+            family: The name of those buckets that share a parameter's gradient out among them: a parameter is in one of them at a time, as
+                under DDP. Its state moves along when it comes into another one, and the bucket of before gives it up. Without a family
+                each bucket has a state of its own, because two graphs may average parts of a gradient.
         """
-        for bucket in self._buckets:
-            if bucket.holds(parameters) and bucket.spec == spec:
-                return bucket
-        self._buckets = [bucket for bucket in self._buckets if all(ref() is not None for ref in bucket.parameters)]
-        self._pending = [(ref, waiting) for ref, waiting in self._pending if ref() is not None]
-        created = BucketState(parameters, spec, parameters[0].device, self.use.of(parameters))
-        for index, parameter in enumerate(parameters):
-            loaded = self._take_pending(parameter)
-            if loaded is not None:
-                created.write(index, loaded)
-        self._buckets.append(created)
-        return created
+        with self._lock:
+            for bucket in self._buckets:
+                if bucket.holds(parameters) and bucket.spec == spec:
+                    return bucket
+            created = BucketState(parameters, spec, parameters[0].device, self.use.of(parameters), family=family)
+            for index, parameter in enumerate(parameters):
+                found = self._take_held(parameter, family) or self._take_pending(parameter)
+                if found is not None:
+                    created.write(index, found)
+            self._buckets = [bucket for bucket in self._buckets if bucket.lives]
+            self._pending = [(ref, waiting) for ref, waiting in self._pending if ref() is not None]
+            self._buckets.append(created)
+            return created
 
-    def move(self, retired: Sequence[BucketState], created: BucketState) -> None:
-        """Hands over the state of ``created``'s parameters from the buckets that they were in before (DDP rebuilds its buckets once).
+    def _take_held(self, parameter: Tensor, family: str) -> Entry | None:
+        """Takes the state of ``parameter`` out of a bucket of before, if it may move: see :meth:`bucket`.
 
-        Args:
-            retired: The buckets of before.
-            created: The bucket to write to.
+        It moves as well where a parameter beside it is gone. Nobody asks for such a bucket again.
         """
-        for bucket in retired:
-            self._settle(bucket)
-            for index, ref in enumerate(bucket.parameters):
-                for target, other in enumerate(created.parameters):
-                    if other() is ref():
-                        created.write(target, bucket.saved(index))
-
-    def retire(self, buckets: Sequence[BucketState]) -> None:
-        """Forgets buckets whose state has been moved."""
-        self._buckets = [bucket for bucket in self._buckets if bucket not in buckets]
-
-    def release(self, parameters: Sequence[Tensor]) -> None:
-        """Takes the buckets of ``parameters`` apart: the state of each parameter waits for the next bucket that the parameter is in.
-
-        Args:
-            parameters: The parameters that are to be bucketed anew.
-        """
-        wanted = {id(parameter) for parameter in parameters}
-        released = [bucket for bucket in self._buckets if any(id(ref()) in wanted for ref in bucket.parameters)]
-        self._settle_now(released)
-        self.retire(released)
-        self._pending += [(ref, [bucket.saved(index)]) for bucket in released for index, ref in enumerate(bucket.parameters)]
+        for bucket, index in self.entries(parameter):
+            if bucket.family == family and (family or any(ref() is None for ref in bucket.parameters)):
+                self._settle_now([bucket])
+                bucket.give_up(index)
+                return bucket.saved(index)
+        return None
 
     def entries(self, parameter: Tensor) -> Iterator[tuple[BucketState, int]]:
         """Yields every (bucket, index) that holds state of ``parameter``; more than one when two graphs compress it separately."""
-        for bucket in self._buckets:
+        for bucket in list(self._buckets):
             for index, ref in enumerate(bucket.parameters):
                 if ref() is parameter:
                     yield bucket, index
@@ -96,11 +84,12 @@ class StateStore:
             ``name@1``.
         """
         saved: dict[str, Entry] = {}
-        self._settle_now(list(self._held(model)))
-        for name, parameter in named_parameters(model):
-            found = [bucket.saved(index) for bucket, index in self.entries(parameter)]
-            found += [copy_of(entry) for ref, waiting in self._pending if ref() is parameter for entry in waiting]
-            saved.update({key_of(name, ordinal): entry for ordinal, entry in enumerate(found)})
+        with self._lock:
+            self._settle_now(list(self._held(model)))
+            for name, parameter in named_parameters(model):
+                found = [bucket.saved(index) for bucket, index in self.entries(parameter)]
+                found += [copy_of(entry) for ref, waiting in self._pending if ref() is parameter for entry in waiting]
+                saved.update({key_of(name, ordinal): entry for ordinal, entry in enumerate(found)})
         return saved
 
     def load_state_dict(self, model: nn.Module, saved: Mapping[str, Entry]) -> None:
@@ -119,15 +108,19 @@ class StateStore:
             for entry in entries:
                 check_entry(name, entry, local_tensor(names[name]).numel())
         for name, parameter in names.items():
-            given = states[name]
-            self._take_pending(parameter, everything=True)
-            held = list(self.entries(parameter))
-            for ordinal, (bucket, index) in enumerate(held):
-                self._settle(bucket)
-                bucket.pending.forget([index])
-                bucket.write(index, given[ordinal] if ordinal < len(given) else None)
-            if len(given) > len(held):
-                self._pending.append((weakref.ref(parameter), [copy_of(entry) for entry in given[len(held) :]]))
+            with self._lock:
+                self._load(parameter, states[name])
+
+    def _load(self, parameter: Tensor, given: Sequence[Entry]) -> None:
+        """Overwrites the states of ``parameter``, and keeps those that no bucket holds yet."""
+        self._take_pending(parameter, everything=True)
+        held = list(self.entries(parameter))
+        for ordinal, (bucket, index) in enumerate(held):
+            self._settle(bucket)
+            bucket.pending.forget([index])
+            bucket.write(index, given[ordinal] if ordinal < len(given) else None)
+        if len(given) > len(held):
+            self._pending.append((weakref.ref(parameter), [copy_of(entry) for entry in given[len(held) :]]))
 
     def discard(self, model: nn.Module) -> None:
         """Takes back what the gradients since the last step of the optimizer have left in the state of ``model``'s parameters."""

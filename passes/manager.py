@@ -23,7 +23,7 @@ from dct_compile.passes.record import Described, describe, describe_nodes, reada
 from dct_compile.passes.rewrite import rewrite
 from dct_compile.passes.sites import GraphContext, find_sites
 from dct_compile.passes.subgraphs import subgraph_sites
-from dct_compile.report import GraphReport, Measure, ReportEntry, SiteReport
+from dct_compile.report import DeferredGraph, GraphReport, Measure, ReportEntry, SiteReport
 from dct_compile.runtime import Runtime
 from dct_compile.schemes import GradientOffer
 from dct_compile.state import BucketState
@@ -178,15 +178,16 @@ def record(name: str, before: Described, graph: fx.Graph, runtime: Runtime, meas
     return publish(graph_report, list(zip(before.sites, measures, strict=True)), runtime)
 
 
-def publish(graph: GraphReport, sites: Sequence[tuple[SiteReport, Measure | None]], runtime: Runtime) -> ReportEntry:
+def publish(graph: GraphReport | DeferredGraph, sites: Sequence[tuple[SiteReport, Measure | None]], runtime: Runtime) -> ReportEntry:
     """Adds decisions to the log (a line per site), to TORCH_TRACE (graphs as text, sites as JSON) and to the report."""
     for site, _ in sites:
         log.info("%s", _log_line(graph.name, site))
-    for label, text in (("before", graph.before), ("after", graph.after)):
-        if text:  # what DDP's own reducer goes on doing has no graph
-            _trace_artifact(f"dct_{label}", "string", text)
-    _trace_artifact("dct_sites", "json", [asdict(site) for site, _ in sites])
-    return runtime.reports.add(graph, sites)
+    entry = runtime.reports.add(graph, sites)
+    if isinstance(graph, DeferredGraph) or graph.before:  # what DDP's own reducer goes on doing has no graph
+        _trace_artifact("dct_before", "string", lambda: entry.described().before)
+        _trace_artifact("dct_after", "string", lambda: entry.described().after)
+    _trace_artifact("dct_sites", "json", lambda: [asdict(site) for site, _ in sites])
+    return entry
 
 
 def _log_line(graph: str, site: SiteReport) -> str:
@@ -194,6 +195,6 @@ def _log_line(graph: str, site: SiteReport) -> str:
     return f"{graph}: {site.name}: {site.kind} {site.collective}: {site.decision} ({site.reason}), {sent}"
 
 
-def _trace_artifact(name: str, encoding: str, payload: object) -> None:
+def _trace_artifact(name: str, encoding: str, payload: Callable[[], object]) -> None:
     """Writes an artifact for tlparse. A bucket of DDP belongs to no compilation, so a compilation's id is not expected."""
-    trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=lambda: payload, expect_trace_id=False)
+    trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=payload, expect_trace_id=False)

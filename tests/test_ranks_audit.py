@@ -33,11 +33,11 @@ EVERYWHERE: dict[str, tuple[Any, type[nn.Module]]] = {
     "two optimizers": (trainings.two_optimizers, Net),
     "loss scale": (trainings.loss_scale, Net),
     "loss scale, fused": (partial(trainings.loss_scale, fused=True), Net),
+    "frozen and thawed": (trainings.unfrozen, Net),
     "average of the model": (trainings.copied, Net),
 }
 UNDER_DDP: dict[str, tuple[Any, type[nn.Module]]] = {
     "uneven inputs": (trainings.uneven_inputs, Net),
-    "frozen and thawed": (trainings.unfrozen, Net),
     "static_graph": (partial(trainings.plain, static_graph=True), Net),
     "bucket views": (partial(trainings.plain, gradient_as_bucket_view=True), Net),
     "unused parameters": (partial(trainings.plain, find_unused_parameters=True), Net),

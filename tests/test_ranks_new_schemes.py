@@ -156,11 +156,7 @@ def balances(rank: int, world_size: int) -> dict[str, Any]:
             digests, kept, lost, counted = [], [], [], []
             for phase, name in enumerate(("gather", scheme, "gather")):
                 state = dct_compile.state_dict(model)
-                dct_compile.load_state_dict(model, {})
                 module = wrap(model, OPTIONS[name], bucket_cap_mb=SMALL_BUCKETS if name == scheme else 25)
-                if phase:
-                    RUNTIME.states.retire([bucket for bucket, _ in _states(model)])
-                    dct_compile.load_state_dict(module, state)
                 kept.append(residuals_of(state) == residuals_of(dct_compile.state_dict(model)))
                 digests += balance.train(module, rank, range(4 * phase, 4 * phase + 4))
                 after = dct_compile.state_dict(module)

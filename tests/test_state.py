@@ -80,15 +80,11 @@ def test_rebuilt_buckets_take_the_state_along(ranks: int) -> None:
     """DDP rebuilds its buckets after the first step: other neighbours, other order, the same gradients waiting."""
     store, model = StateStore(), make_model(300, 700, 1000)
     first, second, third = model.values()
-    old = [
-        fill(store.bucket([first, second], state_spec([300, 700], ranks)), 1),
-        fill(store.bucket([third], state_spec([1000], ranks)), 2),
-    ]
+    fill(store.bucket([first, second], state_spec([300, 700], ranks), family="DDP"), 1)
+    fill(store.bucket([third], state_spec([1000], ranks), family="DDP"), 2)
     before = store.state_dict(model)
-    new = [store.bucket([third, first], state_spec([1000, 300], ranks)), store.bucket([second], state_spec([700], ranks))]
-    for bucket in new:
-        store.move(old, bucket)
-    store.retire(old)
+    store.bucket([third, first], state_spec([1000, 300], ranks), family="DDP")
+    store.bucket([second], state_spec([700], ranks), family="DDP")
     assert_same(before, store.state_dict(model))
     assert [len(list(store.entries(parameter))) for parameter in model.values()] == [1, 1, 1]
 
@@ -96,26 +92,54 @@ def test_rebuilt_buckets_take_the_state_along(ranks: int) -> None:
 def test_parameters_that_were_in_no_bucket_start_afresh_when_moved() -> None:
     store, model = StateStore(), make_model(300, 100)
     first, second = model.values()
-    old = fill(store.bucket([first], state_spec([300])))
-    new = store.bucket([second, first], state_spec([100, 300]))
-    store.move([old], new)
+    old = fill(store.bucket([first], state_spec([300]), family="DDP"))
+    new = store.bucket([second, first], state_spec([100, 300]), family="DDP")
     assert float(new.entry(0)["residual"].abs().sum()) == 0
     assert torch.equal(new.entry(1)["residual"], old.tensors["residual"])
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_released_state_waits_for_the_next_bucket_of_each_parameter(ranks: int) -> None:
-    """DDP may be wrapped anew while a layer is frozen: its gradients wait until it is trained again."""
-    store, model = StateStore(), make_model(300, 700)
+def test_a_familys_state_waits_while_its_parameter_is_in_no_bucket() -> None:
+    """As that of a layer that is frozen for a while."""
+    store, model = StateStore(), make_model(300, 100)
     first, second = model.values()
-    fill(store.bucket([first, second], state_spec([300, 700], ranks)))
+    fill(store.bucket([first, second], state_spec([300, 100]), family="DDP"))
     before = store.state_dict(model)
-    store.release([first])
-    for waiting in ([first], [second]):
-        assert_same(before, store.state_dict(model))
-        store.bucket(waiting, state_spec([waiting[0].numel()], ranks))
+    store.bucket([second], state_spec([100]), family="DDP")
     assert_same(before, store.state_dict(model))
-    assert [len(list(store.entries(parameter))) for parameter in model.values()] == [1, 1]
+    store.bucket([second, first], state_spec([100, 300]), family="DDP")
+    assert_same(before, store.state_dict(model))
+    assert [bucket.spec.numels for bucket in store._buckets] == [(100, 300)]
+
+
+def test_a_familys_state_is_handed_on_to_another_scheme() -> None:
+    store, model = StateStore(), make_model(300)
+    held = fill(store.bucket(list(model.values()), state_spec([300]), family="DDP")).tensors["residual"]
+    taken = store.bucket(list(model.values()), state_spec([300], 2), family="DDP")
+    assert torch.equal(taken.tensors["residual"], held)
+    assert list(store.state_dict(model)) == ["p0"]
+
+
+@pytest.mark.parametrize("family", ["", "DDP"])
+def test_state_outlives_a_parameter_beside_it(family: str) -> None:
+    store, model = StateStore(), make_model(300, 100)
+    kept = model["p0"]
+    before = fill(store.bucket(list(model.values()), state_spec([300, 100]), family=family)).entry(0)["residual"].clone()
+    del model
+    gc.collect()
+    other = nn.Parameter(torch.zeros(100))
+    assert torch.equal(store.bucket([other, kept], state_spec([100, 300]), family=family).entry(1)["residual"], before)
+    assert len(list(store.entries(kept))) == 1
+
+
+def test_the_states_of_two_graphs_stay_apart_beside_that_of_ddp() -> None:
+    store, model = StateStore(), make_model(300, 100)
+    first, second = model.values()
+    graphs = [fill(store.bucket([first], state_spec([300])), 1), fill(store.bucket([first, second], state_spec([300, 100])), 2)]
+    before = [graph.tensors["residual"].clone() for graph in graphs]
+    for order in ([first, second], [second, first]):
+        store.bucket(order, state_spec([parameter.numel() for parameter in order], 2), family="DDP")
+    assert sorted(store.state_dict(model)) == ["p0", "p0@1", "p0@2", "p1", "p1@1"]
+    assert all(torch.equal(graph.tensors["residual"], residual) for graph, residual in zip(graphs, before, strict=True))
 
 
 def total_waiting(buckets: Sequence[BucketState], segment: int, numel: int) -> Tensor:

@@ -93,7 +93,8 @@ class GraphCompiler:
         """Returns the compiled graph, to be called with the graph's own inputs."""
         compiled, requests = self.compile()
         if requests:
-            compiled = with_state(compiled, requests, self.runtime, None if self.trains_later else self.config)
+            family = self.name.rpartition("/")[0]  # "graph 2/1" is the second compilation of one frame
+            compiled = with_state(compiled, requests, self.runtime, family, None if self.trains_later else self.config)
         # One rank may evaluate alone: without gradients nothing waits for the others.
         if self.group is not None and torch.is_grad_enabled():
             compiled = with_equal_start(compiled, self.inputs, self.group, self.config, self.runtime)

@@ -64,22 +64,25 @@ def blank_state(request: StateRequest, inputs: Sequence[Any]) -> list[Tensor]:
     return list(BucketState([], request.spec, inputs[request.positions[0]].device).tensors.values())
 
 
-def with_state(compiled: Compiled, requests: Sequence[StateRequest], runtime: Runtime, exchanges: DCTConfig | None = None) -> Compiled:
+def with_state(
+    compiled: Compiled, requests: Sequence[StateRequest], runtime: Runtime, family: str, exchanges: DCTConfig | None = None
+) -> Compiled:
     """Appends the state of the parameters that a call is made with: one compiled graph may serve several layers.
 
     Args:
         compiled: The compiled graph, with inputs for its state.
         requests: The state that it needs.
         runtime: The owner of the states.
+        family: The name that all compilations of this code share. Their buckets differ where other parameters are trained.
         exchanges: The options, where the graph itself exchanges gradients; ``None`` where a backward does so later.
     """
 
     def run(*args: Any) -> Any:
         buckets: list[BucketState] = []
         for request in requests:
-            bucket = runtime.states.bucket([args[position] for position in request.positions], request.spec)
+            bucket = runtime.states.bucket([args[position] for position in request.positions], request.spec, family)
             if bucket not in request.buckets:
-                request.buckets.append(bucket)
+                request.buckets[:] = [*(held for held in request.buckets if held.lives), bucket]
             buckets.append(bucket)
         if exchanges is not None:
             begin_exchanges(buckets, exchanges, runtime)

@@ -55,8 +55,6 @@ class DDPIntegration:
             runtime.attached[target] = _Attached(config, None)
             _at_first_gradient(target, agree)
             return
-        # Another DDP module may have averaged these parameters before, in other buckets.
-        runtime.states.release([parameter for bucket in _future_buckets(target) for parameter in bucket])
         compressor = GradientCompressor(target, config, runtime, agree)
         runtime.attached[target] = _Attached(config, compressor)
         target.register_comm_hook(compressor, GradientCompressor.reduce)
@@ -167,7 +165,11 @@ def _reason_to_leave(module: DistributedDataParallel, plans: Sequence[BucketPlan
 def _future_plans(module: DistributedDataParallel, config: DCTConfig) -> list[BucketPlan]:
     names = {id(parameter): name for name, parameter in named_parameters(module)}
     unused = module.find_unused_parameters
-    return [BucketPlan.of(bucket, names, module.process_group, config, may_be_unused=unused) for bucket in _future_buckets(module)]
+    sparse = {id(parameter) for parameter, expected in zip(*module._build_params_for_reducer(), strict=True) if expected}
+    return [
+        BucketPlan.of(bucket, names, module.process_group, config, may_be_unused=unused, sparse=id(bucket[0]) in sparse)
+        for bucket in _future_buckets(module)
+    ]
 
 
 def _future_buckets(module: DistributedDataParallel) -> list[list[Tensor]]:

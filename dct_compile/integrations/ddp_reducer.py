@@ -1,25 +1,24 @@
 """Averages the gradient buckets of one DDP module: calls the function of a scheme where DDP would call all_reduce.
 
-On CPU the function runs on a worker thread with a process group of its own. So a bucket never blocks the backward that fills the next
-one, and the exchanges of several buckets come in the same order on every rank. On CUDA it runs on a side stream.
+On CPU the function runs on a worker thread with a process group of its own (``workers.py``). So a bucket never blocks the backward that
+fills the next one, and the exchanges of several buckets come in the same order on every rank. On CUDA it runs on a side stream.
 """
 
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
+from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
-from dct_compile.agreement import timeout_s
 from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
 from dct_compile.element_order import ElementOrder
@@ -28,15 +27,16 @@ from dct_compile.integrations.ddp_report import abbreviated, averaged_parameters
 from dct_compile.measure import BucketMeasure
 from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.manager import publish
-from dct_compile.passes.plan import Decision, decide
+from dct_compile.passes.plan import Decision, decide, dense
 from dct_compile.passes.record import describe_function, describe_site
 from dct_compile.posts import Signature
-from dct_compile.reasons import Note
-from dct_compile.report import GraphReport, Measure, ReportEntry
+from dct_compile.reasons import Note, Reason
+from dct_compile.report import DeferredGraph, GraphReport, Measure, ReportEntry
 from dct_compile.runtime import Runtime
 from dct_compile.schemes import GradientOffer
 from dct_compile.state import BucketState, refer_to
 from dct_compile.state_store import named_parameters
+from dct_compile.workers import ExchangeWorker
 
 _NO_BACKWARD = -1
 """The task of autograd outside of a backward. A rank without inputs is called there (``torch.distributed.algorithms.Join``)."""
@@ -44,19 +44,28 @@ _NO_BACKWARD = -1
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """The decision about one bucket. ``device``: where its buffer is."""
+    """The decision about one bucket. ``device``: where its buffer is. ``sparse``: whether that is a sparse tensor."""
 
     decision: Decision
     comm: Comm
     device: torch.device
+    sparse: bool
 
     @classmethod
     def of(
-        cls, parameters: Sequence[Tensor], names: dict[int, str], group: ProcessGroup, config: DCTConfig, *, may_be_unused: bool
+        cls,
+        parameters: Sequence[Tensor],
+        names: dict[int, str],
+        group: ProcessGroup,
+        config: DCTConfig,
+        *,
+        may_be_unused: bool,
+        sparse: bool,
     ) -> "BucketPlan":
         members = [Parameter(index, names[id(item)], tuple(item.shape), ElementOrder.of(item)) for index, item in enumerate(parameters)]
         exchange = gradient_exchange(ALL_REDUCE, segments_of(members), parameters[0].dtype, group, may_be_unused)
-        return cls(decide(exchange, config), Comm(group.group_name, group.size()), parameters[0].device)
+        decision = dense(exchange, Reason.SPARSE) if sparse else decide(exchange, config)
+        return cls(decision, Comm(group.group_name, group.size()), parameters[0].device, sparse)
 
     @property
     def offer(self) -> GradientOffer | None:
@@ -81,16 +90,23 @@ class BucketPlan:
         return self.comm.wait(self.comm.all_reduce(grad, "avg"))
 
     def publish(self, name: str, runtime: Runtime, measure: Measure | None) -> ReportEntry:
-        """Reports the bucket as a graph of its own, with the traced function as what it is after the rewriting."""
+        """Reports the bucket as a graph of its own."""
+        return publish(DeferredGraph(name, partial(self._describe, name)), [(describe_site(self.decision), measure)], runtime)
+
+    def _describe(self, name: str) -> GraphReport:
+        """Traces the function of the bucket: dense before, and as it is after the rewriting. A sparse bucket has no such function."""
+        if self.sparse:
+            return GraphReport(name, "", "")
         exchange = self.decision.exchange
         assert exchange.shape is not None
-        with FakeTensorMode():
-            grad = {"grad": torch.empty(exchange.shape, dtype=exchange.dtype, device=self.device)}
-            state = BucketState([], self.offer.state, self.device).tensors if self.offer is not None else {}
-        before, nodes_before = describe_function(self.reduce_dense, grad)
-        after, nodes_after = describe_function(self.reduce, {**grad, **state})
-        graph = GraphReport(name, before, after, nodes_before, nodes_after)
-        return publish(graph, [(describe_site(self.decision), measure)], runtime)
+        # A trace concerns the whole process, so that no other thread may compile meanwhile.
+        with compile_lock:
+            with FakeTensorMode():
+                grad = {"grad": torch.empty(exchange.shape, dtype=exchange.dtype, device=self.device)}
+                state = BucketState([], self.offer.state, self.device).tensors if self.offer is not None else {}
+            before, nodes_before = describe_function(self.reduce_dense, grad)
+            after, nodes_after = describe_function(self.reduce, {**grad, **state})
+        return GraphReport(name, before, after, nodes_before, nodes_after)
 
 
 class GradientCompressor:
@@ -106,9 +122,7 @@ class GradientCompressor:
         self.names = {id(parameter): name for name, parameter in named_parameters(module)}
         # Parameters that no compiled graph was called with; a parameter that was not used at all cannot be told from those.
         self.uncompiled = {} if self.find_unused else {id(parameter): name for name, parameter in averaged_parameters(module)}
-        self.group: ProcessGroup | None = None
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dct-reducer")
-        weakref.finalize(module, self.worker.shutdown, wait=False)
+        self.worker: ExchangeWorker | None = None
         runtime.states.use.watch(list(module.parameters()))
         self.stream: torch.cuda.Stream | None = None
         self.reducers: dict[int, BucketReducer] = {}
@@ -117,31 +131,29 @@ class GradientCompressor:
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Starts the bucket's averaging and returns at once: the hook. Buckets come in the same order on all ranks."""
         buffer = bucket.buffer()
-        reducer = self._reducer(bucket.index(), bucket.parameters())
+        worker = self.own_worker()
+        reducer = self._reducer(bucket.index(), bucket.parameters(), worker.group, buffer.is_sparse)
         if bucket.is_last():
             self._forget_retired()
             self._warn_of_uncompiled()
         reducer.joined = torch._C._current_graph_task_id() == _NO_BACKWARD
         if buffer.is_cuda:
             return self._reduce_on_side_stream(reducer, buffer)
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
-        self.worker.submit(_run, reducer, buffer, future)
-        return future
+        promise: torch.futures.Future[Tensor] = torch.futures.Future()
+        worker.submit(partial(_run, reducer, buffer, promise))
+        return promise.then(_result)
 
     def mark_compiled(self, parameters: Sequence[object]) -> None:
         """Remembers that a compiled graph is called with ``parameters``."""
         for parameter in parameters:
             self.uncompiled.pop(id(parameter), None)
 
-    def own_group(self) -> ProcessGroup:
-        """Returns the group of the exchanges, made at the first one: then all ranks are here."""
-        if self.group is None:
+    def own_worker(self) -> ExchangeWorker:
+        """Returns the worker of the exchanges, found when the first bucket is ready: then all ranks are here."""
+        if self.worker is None:
             self.agree()
-            ranks = dist.get_process_group_ranks(self.process_group)
-            limit, backend = timedelta(seconds=timeout_s(self.process_group)), dist.get_backend(self.process_group)
-            self.group = dist.new_group(ranks, timeout=limit, backend=backend, use_local_synchronization=True)
-        assert self.group is not None
-        return self.group
+            self.worker = self.runtime.workers.of(self.process_group)
+        return self.worker
 
     def _warn_of_uncompiled(self) -> None:
         if self.uncompiled:
@@ -157,20 +169,18 @@ class GradientCompressor:
             future.set_result(reducer(buffer))
         return future
 
-    def _reducer(self, index: int, parameters: Sequence[Tensor]) -> "BucketReducer":
+    def _reducer(self, index: int, parameters: Sequence[Tensor], group: ProcessGroup, sparse: bool) -> "BucketReducer":
         current = self.reducers.get(index)
         if current is not None and current.serves(parameters):
             return current
         if current is not None:
             # DDP has rebuilt its buckets: every one of them may hold other parameters now.
-            self.retired, self.reducers = list(self.reducers.values()), {}
-        created = BucketReducer(index, parameters, self)
+            self.retired, self.reducers = [*self.retired, *self.reducers.values()], {}
+        created = BucketReducer(index, parameters, self, group, sparse)
         self.reducers[index] = created
         return created
 
     def _forget_retired(self) -> None:
-        kept = [reducer.state for reducer in self.reducers.values()]
-        self.runtime.states.retire([reducer.state for reducer in self.retired if reducer.state is not None and reducer.state not in kept])
         for reducer in self.retired:
             self.runtime.reports.remove(reducer.entry)
         self.retired = []
@@ -179,20 +189,21 @@ class GradientCompressor:
 class BucketReducer:
     """Averages one bucket, with its state. ``joined``: whether this rank has no more inputs, so that only others apply the average."""
 
-    def __init__(self, index: int, parameters: Sequence[Tensor], owner: GradientCompressor) -> None:
+    def __init__(self, index: int, parameters: Sequence[Tensor], owner: GradientCompressor, group: ProcessGroup, sparse: bool) -> None:
         self.parameters = [weakref.ref(parameter) for parameter in parameters]
         self.find_unused, self.process_group = owner.find_unused, owner.process_group
-        self.runtime, self.config = owner.runtime, owner.config
+        self.runtime, self.config, self.group = owner.runtime, owner.config, group
         self.joined = False
-        group = owner.own_group()
-        self.plan = BucketPlan.of(parameters, owner.names, group, owner.config, may_be_unused=self.find_unused)
+        self.plan = BucketPlan.of(parameters, owner.names, group, owner.config, may_be_unused=self.find_unused, sparse=sparse)
         self.state = self._find_state(parameters, owner)
         measure = BucketMeasure([self.state]) if self.state is not None else None
         self.entry = self.plan.publish(bucket_name(owner.title, index, owner.process_group), owner.runtime, measure)
         self.entry.owner, self.entry.model = weakref.ref(self), owner.title
 
     def __call__(self, buffer: Tensor) -> Tensor:
-        """Returns the average over the group of ``buffer`` (1-D), as a new tensor."""
+        """Returns the average over the group of ``buffer`` (1-D, or sparse), as a new tensor."""
+        if self.plan.sparse:
+            return self._reduce_sparse(buffer)
         offer = self.plan.offer
         if self.state is None or offer is None:
             return self.plan.reduce_dense(buffer)
@@ -200,29 +211,38 @@ class BucketReducer:
         with self.state.skip_unused(buffer, offer.members.compressed) if self.find_unused else nullcontext():
             return offer.reduce(buffer, self.state.tensors, self.plan.comm)
 
+    def _reduce_sparse(self, buffer: Tensor) -> Tensor:
+        """Averages a sparse gradient as DDP's own reducer does; no functional collective takes one."""
+        average = buffer / self.group.size()
+        dist.all_reduce(average, group=self.group)
+        return average
+
     def explain(self, error: Exception) -> None:
         """Adds to ``error`` the reason why another rank has left, if there is one."""
         self.runtime.agreement.explain(self.process_group, error)
 
     def serves(self, parameters: Sequence[Tensor]) -> bool:
-        """Returns True if these are the parameters of the bucket, in this order."""
-        return refer_to(self.parameters, parameters)
+        """Returns True if these are the parameters of the bucket, in this order, and no other bucket has taken over the state of one."""
+        return refer_to(self.parameters, parameters) and (self.state is None or self.state.holds(self._compressed(parameters)))
+
+    def _compressed(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        assert self.plan.offer is not None
+        return [parameters[segment.parameter.position] for segment in self.plan.offer.members.compressed]
 
     def _find_state(self, parameters: Sequence[Tensor], owner: GradientCompressor) -> BucketState | None:
         offer = self.plan.offer
-        if offer is None:
-            return None
-        members = [parameters[segment.parameter.position] for segment in offer.members.compressed]
-        state = owner.runtime.states.bucket(members, offer.state)
-        retired = [reducer.state for reducer in owner.retired if reducer.state is not None and reducer.state is not state]
-        owner.runtime.states.move(retired, state)
-        return state
+        return None if offer is None else owner.runtime.states.bucket(self._compressed(parameters), offer.state, "DDP")
 
 
-def _run(reducer: BucketReducer, buffer: Tensor, future: torch.futures.Future[Tensor]) -> None:
+def _run(reducer: BucketReducer, buffer: Tensor, promise: torch.futures.Future[Tensor]) -> None:
     try:
         with torch.no_grad():
-            future.set_result(reducer(buffer))
-    except Exception as error:  # the backward that waits for the future raises it
+            promise.set_result(reducer(buffer))
+    except Exception as error:  # the backward that waits for the result raises it
         reducer.explain(error)
-        future.set_exception(error)  # type: ignore[arg-type]
+        promise.set_exception(error)  # type: ignore[arg-type]
+
+
+def _result(done: torch.futures.Future[Tensor]) -> Tensor:
+    """Returns the result, or raises the error: DDP takes the error of a callback, but an exception that was set for a tensor."""
+    return done.value()

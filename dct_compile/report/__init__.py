@@ -1,6 +1,6 @@
 """The report of compilations: every collective, the decision about it and its reason, the bytes it sends, and the graphs around it."""
 
-from dct_compile.report.data import GraphReport, NodeReport, SiteReport, Sums, step_and_evaluation
+from dct_compile.report.data import DeferredGraph, GraphReport, NodeReport, SiteReport, Sums, step_and_evaluation
 from dct_compile.report.diff import ReportDiff
 from dct_compile.report.registry import GRADIENTS_OUTSIDE, NOT_REACHED, NOTHING_COMPILED, Measure, ReportEntry, ReportRegistry
 from dct_compile.report.report import Report
@@ -10,6 +10,7 @@ __all__ = [
     "GRADIENTS_OUTSIDE",
     "NOTHING_COMPILED",
     "NOT_REACHED",
+    "DeferredGraph",
     "GraphReport",
     "Measure",
     "NodeReport",

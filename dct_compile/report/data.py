@@ -1,6 +1,6 @@
 """The parts of a report: plain values, no graph and no process group."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,3 +110,11 @@ def step_and_evaluation(sites: Iterable[SiteReport]) -> tuple[Sums, Sums | None]
     if not training:
         return Sums.of(evaluation), None
     return Sums.of(training), Sums.of(evaluation) if evaluation else None
+
+
+@dataclass(frozen=True)
+class DeferredGraph:
+    """A graph whose description costs time, and disturbs other threads: it is made when somebody looks. ``describe``: makes it."""
+
+    name: str
+    describe: Callable[[], GraphReport]

@@ -7,7 +7,7 @@ from itertools import count
 
 from torch import Tensor
 
-from dct_compile.report.data import GraphReport, SiteReport
+from dct_compile.report.data import DeferredGraph, GraphReport, SiteReport
 from dct_compile.report.report import Report
 
 Measure = Callable[[], tuple[float, int] | None]
@@ -50,7 +50,7 @@ class ReportEntry:
     ``backwards``: the number of backwards that followed each other without a forward: those of one step.
     """
 
-    graph: GraphReport
+    graph: GraphReport | DeferredGraph
     sites: Sequence[tuple[SiteReport, Measure | None]]
     training: bool = True
     model: str = ""
@@ -83,6 +83,12 @@ class ReportEntry:
         # One compilation can hold several graphs: DDP's buckets cut it. They share a name, and no parameters.
         return bool(code) and code == other.graph.name.rpartition("/")[0] and (bool(key) or not is_same)
 
+    def described(self) -> GraphReport:
+        """Returns the description of the graph, made at the first call."""
+        if isinstance(self.graph, DeferredGraph):
+            self.graph = self.graph.describe()
+        return self.graph
+
 
 @dataclass
 class ReportRegistry:
@@ -109,7 +115,7 @@ class ReportRegistry:
     _is_backward_last: bool = False
     _dropped: "weakref.WeakSet[ReportEntry]" = field(default_factory=weakref.WeakSet)
 
-    def add(self, graph: GraphReport, sites: Sequence[tuple[SiteReport, Measure | None]]) -> ReportEntry:
+    def add(self, graph: GraphReport | DeferredGraph, sites: Sequence[tuple[SiteReport, Measure | None]]) -> ReportEntry:
         self._drop_dead()
         entry = ReportEntry(graph, sites)
         self.entries.append(entry)
@@ -182,7 +188,7 @@ class ReportRegistry:
                 calls=self.calls(entry),
                 training=entry.training,
             )
-            for position, entry in enumerate(self.entries)
+            for position, entry in enumerate(list(self.entries))  # another thread may train meanwhile, and add some
             for number, (site, measure) in enumerate(entry.sites)
         ]
 
@@ -193,7 +199,9 @@ class ReportRegistry:
             not_reached: Returns the names of the DDP modules that average their gradients and have no compiled graph inside.
         """
         sites = self.sites(measured=True)
-        return Report(tuple(sites), tuple(entry.graph for entry in self.entries), (*self.notes, *self._hints(sites, not_reached)))
+        return Report(
+            tuple(sites), tuple(entry.described() for entry in list(self.entries)), (*self.notes, *self._hints(sites, not_reached))
+        )
 
     def _hints(self, sites: Sequence[SiteReport], not_reached: Callable[[], Sequence[str]]) -> list[str]:
         """Returns notes about what is missing, as far as is known by now."""

@@ -1,0 +1,38 @@
+"""Facts about a process group: its timeout, and a part of the store for one of its lives."""
+
+import hashlib
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed import ProcessGroup
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store
+
+
+def timeout_s(group: ProcessGroup) -> float:
+    """Returns the timeout of the group's collectives in seconds: the longest where it has several backends."""
+    found = [default_pg_timeout.total_seconds()] if not group._device_types else []
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        found.append(getattr(options, "_timeout", default_pg_timeout).total_seconds())
+    return max(found)
+
+
+def store_of_life(group: ProcessGroup, purpose: str) -> tuple[PrefixStore, int]:
+    """Opens a part of the default store that is new for each life of ``group``: the store may outlive a group whose name comes again.
+
+    Args:
+        group: The process group. All of its ranks make this call equally often.
+        purpose: The name of the user of that part. Lives are counted for each purpose.
+
+    Returns:
+        The part of the store, and the number of the life from 1 on: equal on all ranks of the group.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    # Groups that split_group makes at once share a name, so the ranks are part of the prefix.
+    members = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+    # A client of its own: one that waits would keep the other threads of this process from the store.
+    client = _get_default_store().clone()  # type: ignore[attr-defined]
+    base = PrefixStore(f"dct_compile/{purpose}/{group.group_name}/{members}", client)
+    life = base.add(f"lives/{group.rank()}", 1)
+    return PrefixStore(str(life), base), life

@@ -1,0 +1,96 @@
+"""The thread and the process group in which the exchanges of DDP modules run: one of each for every process group of DDP's.
+
+Exchanges run in the order in which the buckets of all modules over that process group are ready. It is the order in which DDP itself would
+start its collectives, so it is the same on all ranks wherever it is for DDP. Models that are trained in threads of their own need a process
+group each, as with DDP itself.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from queue import SimpleQueue
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed.distributed_c10d import _new_process_group_helper, _world
+
+from dct_compile.groups import store_of_life, timeout_s
+
+_Tasks = SimpleQueue[Callable[[], None] | None]
+
+
+class ExchangeWorker:
+    """Runs exchanges one after the other, beside the backward. ``group``: theirs alone.
+
+    Collectives that the user starts meanwhile would come between two exchanges at another place on each rank.
+    """
+
+    def __init__(self, process_group: ProcessGroup) -> None:
+        self.group = _same_ranks(process_group)
+        self._tasks: _Tasks = SimpleQueue()
+        # The queue is made for it: a finalizer runs in the middle of any code, with any lock held.
+        weakref.finalize(process_group, self._tasks.put, None).atexit = False
+        name = self.group.group_name
+        threading.Thread(target=_work, args=(self._tasks, name), name="dct-exchanges", daemon=True).start()
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Runs ``task``, which raises nothing, after those submitted before. Returns at once."""
+        self._tasks.put(task)
+
+
+@dataclass
+class _Slot:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    worker: ExchangeWorker | None = None
+
+
+class Workers:
+    """The workers of this process. One ends together with the process group that it serves."""
+
+    def __init__(self) -> None:
+        self._slots: weakref.WeakKeyDictionary[ProcessGroup, _Slot] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def of(self, process_group: ProcessGroup) -> ExchangeWorker:
+        """Returns the worker for DDP modules over ``process_group``. The first call makes it, and waits for all ranks of the group."""
+        with self._lock:
+            slot = self._slots.setdefault(process_group, _Slot())
+        with slot.lock:
+            if slot.worker is None:
+                slot.worker = ExchangeWorker(process_group)
+            return slot.worker
+
+
+def _work(tasks: _Tasks, group_name: str) -> None:
+    """Runs ``tasks`` up to the ``None`` that ends them, and gives up the group. Holds no group, which would not be released at exit."""
+    while (task := tasks.get()) is not None:
+        task()
+        del task  # it holds the buffers of a model
+    with suppress(Exception):  # the whole world may be gone, and the group with it
+        dist.destroy_process_group(distributed_c10d._resolve_process_group(group_name))  # type: ignore[arg-type, attr-defined]
+
+
+def _same_ranks(process_group: ProcessGroup) -> ProcessGroup:
+    """Makes a further group of the same ranks, backends and timeout.
+
+    It is not made by ``dist.new_group``: that names a group by the number of groups in this process, or needs all ranks of the world. Two
+    threads that make one each, or ranks with different numbers of groups, would meet in the wrong one.
+    """
+    ranks = dist.get_process_group_ranks(process_group)
+    store, life = store_of_life(process_group, "groups")
+    group: ProcessGroup
+    group, _ = _new_process_group_helper(
+        len(ranks),
+        process_group.rank(),
+        ranks,
+        dist.get_backend(process_group),
+        store,
+        f"{process_group.group_name}/dct/{life}",  # type: ignore[arg-type]
+        timeout=timedelta(seconds=timeout_s(process_group)),
+        group_desc="exchanges of dct_compile",
+    )
+    _world.pg_group_ranks[group] = {rank: position for position, rank in enumerate(ranks)}
+    return group
