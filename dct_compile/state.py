@@ -22,8 +22,8 @@ from dct_compile.state_spec import LOCAL, StateSpec, StateTensor
 class BucketState:
     """The state of the parameters that are compressed together.
 
-    ``tensors``: by input name, in the order of the spec. ``family``: see :meth:`StateStore.bucket`. ``pending``: the exchanges that may still be
-    taken back. ``uses``: the fate of the gradient of each parameter; not needed for a state that is only looked at.
+    ``tensors``: by input name, in the order of the spec. ``family``: see :meth:`StateStore.bucket`. ``pending``: the exchanges that may
+    still be taken back. ``uses``: the fate of the gradient of each parameter; not needed for a state that is only looked at.
     """
 
     def __init__(

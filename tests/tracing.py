@@ -23,7 +23,8 @@ from dct_compile.compiler.graph import JOINT_SLOT, GraphCompiler, Settings
 from dct_compile.compiler.options import gradient_group
 from dct_compile.compiler.state_inputs import add_state_inputs
 from dct_compile.config import DCTConfig
-from dct_compile.passes.graph_input import GraphInput, has_descriptors
+from dct_compile.passes.context import has_descriptors
+from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.graph_utils import WAIT
 from dct_compile.passes.manager import JointGraphPass, StateRequest
 from dct_compile.passes.plan import Decision
