@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import dct_compile
 from dct_compile.backend import dct
+from dct_compile.reasons import Reason
 from dct_compile.runtime import RUNTIME
 from tests.rank_pool import Ranks
 from tests.ranks import digest, fresh_compiler
@@ -199,4 +200,4 @@ def test_nothing_is_lost_under_ddp(ranks2: Ranks) -> None:
             _, lost, sites = results[f"{scheme} unused"]
             assert lost < 1e-6
             reason = f"{scheme} cannot leave out a parameter for one step, as find_unused_parameters asks"
-            assert sites == [("dense", reason)]
+            assert sites == [("dense", reason), ("dense", Reason.USED_PARAMETERS)]
