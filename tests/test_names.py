@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from dct_compile.compiler.graph import _describe, _readable_source
-from dct_compile.compiler.state_inputs import placeholders
+from dct_compile.passes.graph_utils import placeholders
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,8 @@ def test_names_are_those_of_the_model() -> None:
     found: list[str] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        found.extend(info.name for info in map(_describe, placeholders(gm), inputs) if info.is_parameter)
+        described = [_describe(node, item, None, {}) for node, item in zip(placeholders(gm.graph), inputs, strict=True)]
+        found.extend(info.name for info in described if info.is_parameter)
         return gm.forward
 
     model = Mixed()
