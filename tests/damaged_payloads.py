@@ -22,7 +22,7 @@ from dct_compile.triton_kernels.repack_triton import repack_triton
 from dct_compile.triton_kernels.rows_pack import pack_rows_reference
 from dct_compile.triton_kernels.rows_unpack import gather_rows_reference, scatter_rows_reference, unpack_rows_reference
 from dct_compile.triton_kernels.rows_unpack_triton import gather_rows_triton, scatter_rows_triton, unpack_rows_triton
-from dct_compile.triton_kernels.threshold_pack import threshold_pack_reference
+from dct_compile.triton_kernels.threshold_pack import chunk_view, threshold_pack_reference
 from dct_compile.triton_kernels.unpack_accumulate import unpack_accumulate_reference
 from dct_compile.triton_kernels.unpack_accumulate_triton import unpack_accumulate_triton
 
@@ -129,6 +129,24 @@ def gradients(name: str, segments: tuple[tuple[int, int], ...], payloads: int) -
             fenced(unpack, gathered, None, numel, torch.bfloat16, whole, 3)
 
 
+def a_sum_that_changes(name: str) -> None:
+    """Gives `repack` a count that is larger than its block.
+
+    Whoever begins to read behind that block passes over more entries than who comes from it, and may find another sum the second time.
+    """
+    layout = GradientLayout(((0, 8192), (8192, 8192)), 4096, 1, 0, 0.5, torch.float32)
+    gathered = torch.zeros(3, layout.chunk_bytes, dtype=torch.uint8)
+    counts = ((60000 - 65536, 0, 4096, 0), (0, 0, 4096, 4096), (4096, 0, 0, 0))
+    for number, payload in enumerate(gathered):
+        chunk = chunk_view(payload, layout)
+        chunk.counts.copy_(torch.tensor(counts[number]))
+        chunk.indices.copy_(torch.arange(8192) % 4096)
+        chunk.values.fill_(float(number > 0))
+        if number == 0:
+            chunk.values[4096:5096] = -1.0
+    fenced(IMPLEMENTATIONS[name][1], gathered.flatten(), *owner_state(layout, 1), layout, Selection(0.1, "fixed", 0.5, 1, "off"), False)
+
+
 def rows(name: str) -> None:
     """Gives `PAYLOADS` damaged rows to each decoder of rows."""
     _, _, unpack, gather, scatter, dequantize = IMPLEMENTATIONS[name]
@@ -150,6 +168,7 @@ def main() -> None:
     torch.set_num_threads(2)
     for name in ("reference", *(("cpu",) if load_library() is not None else ()), *(("triton",) if HAS_TRITON else ())):
         rows(name)
+        a_sum_that_changes(name)
         gradients(name, ((5, 700), (705, 0), (800, 4500)), PAYLOADS)
         if name == "cpu":
             gradients(name, ((5, 300_000), (300_010, 70_000)), 2 * 5 * AT_ONCE)
