@@ -135,13 +135,15 @@ def a_sum_that_changes(name: str) -> None:
     Whoever begins to read behind that block passes over more entries than who comes from it, and may find another sum the second time.
     """
     layout = GradientLayout(((0, 8192), (8192, 8192)), 4096, 1, 0, 0.5, torch.float32)
-    gathered = torch.zeros(2, layout.chunk_bytes, dtype=torch.uint8)
-    first, second = (chunk_view(payload, layout) for payload in gathered)
-    for chunk, counts in ((first, (60000 - 65536, 0, 4096, 0)), (second, (0, 0, 4096, 4096))):
-        chunk.counts.copy_(torch.tensor(counts))
+    gathered = torch.zeros(3, layout.chunk_bytes, dtype=torch.uint8)
+    counts = ((60000 - 65536, 0, 4096, 0), (0, 0, 4096, 4096), (4096, 0, 0, 0))
+    for number, payload in enumerate(gathered):
+        chunk = chunk_view(payload, layout)
+        chunk.counts.copy_(torch.tensor(counts[number]))
         chunk.indices.copy_(torch.arange(8192) % 4096)
-    first.values[4096:5096] = -1.0
-    second.values.fill_(1.0)
+        chunk.values.fill_(float(number > 0))
+        if number == 0:
+            chunk.values[4096:5096] = -1.0
     fenced(IMPLEMENTATIONS[name][1], gathered.flatten(), *owner_state(layout, 1), layout, Selection(0.1, "fixed", 0.5, 1, "off"), False)
 
 

@@ -87,6 +87,25 @@ def test_operators_run_whatever_the_compiler_is_said_to_be(command: str, tmp_pat
     assert bool(library) == (not command.strip())
 
 
+INDUCTOR = """
+import torch
+from tests.tracing import fake_group
+with fake_group(2):
+    layer = torch.compile(torch.nn.Linear(64, 64), backend="dct", options={"data_parallel": True})
+    try:
+        layer(torch.ones(4, 64)).sum().backward()
+    except Exception as error:
+        print(type(error.__cause__ or error).__name__, error)
+"""
+
+
+def test_what_torch_says_of_a_missing_compiler_is_not_hidden(tmp_path: Path) -> None:
+    """Inductor itself needs one on a CPU."""
+    own = {"DCT_COMPILE_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
+    done = run_python(INDUCTOR, CXX="no-such-compiler", **own)
+    assert "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'no-such-compiler')" in done.stdout
+
+
 def test_a_compiler_behind_a_wrapper(machine: Machine) -> None:
     machine.setenv("CXX", f"env {machine.steps_file.with_name('slow-compiler')}")
     assert load() is not None
