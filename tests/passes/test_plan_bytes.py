@@ -121,7 +121,7 @@ def test_bucket_with_dense_members() -> None:
         ("all_gather_into_tensor", 4, 300),
         ("reduce_scatter_tensor", 4, 75),
         ("all_to_all_single", 4, 75),
-        ("broadcast", 4, 100),
+        ("broadcast", 4, 75),
         ("all_reduce", 1, 0),
         ("all_gather_into_tensor", 1, 0),
         ("broadcast", 1, 0),
