@@ -12,8 +12,8 @@ from dct_compile.config import DCTConfig
 from dct_compile.monitor import Monitor, SiteStats, monitor
 from dct_compile.report import GraphReport, NodeReport, Report, ReportDiff, SiteReport
 from dct_compile.runtime import RUNTIME
-from dct_compile.state_entry import Entry
-from dct_compile.state_ranks import StateDict, rank_of, state_for
+from dct_compile.state.entry import Entry
+from dct_compile.state.ranks import StateDict, rank_of, state_for
 
 __all__ = [
     "Audit",

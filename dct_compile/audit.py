@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from dct_compile.runtime import RUNTIME, Runtime
-from dct_compile.state_entry import Entry, fold_share
-from dct_compile.state_spec import LOCAL
-from dct_compile.state_store import named_parameters
+from dct_compile.state.entry import Entry, fold_share
+from dct_compile.state.spec import LOCAL
+from dct_compile.state.store import named_parameters
 
 
 class AuditError(AssertionError):

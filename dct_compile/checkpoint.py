@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
-from dct_compile.state_ranks import RankStates, sources
+from dct_compile.state.ranks import RankStates, sources
 
 
 class LoadPlanner(DefaultLoadPlanner):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dct_compile.state import BucketState
+from dct_compile.state.bucket import BucketState
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Reading:
 
 
 _READ = ("residual", "counters", "threshold")
-"""The tensors of a state that are read, see :class:`dct_compile.state_spec.StateTensor`. The first stage's are a rank's own."""
+"""The tensors of a state that are read, see :class:`dct_compile.state.spec.StateTensor`. The first stage's are a rank's own."""
 
 
 def _to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

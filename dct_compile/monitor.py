@@ -11,7 +11,7 @@ from dct_compile.labels import site_label
 from dct_compile.measure import BucketMeasure, Reading, Totals
 from dct_compile.report import ReportRegistry, Sums, step_and_evaluation
 from dct_compile.runtime import RUNTIME, Runtime
-from dct_compile.state import BucketState
+from dct_compile.state.bucket import BucketState
 
 
 class ScalarWriter(Protocol):

@@ -16,8 +16,8 @@ from dct_compile.agreement import Agreement
 from dct_compile.config import DCTConfig
 from dct_compile.reasons import Note
 from dct_compile.report import Report, ReportRegistry, unreached_modules
-from dct_compile.state import BucketState
-from dct_compile.state_store import StateStore
+from dct_compile.state.bucket import BucketState
+from dct_compile.state.store import StateStore
 from dct_compile.workers import Workers
 
 log = logging.getLogger("dct_compile")

@@ -26,8 +26,8 @@ from dct_compile.passes.subgraphs import subgraph_sites
 from dct_compile.report import DeferredGraph, GraphReport, Measure, ReportEntry, SiteReport
 from dct_compile.runtime import Runtime
 from dct_compile.schemes import GradientOffer
-from dct_compile.state import BucketState
-from dct_compile.state_spec import StateSpec
+from dct_compile.state.bucket import BucketState
+from dct_compile.state.spec import StateSpec
 
 log = logging.getLogger("dct_compile.passes")
 

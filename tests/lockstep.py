@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from dct_compile.passes.graph_utils import WAIT, argument
-from dct_compile.state import BucketState
+from dct_compile.state.bucket import BucketState
 from tests.tracing import Trace, placeholders, trace
 
 c10d = torch.ops._c10d_functional

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dct_compile
-from dct_compile.state_store import named_parameters
+from dct_compile.state.store import named_parameters
 from dct_compile.triton_kernels.layout import piece_share
 
 

@@ -14,7 +14,7 @@ from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.plan import Decision, decide
 from dct_compile.passes.splice import trace
 from dct_compile.schemes import GradientOffer
-from dct_compile.state import BucketState
+from dct_compile.state.bucket import BucketState
 from tests.lockstep import run_in_lockstep
 
 Shapes = Mapping[str, tuple[int, ...]]

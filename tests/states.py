@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dct_compile.schemes import GradientOffer
-from dct_compile.state import BucketState
-from dct_compile.state_spec import StateSpec
+from dct_compile.state.bucket import BucketState
+from dct_compile.state.spec import StateSpec
 from tests.hand_made_sites import decide, make_gradient
 
 

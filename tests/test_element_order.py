@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Parameter, segments_of
-from dct_compile.state import BucketState
-from dct_compile.state_entry import fold_share
+from dct_compile.state.bucket import BucketState
+from dct_compile.state.entry import fold_share
 from tests.hand_made_sites import decide, make_gradient
 from tests.states import fill
 

@@ -14,7 +14,7 @@ from dct_compile.measure import BucketMeasure
 from dct_compile.monitor import Monitor, SiteStats
 from dct_compile.report import GraphReport, SiteReport
 from dct_compile.runtime import Runtime
-from dct_compile.state import BucketState
+from dct_compile.state.bucket import BucketState
 from tests.states import state_spec
 
 GRADIENT = SiteReport("all_reduce", "gradient", "top.weight, top.bias", (400,), "float32", "compressed", "gather", 1600, 40, "0", 2)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import dct_compile
 from dct_compile.passes.graph_utils import WAIT
-from dct_compile.state import BucketState
+from dct_compile.state.bucket import BucketState
 from tests.lockstep import make_inputs, run_in_lockstep, trace_all
 from tests.side_by_side import SideBySide
 from tests.small_models import Averaged, AveragedFlat, SummedAndDivided, Weighted, c10d

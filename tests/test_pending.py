@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dct_compile.gradient_use import GradientUse
-from dct_compile.pending import Pending
-from dct_compile.state_spec import StateSpec, StateTensor, counters_of, residual_of
+from dct_compile.state.gradient_use import GradientUse
+from dct_compile.state.pending import Pending
+from dct_compile.state.spec import StateSpec, StateTensor, counters_of, residual_of
 
 PARTS = ((0, 2), (2, 5))
 SPEC = StateSpec((2, 3), (residual_of(PARTS), StateTensor("threshold", (2,), torch.float32, (0, 1)), counters_of(2)))

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.stateful import Stateful
 
 import dct_compile
-from dct_compile.state_entry import fold_share
+from dct_compile.state.entry import fold_share
 from tests.rank_pool import Ranks
 from tests.ranks import digest
 from tests.ranks_balance import Balance, wrap

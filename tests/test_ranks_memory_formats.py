@@ -14,7 +14,7 @@ from dct_compile.backend import dct
 from dct_compile.config import DCTConfig
 from dct_compile.integrations.ddp import DDPIntegration
 from dct_compile.runtime import RUNTIME
-from dct_compile.state_entry import fold_share
+from dct_compile.state.entry import fold_share
 from tests.rank_pool import Ranks
 from tests.ranks import fresh_compiler
 

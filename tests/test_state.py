@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dct_compile.schemes.threshold import Gather
-from dct_compile.state import BucketState
-from dct_compile.state_store import StateStore
+from dct_compile.state.bucket import BucketState
+from dct_compile.state.store import StateStore
 from tests.hand_made_sites import decide, make_gradient
 from tests.states import assert_same, fill, make_model, state_spec
 

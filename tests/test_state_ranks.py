@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import dct_compile
-from dct_compile.state import BucketState
-from dct_compile.state_entry import Entry, fold_share
-from dct_compile.state_ranks import StateDict, sources, state_for
+from dct_compile.state.bucket import BucketState
+from dct_compile.state.entry import Entry, fold_share
+from dct_compile.state.ranks import StateDict, sources, state_for
 from tests.states import assert_same, fill, make_model, state_spec
 
 NUMELS = [1000, 300]

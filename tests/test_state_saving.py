@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dct_compile
 from dct_compile.runtime import RUNTIME
-from dct_compile.state import BucketState
-from dct_compile.state_store import StateStore, named_parameters
+from dct_compile.state.bucket import BucketState
+from dct_compile.state.store import StateStore, named_parameters
 from tests.states import assert_same, fill, make_model, state_spec
 from tests.tracing import fake_group
 

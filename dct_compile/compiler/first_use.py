@@ -15,7 +15,7 @@ from dct_compile.passes.plan import Decision
 from dct_compile.posts import Signature
 from dct_compile.report import ReportEntry
 from dct_compile.runtime import Runtime
-from dct_compile.state import refer_to
+from dct_compile.state.bucket import refer_to
 
 Compiled = Callable[..., Any]
 Parameters = list["weakref.ref[Tensor]"]

@@ -13,7 +13,7 @@ from dct_compile.config import DCTConfig
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.manager import StateRequest
 from dct_compile.runtime import Runtime
-from dct_compile.state import BucketState
+from dct_compile.state.bucket import BucketState
 
 Compiled = Callable[..., Any]
 

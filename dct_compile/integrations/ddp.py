@@ -22,7 +22,7 @@ from dct_compile.posts import Signature
 from dct_compile.reasons import Note, Reason
 from dct_compile.report import wrapped_class
 from dct_compile.runtime import Runtime
-from dct_compile.state_store import named_parameters
+from dct_compile.state.store import named_parameters
 from dct_compile.workarounds import gloo
 
 

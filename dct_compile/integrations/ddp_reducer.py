@@ -34,8 +34,8 @@ from dct_compile.reasons import Note, Reason
 from dct_compile.report import DeferredGraph, GraphReport, Measure, ReportEntry
 from dct_compile.runtime import Runtime
 from dct_compile.schemes import GradientOffer
-from dct_compile.state import BucketState, refer_to
-from dct_compile.state_store import named_parameters
+from dct_compile.state.bucket import BucketState, refer_to
+from dct_compile.state.store import named_parameters
 from dct_compile.workers import ExchangeWorker
 
 _NO_BACKWARD = -1

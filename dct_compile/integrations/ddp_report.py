@@ -17,7 +17,7 @@ from dct_compile.passes.manager import publish
 from dct_compile.reasons import Note, Reason, Unseen
 from dct_compile.report import GraphReport, SiteReport
 from dct_compile.runtime import Runtime
-from dct_compile.state_store import named_parameters
+from dct_compile.state.store import named_parameters
 
 _NAMED = 8
 """Parameters that a note names."""

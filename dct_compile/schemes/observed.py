@@ -9,7 +9,7 @@ from torch import Tensor
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
 from dct_compile.comm import Comm
 from dct_compile.schemes.offer import GradientOffer
-from dct_compile.state_spec import LOCAL, StateTensor, end_to_end
+from dct_compile.state.spec import LOCAL, StateTensor, end_to_end
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import Exchange
 from dct_compile.schemes.members import Members
-from dct_compile.state_spec import StateSpec
+from dct_compile.state.spec import StateSpec
 from dct_compile.traffic import Traffic
 
 

@@ -27,7 +27,7 @@ from dct_compile.reasons import Reason
 from dct_compile.schemes.members import said_too_large
 from dct_compile.schemes.offer import Declined, GradientOffer
 from dct_compile.schemes.threshold import divide_by_density, said
-from dct_compile.state_spec import StateSpec, StateTensor, counters_of, end_to_end, residual_of
+from dct_compile.state.spec import StateSpec, StateTensor, counters_of, end_to_end, residual_of
 from dct_compile.traffic import Traffic
 
 dct = torch.ops.dct

@@ -22,7 +22,7 @@ from dct_compile.reasons import Reason
 from dct_compile.schemes.members import Members, divide, said_too_large
 from dct_compile.schemes.offer import Declined, GradientOffer
 from dct_compile.schemes.threshold_codec import ThresholdCodec, gradient_layout_of
-from dct_compile.state_spec import StateSpec
+from dct_compile.state.spec import StateSpec
 from dct_compile.traffic import Traffic, to_all
 
 

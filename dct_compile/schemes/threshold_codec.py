@@ -9,7 +9,7 @@ from torch import Tensor
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import ALL_GATHER, ALL_TO_ALL, Exchange, Segment
-from dct_compile.state_spec import StateTensor, counters_of, end_to_end, residual_of
+from dct_compile.state.spec import StateTensor, counters_of, end_to_end, residual_of
 from dct_compile.triton_kernels.layout import GradientLayout, Selection, choose_block
 
 dct = torch.ops.dct

@@ -24,7 +24,7 @@ from dct_compile.schemes.members import said_too_large
 from dct_compile.schemes.offer import Declined, GradientOffer
 from dct_compile.schemes.threshold import divide_by_density, said
 from dct_compile.schemes.threshold_codec import ThresholdCodec, gradient_layout_of
-from dct_compile.state_spec import StateSpec
+from dct_compile.state.spec import StateSpec
 from dct_compile.traffic import Traffic, one_share_to_each, to_all
 
 

@@ -12,7 +12,7 @@ from dct_compile.measure import BucketMeasure
 from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRequest
 from dct_compile.report import NOTHING_COMPILED
 from dct_compile.runtime import Runtime
-from dct_compile.state import BucketState
+from dct_compile.state.bucket import BucketState
 from tests.lockstep import make_inputs, run_in_lockstep
 from tests.small_models import Layers, Weighted, exchange, leaf
 from tests.states import state_spec

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dct_compile.gradient_use import Use
-from dct_compile.state_spec import Part, StateSpec
+from dct_compile.state.gradient_use import Use
+from dct_compile.state.spec import Part, StateSpec
 
 _IN_UNITS_OF_THE_GRADIENT = ("residual", "threshold")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dct_compile.state_entry import Entry, share_of
+from dct_compile.state.entry import Entry, share_of
 from dct_compile.triton_kernels.layout import COUNTERS
 
 

@@ -1,7 +1,7 @@
 """The state of a bucket of parameters: residuals, thresholds, counters, and whatever else a scheme keeps from step to step.
 
 The parameters of one bucket keep their state end to end in flat tensors, so that one kernel launch serves the whole bucket. The part of
-each parameter is a view. A spec (``state_spec.py``) says which tensors there are and which part belongs to which parameter.
+each parameter is a view. A spec (``spec.py``) says which tensors there are and which part belongs to which parameter.
 """
 
 import weakref
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Segment
-from dct_compile.gradient_use import Use
-from dct_compile.pending import Pending, view
-from dct_compile.state_entry import Entry, copy_of, fold_share
-from dct_compile.state_spec import LOCAL, StateSpec, StateTensor
+from dct_compile.state.entry import Entry, copy_of, fold_share
+from dct_compile.state.gradient_use import Use
+from dct_compile.state.pending import Pending, view
+from dct_compile.state.spec import LOCAL, StateSpec, StateTensor
 
 
 class BucketState:

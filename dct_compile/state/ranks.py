@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
-from dct_compile.state_checks import check_entry
-from dct_compile.state_entry import Entry, copy_of, fold_share
+from dct_compile.state.checks import check_entry
+from dct_compile.state.entry import Entry, copy_of, fold_share
 
 
 class StateDict(dict[str, Entry]):

@@ -5,7 +5,7 @@ A name that holds an "@" itself always gets a number: ``a@1@0`` is the first sta
 
 from collections.abc import Collection, Mapping
 
-from dct_compile.state_entry import Entry
+from dct_compile.state.entry import Entry
 
 
 def key_of(name: str, ordinal: int) -> str:

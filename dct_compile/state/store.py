@@ -13,12 +13,12 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dct_compile.gradient_use import GradientUse
-from dct_compile.state import BucketState
-from dct_compile.state_checks import check_entry
-from dct_compile.state_entry import Entry, copy_of
-from dct_compile.state_keys import by_parameter, key_of
-from dct_compile.state_spec import StateSpec
+from dct_compile.state.bucket import BucketState
+from dct_compile.state.checks import check_entry
+from dct_compile.state.entry import Entry, copy_of
+from dct_compile.state.gradient_use import GradientUse
+from dct_compile.state.keys import by_parameter, key_of
+from dct_compile.state.spec import StateSpec
 
 
 class StateStore:
