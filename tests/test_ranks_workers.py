@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
+import dct_compile
 from dct_compile.integrations.ddp_reducer import _result
 from tests.rank_pool import GROUP_TIMEOUT, Ranks
 from tests.ranks import digest
@@ -179,3 +180,18 @@ def test_what_is_known_of_another_rank_stays_with_the_error() -> None:
     with pytest.raises(RuntimeError, match="Connection closed by peer") as raised:
         seen.wait()
     assert "ranks 0 and 1 would compress differently" in str(raised.value)
+
+
+def reported_late(rank: int, world_size: int) -> list[tuple[str, bool, bool]]:
+    use_a_model(rank)
+    dist.destroy_process_group()
+    gc.collect()
+    graphs = dct_compile.report().graphs
+    return [(graph.name, "all_reduce" in graph.before, "threshold_pack" in graph.after) for graph in graphs]
+
+
+def test_the_report_shows_the_graph_of_a_bucket_whose_group_is_gone(ranks2: Ranks) -> None:
+    for (name, *shown), *others in ranks2(reported_late):
+        assert name.startswith("DDP bucket 0")
+        assert shown == [True, True]
+        assert not others

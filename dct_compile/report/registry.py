@@ -1,5 +1,6 @@
 """Collects what compilations report, for as long as the process lives."""
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -46,28 +47,35 @@ class ReportRegistry:
     notes: list[str] = field(default_factory=list)
     called: bool = False
     trains_alone: bool = False
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
+    """Models may be trained, and compiled, in several threads."""
 
     def add(self, graph: GraphReport | DeferredGraph, sites: Sequence[tuple[SiteReport, Measure | None]]) -> ReportEntry:
         entry = ReportEntry(graph, sites)
-        self.entries.append(entry)
+        with self._lock:
+            self.entries.append(entry)
         return entry
 
     def remove(self, entry: ReportEntry) -> None:
-        if entry in self.entries:
-            self.entries.remove(entry)
+        with self._lock:
+            if entry in self.entries:
+                self.entries.remove(entry)
 
     def note(self, text: str) -> None:
         """Adds a note once."""
-        if text not in self.notes:
-            self.notes.append(text)
+        with self._lock:
+            if text not in self.notes:
+                self.notes.append(text)
 
     def clear(self) -> None:
-        self.entries.clear()
-        self.notes.clear()
-        self.trains_alone = False
+        with self._lock:
+            self.entries.clear()
+            self.notes.clear()
+            self.trains_alone = False
 
     def snapshot(self) -> Report:
-        entries = list(self.entries)  # another thread may train meanwhile, and add some
+        with self._lock:
+            entries = list(self.entries)
         sites = [
             replace(_measured(site, measure), graph=position, number=number)
             for position, entry in enumerate(entries)
