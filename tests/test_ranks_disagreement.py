@@ -1,5 +1,6 @@
 """Ranks that would compress differently must all stop with the reason: their payloads would not fit together."""
 
+import gc
 import time
 from typing import Any
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.backend import dct
-from tests.rank_pool import Ranks
+from tests.rank_pool import GROUP_TIMEOUT, Ranks
 from tests.ranks_ddp import Part
 from tests.small_models import exchange
 
@@ -67,3 +70,30 @@ def test_every_rank_names_what_differs_and_none_hangs(ranks2: Ranks, name: str) 
 
 def test_ranks_that_agree_go_on(ranks2: Ranks) -> None:
     assert [error for error, _ in ranks2(attempt, "exchange", [{}, {}], (64, 64))] == ["no error"] * 2
+
+
+def attempts(rank: int, world_size: int, new_life: bool) -> list[str]:
+    """Returns the errors of three DDP models, one after the other: equal options, other values on each rank, other densities.
+
+    ``new_life``: each has a process group of its own, which has the store and the name of the one before.
+    """
+    base, errors = _get_default_store(), []
+    for number, name in enumerate((None, "dp_value_dtype", "dp_density")):
+        if new_life:
+            dist.destroy_process_group()
+            gc.collect()
+            store = PrefixStore(f"life {number}", base)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+        values = {"dp_value_dtype": ["bfloat16", "float16"][rank], "dp_density": [0.01, 0.05][rank]}
+        torch._dynamo.reset()
+        errors.append(attempt(rank, world_size, "ddp", [{name: values[name]} if name else {}] * 2, (64, 64))[0])
+    return errors
+
+
+@pytest.mark.parametrize("new_life", [False, True])
+def test_each_model_of_a_group_is_compared(ranks2: Ranks, new_life: bool) -> None:
+    for first, second, third in ranks2(attempts, new_life):
+        assert first == "no error"
+        assert "would compress differently" in second
+        assert "option 'dp_value_dtype'" in second
+        assert "option 'dp_density'" in third

@@ -1,5 +1,6 @@
 """Collects what compilations report, as long as the models live that they serve."""
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -114,35 +115,41 @@ class ReportRegistry:
     _passes: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
     _is_backward_last: bool = False
     _dropped: "weakref.WeakSet[ReportEntry]" = field(default_factory=weakref.WeakSet)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
+    """Models may be trained, and compiled, in several threads."""
 
     def add(self, graph: GraphReport | DeferredGraph, sites: Sequence[tuple[SiteReport, Measure | None]]) -> ReportEntry:
-        self._drop_dead()
         entry = ReportEntry(graph, sites)
-        self.entries.append(entry)
+        with self._lock:
+            self._drop_dead()
+            self.entries.append(entry)
         return entry
 
     def remove(self, entry: ReportEntry) -> None:
-        if entry in self.entries:
-            self.entries.remove(entry)
+        with self._lock:
+            if entry in self.entries:
+                self.entries.remove(entry)
 
     def serve(self, entry: ReportEntry, parameters: Sequence[Tensor]) -> None:
         """Remembers that the graph of ``entry`` is called with ``parameters``."""
-        if self._is_backward_last or not entry.training:
-            self._passes[entry.training] += 1
-            self._is_backward_last = False
-        key = tuple(map(id, parameters))
-        if key not in entry.uses or not entry.uses[key].lives:
-            self._drop_dead()
-            entry.uses[key] = _Use([weakref.ref(parameter) for parameter in parameters])
-            if entry in self._dropped:  # its model is gone, and another one of that class has come
-                self._dropped.remove(entry)
-                self.entries.append(entry)
-        entry.uses[key].last = self._passes[entry.training]
+        with self._lock:
+            if self._is_backward_last or not entry.training:
+                self._passes[entry.training] += 1
+                self._is_backward_last = False
+            key = tuple(map(id, parameters))
+            if key not in entry.uses or not entry.uses[key].lives:
+                self._drop_dead()
+                entry.uses[key] = _Use([weakref.ref(parameter) for parameter in parameters])
+                if entry in self._dropped:  # its model is gone, and another one of that class has come
+                    self._dropped.remove(entry)
+                    self.entries.append(entry)
+            entry.uses[key].last = self._passes[entry.training]
 
     def backward_ran(self, entry: ReportEntry) -> None:
         """Remembers that the backward of ``entry`` runs."""
-        entry.backward_ran()
-        self._is_backward_last = True
+        with self._lock:
+            entry.backward_ran()
+            self._is_backward_last = True
 
     def calls(self, entry: ReportEntry) -> int:
         """Returns how often one step runs the graph of ``entry``.
@@ -161,34 +168,39 @@ class ReportRegistry:
 
     def name_model(self, model: object, title: str) -> str:
         """Returns the name of a model: ``title``, with a number where another model that lives has it."""
-        if model not in self._models:
-            taken = set(self._models.values())
-            names = (f"{title} #{number}" if number > 1 else title for number in count(1))
-            self._models[model] = next(name for name in names if name not in taken)
-        return self._models[model]
+        with self._lock:
+            if model not in self._models:
+                taken = set(self._models.values())
+                names = (f"{title} #{number}" if number > 1 else title for number in count(1))
+                self._models[model] = next(name for name in names if name not in taken)
+            return self._models[model]
 
     def note(self, text: str) -> None:
         """Adds a note once."""
-        if text not in self.notes:
-            self.notes.append(text)
+        with self._lock:
+            if text not in self.notes:
+                self.notes.append(text)
 
     def clear(self) -> None:
-        self.entries.clear()
-        self._dropped.clear()
-        self.notes.clear()
-        self.trains_alone = self.has_shards = False
+        with self._lock:
+            self.entries.clear()
+            self._dropped.clear()
+            self.notes.clear()
+            self.trains_alone = self.has_shards = False
 
     def sites(self, *, measured: bool) -> list[SiteReport]:
         """Returns all sites. ``measured``: reads their counters, which waits for the device."""
+        with self._lock:
+            entries = [(entry, self.calls(entry)) for entry in self.entries]
         return [
             replace(
                 _measured(site, measure) if measured else site,
                 graph=position,
                 number=number,
-                calls=self.calls(entry),
+                calls=calls,
                 training=entry.training,
             )
-            for position, entry in enumerate(list(self.entries))  # another thread may train meanwhile, and add some
+            for position, (entry, calls) in enumerate(entries)
             for number, (site, measure) in enumerate(entry.sites)
         ]
 
@@ -199,9 +211,8 @@ class ReportRegistry:
             not_reached: Returns the names of the DDP modules that average their gradients and have no compiled graph inside.
         """
         sites = self.sites(measured=True)
-        return Report(
-            tuple(sites), tuple(entry.described() for entry in list(self.entries)), (*self.notes, *self._hints(sites, not_reached))
-        )
+        graphs = tuple(entry.described() for entry in list(self.entries))
+        return Report(tuple(sites), graphs, (*self.notes, *self._hints(sites, not_reached)))
 
     def _hints(self, sites: Sequence[SiteReport], not_reached: Callable[[], Sequence[str]]) -> list[str]:
         """Returns notes about what is missing, as far as is known by now."""
