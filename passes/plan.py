@@ -157,12 +157,12 @@ def _left_alone(exchange: Exchange, config: DCTConfig) -> str | None:
         return Reason.PARAMETERS
     if (pattern := _exempting(exchange, config)) is not None:
         return Reason.EXEMPT.format(pattern=pattern)
+    if exchange.origin == "foreign":
+        return Reason.FOREIGN
     if exchange.destination == STORED:
         return Reason.STORED
     if exchange.destination == RETURNED and not config.mp_outputs:
         return Reason.RETURNED
-    if exchange.origin == "foreign":
-        return Reason.FOREIGN
     if not exchange.trains and not config.mp_eval:
         return Reason.EVALUATION
     return _mismatch(exchange, exchange.backward) if exchange.backward is not None else None

@@ -21,12 +21,13 @@ pytestmark = pytest.mark.distributed
 
 
 class Exchange(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, returned: bool = False) -> None:
         super().__init__()
-        self.linear = nn.Linear(16, width)
+        self.linear, self.returned = nn.Linear(16, width), returned
 
     def forward(self, x: Tensor) -> Tensor:
-        return exchange(torch.relu(self.linear(x))).sin()
+        exchanged = exchange(torch.relu(self.linear(x)))
+        return exchanged if self.returned else exchanged.sin()
 
 
 def attempt(rank: int, world_size: int, kind: str, options: list[dict[str, Any]], widths: tuple[int, int]) -> tuple[str, float]:
@@ -37,7 +38,7 @@ def attempt(rank: int, world_size: int, kind: str, options: list[dict[str, Any]]
     elif kind == "data_parallel":
         compiled = torch.compile(Part(nn.Linear(16, width)), backend=dct, options={"data_parallel": True, **own})
     else:
-        compiled = torch.compile(Exchange(width), backend=dct, options=own)
+        compiled = torch.compile(Exchange(width, kind == "returned"), backend=dct, options=own)
     dist.barrier()
     started = time.monotonic()
     try:
@@ -51,6 +52,8 @@ CASES = {
     "dp_density": ("ddp", [{"dp_density": 0.01}, {"dp_density": 0.02}], (64, 64)),
     "refresh_interval": ("ddp", [{}, {"refresh_interval": 10}], (64, 64)),
     "mp_density": ("exchange", [{"mp_density": 0.05}, {"mp_density": 0.1}], (64, 64)),
+    "exempt": ("exchange", [{}, {"exempt": ["small_models.py:*"]}], (64, 64)),
+    "mp_outputs": ("returned", [{}, {"mp_outputs": True}], (64, 64)),
     "dp_value_dtype": ("data_parallel", [{}, {"dp_value_dtype": "float32"}], (64, 64)),
     "mp_value_dtype": ("exchange", [{}, {"mp_value_dtype": "float16"}], (64, 64)),
     "site 0": ("exchange", [{}, {}], (64, 80)),
