@@ -192,6 +192,6 @@ def reported_late(rank: int, world_size: int) -> list[tuple[str, bool, bool]]:
 
 def test_the_report_shows_the_graph_of_a_bucket_whose_group_is_gone(ranks2: Ranks) -> None:
     for (name, *shown), *others in ranks2(reported_late):
-        assert name.startswith("DDP bucket 0")
+        assert name.startswith("DDP(Net) bucket 0")
         assert shown == [True, True]
         assert not others
