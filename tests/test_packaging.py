@@ -58,8 +58,7 @@ def wheel(request: pytest.FixtureRequest, tree: Path, tmp_path_factory: pytest.T
     target = tmp_path_factory.mktemp("dist")
     if request.param == "tree":
         return build("wheel", tree, target)
-    with tarfile.open(build("sdist", tree, target)) as archive:
-        archive.extractall(target, filter="data")
+    shutil.unpack_archive(build("sdist", tree, target), target)
     (source,) = (path for path in target.iterdir() if path.is_dir())
     return build("wheel", source, target)
 
