@@ -5,11 +5,13 @@ from typing import Any
 
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
 
 from dct_compile.audit import Audit, AuditError, AuditResult, audit
 from dct_compile.checkpoint import LoadPlanner
 from dct_compile.config import DCTConfig
 from dct_compile.monitor import Monitor, SiteStats, monitor
+from dct_compile.optim import first_moment_of
 from dct_compile.report import GraphReport, NodeReport, Report, ReportDiff, SiteReport
 from dct_compile.runtime import RUNTIME
 from dct_compile.state.entry import Entry
@@ -29,6 +31,7 @@ __all__ = [
     "SiteReport",
     "SiteStats",
     "StateDict",
+    "adapt",
     "audit",
     "discard_gradients",
     "explain",
@@ -115,6 +118,25 @@ def load_state_dict(
         ValueError: The state has a parameter that the model does not have, is damaged, or belongs to another rank. Nothing is loaded then.
     """
     RUNTIME.states.load_state_dict(model, state_for(state, *rank_of(model, group)))
+
+
+def adapt(optimizer: Optimizer) -> None:
+    """Lets ``optimizer`` bypass its first moment for compressed parameters, as option ``first_moment="bypass"`` does for all optimizers.
+
+    For those who set ``first_moment="keep"``.
+
+    Args:
+        optimizer: An optimizer whose first moment is known, see :mod:`dct_compile.optim`.
+
+    Raises:
+        TypeError: Its first moment is not known.
+    """
+    if first_moment_of(optimizer) is None:
+        raise TypeError(
+            f"the first moment of {type(optimizer).__name__} is not known; allowed are Adam, AdamW, NAdam, RAdam, Adamax, SGD, classes that"
+            " inherit the step of one of them, and what dct_compile.optim.register_first_moment has declared"
+        )
+    RUNTIME.bypass.adapted.add(optimizer)
 
 
 def discard_gradients(model: nn.Module) -> None:

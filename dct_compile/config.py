@@ -10,9 +10,14 @@ import torch
 from torch.distributed import ProcessGroup
 
 MP_VALUE_DTYPES = ("float32", "bfloat16", "float16")
+SECOND_MOMENTS = ("auto", "gaps", "plain")
+FIRST_MOMENTS = ("auto", "bypass", "keep")
 DP_VALUE_DTYPES = (*MP_VALUE_DTYPES, "int8")
 THRESHOLDS = ("exact", "sampled", "laplace")
 REFRESH_WARMUPS = ("geometric", "off")
+FIRST_MOMENTS = ("auto", "bypass", "keep")
+_LATE = 0.1
+"""The largest density at which an element waits as long as a first moment usually looks back: ten steps."""
 GRADIENT_SCHEMES = ("auto", "gather", "owner", "powersgd", "random_k")
 ROW_OPTIONS = ("mp_density", "mp_value_dtype", "mp_eval", "embedding_codec")
 """The options that say nothing about gradients."""
@@ -48,6 +53,14 @@ class DCTConfig:
     undo_discarded: bool = True
     """Take out of the residual what a discarded gradient (``zero_grad`` without a step) has left there. Takes memory for a second residual,
     and a copy of it per step.
+    """
+    first_moment: str = "auto"
+    """The first moment of Adam and its kin, and the momentum of SGD, for gradients that arrive a few elements at a time: "bypass" leaves it
+    out, because what arrives has added up over many steps; "keep" steps as ever; "auto" is "bypass" where the optimizer is known.
+    """
+    second_moment: str = "auto"
+    """The second moment of Adam and its kin, where the first one is bypassed: "gaps" spreads the square of what arrives over the steps that
+    it has waited, and takes memory to know them; "plain" does not; "auto" does so where an element waits longer than beta2 looks back.
     """
     dp_value_dtype: str = "bfloat16"
     """Dtype of a gradient value on the wire ("int8": multiples of a scale per 4096 elements); the rounding error stays in the residual."""
@@ -93,6 +106,8 @@ class DCTConfig:
         _check_choice("refresh_warmup", self.refresh_warmup, REFRESH_WARMUPS)
         _check_bool("error_feedback", self.error_feedback)
         _check_bool("undo_discarded", self.undo_discarded)
+        _check_choice("second_moment", self.second_moment, SECOND_MOMENTS)
+        _check_choice("first_moment", self.first_moment, FIRST_MOMENTS)
         _check_choice("dp_value_dtype", self.dp_value_dtype, DP_VALUE_DTYPES)
         _check_choice("mp_value_dtype", self.mp_value_dtype, MP_VALUE_DTYPES)
         self._keep("capacity_factor", _number("capacity_factor", self.capacity_factor, 1.0, "a number >= 1"))
@@ -112,6 +127,16 @@ class DCTConfig:
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    @property
+    def bypasses(self) -> bool:
+        """Whether optimizers leave out the first moment. A mean over ten steps matters where an element waits longer than that."""
+        return self.first_moment == "bypass" or (self.first_moment == "auto" and self.dp_density <= _LATE)
+
+    @property
+    def gap(self) -> float:
+        """The steps that an element waits, for the second moment; 0 where that is to stay as it is, infinity where it never is."""
+        return {"auto": 1 / self.dp_density, "gaps": float("inf"), "plain": 0.0}[self.second_moment]
 
     @property
     def threshold_method(self) -> str:

@@ -93,6 +93,11 @@ class Note(StrEnum):
         " collectives are not seen. torch skips its own modules, such as nn.Sequential and nn.Linear, when DDP calls them:"
         " make them part of a module class of your own"
     )
+    BYPASSED = "{optimizer} steps {count} compressed parameters without their first moment, because what arrives has added up already"
+    UNKNOWN_OPTIMIZER = (
+        "the first moment of {optimizer} is not known, so it is kept. For gradients that arrive late it is better left out: see"
+        " dct_compile.optim.register_first_moment, or set first_moment='keep' to keep it without this note"
+    )
     NO_OPTIMIZER = (
         "gradients were computed anew, and no torch.optim.Optimizer has stepped in between: the last ones count as applied. If they were"
         " discarded, call dct_compile.discard_gradients(model) in place of zero_grad"

@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dct_compile.agreement import Agreement
 from dct_compile.config import DCTConfig
+from dct_compile.optim import Bypass
 from dct_compile.reasons import Note
 from dct_compile.report import Report, ReportRegistry, unreached_modules
 from dct_compile.state.bucket import BucketState
@@ -41,6 +43,11 @@ class Runtime:
     agreed: "WeakKeyDictionary[ProcessGroup, WeakTensorKeyDictionary]" = field(default_factory=WeakKeyDictionary)
     attached: "WeakKeyDictionary[nn.Module, Any]" = field(default_factory=WeakKeyDictionary)
 
+    bypass: Bypass = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bypass = Bypass(self.states.use, _note_optimizer)
+
     def report(self) -> Report:
         """Returns the report so far, with notes about all that the backend was not asked to compile."""
         return self.reports.snapshot(lambda: unreached_modules(self.attached))
@@ -50,6 +57,9 @@ class Runtime:
 
         ``final``: whether other ranks apply the gradient, and this one has none of its own.
         """
+        late = bucket.spec.waits and config.error_feedback
+        for use in bucket.pending.uses:
+            use.late, use.waits, use.gap = late, late and config.bypasses, config.gap
         scale = self.states.use.scale(bucket.pending.uses)
         if not bucket.pending.begin(scale, config.undo_discarded and config.error_feedback, final):
             self.warn_once(Note.NO_OPTIMIZER)
@@ -71,6 +81,15 @@ def _is_first(note: str) -> bool:
         return bool(store.add(f"dct_compile/notes/{hashlib.sha256(note.encode()).hexdigest()}", 1) == 1)
     except RuntimeError:  # the store has gone with its rank
         return True
+
+
+def _note_optimizer(optimizer: Optimizer, count: int) -> None:
+    """Notes that ``optimizer`` steps ``count`` parameters without a first moment, or warns that it would have to (0)."""
+    name = type(optimizer).__name__
+    if count:
+        RUNTIME.reports.note(Note.BYPASSED.format(optimizer=name, count=count))
+    else:
+        RUNTIME.warn_once(Note.UNKNOWN_OPTIMIZER.format(optimizer=name))
 
 
 RUNTIME = Runtime()

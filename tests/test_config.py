@@ -42,6 +42,8 @@ BAD: list[tuple[str, Any, str]] = [
     *[("refresh_warmup", value, "one of 'geometric', 'off'") for value in ("geometrical", "on", None, True, 1)],
     *[("error_feedback", value, "True or False") for value in (0, 1, "yes", None)],
     *[("undo_discarded", value, "True or False") for value in (0, "no", None)],
+    *[("first_moment", value, "one of 'auto', 'bypass', 'keep'") for value in ("off", None, True)],
+    *[("second_moment", value, "one of 'auto', 'gaps', 'plain'") for value in ("gap", None, 1)],
     *[("audit", value, "True or False") for value in (1, "yes", None)],
     *[("dp_value_dtype", value, DTYPES) for value in ("float64", "bf16", torch.bfloat16, None)],
     *[("mp_value_dtype", value, DTYPES) for value in ("int8", "half", torch.float32, 16)],

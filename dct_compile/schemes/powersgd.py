@@ -106,7 +106,12 @@ def offer(exchange: Exchange, config: DCTConfig) -> PowerSGD | Declined | None:
         traffic=traffic,
         digest=f"rank {config.rank} of {len(shapes)} matrices",
         members=members,
-        state=StateSpec(members.numels, (residual_of(end_to_end(members.numels)), right, counters_of(len(shapes))), sent=sizes),
+        state=StateSpec(
+            members.numels,
+            (residual_of(end_to_end(members.numels)), right, counters_of(len(shapes))),
+            sent=sizes,
+            waits=False,
+        ),
         rank=config.rank,
         shapes=shapes,
         error_feedback=config.error_feedback,

@@ -28,7 +28,9 @@ class Use:
     before the first one. ``absent``: whether its gradient was ``None`` or zero at the begin of a backward since the last exchange (on a GPU
     a bool tensor). ``task``: the backward pass that looked last.
     ``skipped``: a tensor that is not zero where a fused optimizer left out its last step. ``version``: that of the parameter at the last
-    exchange of its gradient, ``None`` before the first. ``searches``: how often an optimizer was searched for.
+    exchange of its gradient, ``None`` before the first. ``searches``: how often an optimizer was searched for. ``late``: whether an
+    element of its gradient arrives once in many steps, with all that has added up. ``waits``: whether its optimizer is to adapt to that.
+    ``gap``: the steps that it waits, as far as the second moment is to know. ``adapted``: whether one has done so.
     """
 
     parameter: "weakref.ref[Tensor]"
@@ -40,6 +42,10 @@ class Use:
     skipped: Tensor | None = None
     version: int | None = None
     searches: int = 0
+    late: bool = False
+    waits: bool = False
+    gap: float = 0.0
+    adapted: bool = False
 
     @property
     def has_optimizer(self) -> bool:
@@ -87,6 +93,11 @@ class GradientUse:
                 self._uses[id(parameter)] = use
             found.append(use)
         return found
+
+    def find(self, parameter: Tensor) -> Use | None:
+        """Returns the record of ``parameter``, if there is one."""
+        use = self._uses.get(id(parameter))
+        return use if use is not None and use.parameter() is parameter else None
 
     def watch(self, parameters: Sequence[Tensor]) -> list[Any]:
         """Looks at the gradients of ``parameters`` at the begin of every backward, before any of them changes. Returns hook handles."""

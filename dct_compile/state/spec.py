@@ -47,7 +47,8 @@ class StateSpec:
 
     ``owner_share``: block, chunks and chunk of the share that this rank owns, where the state has an owner's stage. ``sent``: elements that
     a step sends for each parameter, where that number is fixed; the counters tell it otherwise. ``orders``: the order of the elements
-    of each residual, for a scheme that works on the buffer as it is; empty where all residuals are row-major.
+    of each residual, for a scheme that works on the buffer as it is; empty where all residuals are row-major. ``waits``: whether an element
+    is sent once in many steps, with all that has added up.
     """
 
     numels: tuple[int, ...]
@@ -55,6 +56,7 @@ class StateSpec:
     owner_share: tuple[int, int, int] | None = None
     sent: tuple[int, ...] | None = None
     orders: tuple[ElementOrder | None, ...] = ()
+    waits: bool = True
 
 
 def end_to_end(numels: Sequence[int]) -> tuple[tuple[int, int], ...]:
