@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dct_compile.models.dlrm import DLRM
+from dct_compile.models.gpt import GPT
 from dct_compile.models.metrics import auc, log_loss
 from dct_compile.models.parallel import (
     ColumnParallelLinear,
@@ -158,3 +159,28 @@ def test_log_loss_equals_its_definition() -> None:
     expected = -np.mean(labels * np.log(probability) + (1 - labels) * np.log(1 - probability))
     assert log_loss(logits, labels) == pytest.approx(expected)
     assert log_loss(np.array([1000.0]), np.array([0.0])) == 1000.0
+
+
+def test_gpt_looks_at_no_byte_that_follows() -> None:
+    torch.manual_seed(0)
+    net = GPT(width=16, blocks=2, context=8, heads=2)
+    text = torch.randint(0, 256, (3, 8))
+    per_place = []
+    for last in (text[:, 7], (text[:, 7] + 1) % 256):
+        changed = torch.cat([text[:, :7], last[:, None]], dim=1)
+        per_place.append([net(changed[:, : length + 1], text[:, : length + 1]).item() for length in range(8)])
+    assert per_place[0][:7] == per_place[1][:7]
+    assert per_place[0][7] != per_place[1][7]
+
+
+def test_gpt_learns_a_text_by_heart() -> None:
+    torch.manual_seed(0)
+    net = GPT(width=32, blocks=1, context=16)
+    text = torch.randint(0, 256, (2, 17))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = net(text[:, :-1], text[:, 1:])
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5
