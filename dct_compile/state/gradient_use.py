@@ -25,12 +25,14 @@ class Use:
     """The fate of one parameter's gradients.
 
     ``steps``: grows with every optimizer step that applies its gradient. ``optimizer``, ``scaler``: those of the last such step, or found
-    before the first one. ``absent``: whether its gradient was ``None`` or zero at the begin of a backward since the last exchange (on a GPU
-    a bool tensor). ``task``: the backward pass that looked last.
-    ``skipped``: a tensor that is not zero where a fused optimizer left out its last step. ``version``: that of the parameter at the last
-    exchange of its gradient, ``None`` before the first. ``searches``: how often an optimizer was searched for. ``late``: whether an
-    element of its gradient arrives once in many steps, with all that has added up. ``waits``: whether its optimizer is to adapt to that.
-    ``gap``: the steps that it waits, as far as the second moment is to know. ``adapted``: whether one has done so.
+    before the first one. ``absent``: whether its gradient was ``None`` or zero at the begin of a backward since the last exchange (on a
+    GPU a bool tensor). ``task``: the backward pass that looked last. ``skipped``: a tensor that is not zero where a fused optimizer left
+    out its last step. ``version``: that of the parameter at the last exchange of its gradient, ``None`` before the first. ``searches``:
+    how often an optimizer was searched for.
+
+    For :mod:`dct_compile.optim`. ``late``: whether an element of its gradient arrives once in many steps, with all that has added up.
+    ``waits``: whether its optimizer is to adapt to that. ``gap``: the steps that an element waits, as far as the second moment is to know.
+    ``adapted``: whether an optimizer has adapted.
     """
 
     parameter: "weakref.ref[Tensor]"
