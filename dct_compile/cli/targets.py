@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.models.dlrm import DLRM
+from dct_compile.models.gpt import GPT
 from dct_compile.models.parallel import Mesh, Table, wrap_data_parallel
 
 
@@ -55,7 +57,13 @@ def dlrm() -> Target:
     return Target(wrap_data_parallel(model, mesh), (torch.zeros(128, 4), ids))
 
 
-MODELS: Mapping[str, Callable[[], Target]] = {"dlrm": dlrm}
+def gpt() -> Target:
+    """Returns a GPT of 2 blocks in DDP, called with a batch of 8 pieces of text."""
+    text = torch.zeros(8, 64, dtype=torch.int64)
+    return Target(DistributedDataParallel(GPT()), (text, text))
+
+
+MODELS: Mapping[str, Callable[[], Target]] = {"dlrm": dlrm, "gpt": gpt}
 _EXPECTED = f"a model ({', '.join(MODELS)}) or file.py:function, where the function returns (model, inputs)"
 
 
