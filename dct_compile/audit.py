@@ -22,6 +22,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from dct_compile.runtime import RUNTIME, Runtime
 from dct_compile.state.entry import Entry, fold_share
+from dct_compile.state.gradient_use import NO_BACKWARD
 from dct_compile.state.spec import LOCAL
 from dct_compile.state.store import named_parameters
 
@@ -91,7 +92,7 @@ class Audit:
             for name, parameter in named_parameters(model)
             if name not in ignored and not isinstance(parameter, DTensor)
         }
-        self._task = -1
+        self._task = NO_BACKWARD
         self._by_parameter = {id(account.parameter): account for account in self._accounts.values()}
         self._handles: list[Any] = [register_optimizer_step_post_hook(self._after_step)]
         for account in self._accounts.values():

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, Rprop
+from torch.optim import ASGD, LBFGS, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dct_compile.state.gradient_use import GradientUse
@@ -91,8 +91,8 @@ _KNOWN: dict[type[Optimizer], FirstMoment] = {
     NAdam: FirstMoment("exp_avg", _of_nadam, "exp_avg_sq"),
     SGD: FirstMoment("momentum_buffer", _of_sgd),
 }
-_WITHOUT = (Adadelta, Adafactor, Adagrad, ASGD, Rprop)
-"""The optimizers of torch that have no first moment."""
+_WITHOUT = (Adadelta, Adafactor, Adagrad, ASGD, LBFGS, Rprop)
+"""The optimizers of torch that have no first moment. RMSprop has one where its momentum is not zero."""
 
 
 def register_first_moment(optimizer: type[Optimizer], moment: FirstMoment) -> None:
@@ -158,7 +158,9 @@ class Bypass:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Looks for parameters that neither ``optimizer`` nor another one inside of its step has adapted to."""
-        if first_moment_of(optimizer) is not None or isinstance(optimizer, _WITHOUT):
+        if not self._use or first_moment_of(optimizer) is not None or isinstance(optimizer, _WITHOUT):
+            return
+        if isinstance(optimizer, RMSprop) and all(group["momentum"] == 0 for group in optimizer.param_groups):
             return
         uses = [use for group in optimizer.param_groups for parameter in group["params"] if (use := self._use.find(parameter)) is not None]
         if any(use.waits and not use.adapted for use in uses):
@@ -167,7 +169,7 @@ class Bypass:
     @torch.no_grad()
     def apply(self, optimizer: Optimizer) -> None:
         """Sets the first moments of ``optimizer`` for its next step, by the gradients that there are now."""
-        moment = first_moment_of(optimizer)
+        moment = first_moment_of(optimizer) if self._use else None
         if moment is None:
             return
         scale, count = getattr(optimizer, "grad_scale", None), 0  # a fused optimizer divides by it

@@ -1,6 +1,10 @@
 """Every reason that a site can have in the report, and every note: one table, explained entry by entry in docs/troubleshooting.md."""
 
+from collections.abc import Sequence
 from enum import StrEnum, unique
+
+_NAMED = 8
+"""Parameters that a note names."""
 
 
 @unique
@@ -123,3 +127,9 @@ class Unseen(StrEnum):
     PIPELINE = "the tensors that pipeline stages send to each other"
     DTENSOR = "collectives on DTensor parameters outside of the model, as in gradient clipping and some optimizers"
     BUFFER_HOOK = "the buffers of DDP, which a communication hook of your own exchanges"
+
+
+def abbreviated(names: Sequence[str]) -> str:
+    """Returns the first names, and the number of the others."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

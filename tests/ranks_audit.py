@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dct_compile
+from dct_compile.state.entry import share_of
 from dct_compile.state.store import named_parameters
-from dct_compile.triton_kernels.layout import piece_share
 
 
 class Auditor:
@@ -136,5 +136,4 @@ class Auditor:
 
 def owner_range(entry: dict[str, Any]) -> tuple[int, Tensor]:
     """Returns where this rank's share starts in the parameter, and its residual."""
-    block, chunks, chunk = entry["owner_share"]
-    return min(chunk * piece_share(entry["residual"].numel(), block, chunks), entry["residual"].numel()), entry["owner"]["residual"]
+    return share_of(entry["residual"].numel(), entry["owner_share"]).start, entry["owner"]["residual"]

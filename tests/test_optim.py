@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
+from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from dct_compile.optim import Bypass, FirstMoment, first_moment_of, register_first_moment
 from dct_compile.state.gradient_use import GradientUse
@@ -224,7 +224,8 @@ def told_of(make: Callable[[list[nn.Parameter]], Optimizer]) -> list[tuple[str, 
 def test_an_unknown_first_moment_is_told_and_can_be_declared() -> None:
     assert told_of(Lion) == [("Lion", 0)]
     assert told_of(Adam) == told_of(lambda held: Wrapper(Adam(held))) == [("Adam", 2)]
-    assert told_of(Adagrad) == []
+    assert told_of(Adagrad) == told_of(RMSprop) == []
+    assert told_of(lambda held: RMSprop(held, momentum=0.9)) == [("RMSprop", 0)]
     register_first_moment(Lion, FirstMoment("exp_avg", lambda group, state: 1.0))
     assert told_of(Lion) == [("Lion", 2)]
     use = GradientUse()

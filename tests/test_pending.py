@@ -219,3 +219,17 @@ def test_records_of_dead_parameters_are_dropped() -> None:
     gc.collect()
     other: Tensor = nn.Parameter(torch.ones(2))
     assert len(use.of([other])) == len(use._uses) == 1
+
+
+def test_all_that_is_watched_is_looked_at_in_one_backward() -> None:
+    """Two DDP modules whose gradients one backward makes, as those of a generator and its critic."""
+    use = GradientUse()
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    handles = [handle for parameter in parameters for handle in use.watch([parameter])]
+    for item in use.of(parameters):
+        item.note_exchange()
+    sum(parameter.sum() for parameter in parameters).backward()  # type: ignore[union-attr]
+    assert [item.absent for item in use.of(parameters)] == [True, True]
+    for handle in handles:
+        handle.remove()
+    assert not any(parameter._backward_hooks for parameter in parameters)

@@ -88,6 +88,26 @@ def test_ignored_parameters_are_not_claimed(ranks2: Ranks, options: dict[str, An
         assert notes == [Note.IGNORED.format(parameters="top.weight")]
 
 
+def shared_out(rank: int, world_size: int, explained: bool) -> list[str]:
+    """Two DDP modules, one around the other, ignore what the other one averages, and both a third parameter. Returns the notes."""
+    model = Normed()
+    ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    names = [name for name, _ in model.named_parameters()]
+    ignore(model, [name for name in names if not name.startswith("linear")])
+    inner = DistributedDataParallel(model, broadcast_buffers=False)
+    ignore(inner, ["top.weight", *(f"module.{name}" for name in names if name == "top.weight" or name.startswith("linear"))])
+    outer = DistributedDataParallel(inner, broadcast_buffers=False)
+    if explained:
+        return list(dct_compile.explain(outer, torch.randn(8, 16)).notes)
+    run(torch.compile(outer, backend=dct))
+    return list(dct_compile.report().notes)
+
+
+@pytest.mark.parametrize("explained", [False, True])
+def test_what_another_ddp_module_averages_is_not_ignored(ranks2: Ranks, explained: bool) -> None:
+    assert ranks2(shared_out, explained) == [[Note.IGNORED.format(parameters="top.weight")]] * 2
+
+
 def two_models(rank: int, world_size: int, inside: bool, subgroup: bool) -> tuple[list[str], list[str]]:
     """Returns names of graphs, and labels of a monitor."""
     settings = {"process_group": dist.new_group([0, 1])} if subgroup else {}

@@ -118,5 +118,5 @@ class _Half:
             fresh = any(parameter not in seen for parameter in parameters)
             runtime.agreement.check(group, config.comparable(), signatures, fresh=fresh)
             seen.update((parameter, True) for parameter in parameters)
-        self.agreed |= self.waiting
-        self.waiting = {}
+        living = {key: refs for key, refs in self.agreed.items() if all(ref() is not None for ref in refs)}
+        self.agreed, self.waiting = living | self.waiting, {}

@@ -23,23 +23,21 @@ from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
 from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
-from dct_compile.integrations.ddp_report import abbreviated, averaged_parameters, bucket_name, title_of
+from dct_compile.integrations.ddp_report import averaged_parameters, bucket_name, title_of
 from dct_compile.measure import BucketMeasure
 from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.manager import publish
 from dct_compile.passes.plan import Decision, decide, dense
 from dct_compile.passes.record import describe_function, describe_site
 from dct_compile.posts import Signature
-from dct_compile.reasons import Note, Reason
+from dct_compile.reasons import Note, Reason, abbreviated
 from dct_compile.report import DeferredGraph, GraphReport, Measure, ReportEntry
 from dct_compile.runtime import Runtime
 from dct_compile.schemes import GradientOffer
 from dct_compile.state.bucket import BucketState, refer_to
+from dct_compile.state.gradient_use import NO_BACKWARD
 from dct_compile.state.store import named_parameters
 from dct_compile.workers import ExchangeWorker
-
-_NO_BACKWARD = -1
-"""The task of autograd outside of a backward. A rank without inputs is called there (``torch.distributed.algorithms.Join``)."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,8 @@ class GradientCompressor:
         # Parameters that no compiled graph was called with; a parameter that was not used at all cannot be told from those.
         self.uncompiled = {} if self.find_unused else {id(parameter): name for name, parameter in averaged_parameters(module)}
         self.worker: ExchangeWorker | None = None
-        runtime.states.use.watch(list(module.parameters()))
+        for handle in runtime.states.use.watch(list(module.parameters())):
+            weakref.finalize(module, handle.remove)
         self.stream: torch.cuda.Stream | None = None
         self.reducers: dict[int, BucketReducer] = {}
         self.retired: list[BucketReducer] = []
@@ -136,7 +135,8 @@ class GradientCompressor:
         if bucket.is_last():
             self._forget_retired()
             self._warn_of_uncompiled()
-        reducer.joined = torch._C._current_graph_task_id() == _NO_BACKWARD
+        # A rank that has no more inputs is called outside of a backward (``torch.distributed.algorithms.Join``).
+        reducer.joined = torch._C._current_graph_task_id() == NO_BACKWARD
         if buffer.is_cuda:
             return self._reduce_on_side_stream(reducer, buffer)
         promise: torch.futures.Future[Tensor] = torch.futures.Future()

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,19 +14,14 @@ from dct_compile.exchange import BUFFERS, GRADIENT, OTHER, Collective
 from dct_compile.passes.collectives import ALL_REDUCE, BROADCAST
 from dct_compile.passes.manager import publish
 from dct_compile.reasons import Note, Reason, Unseen
-from dct_compile.report import GraphReport, SiteReport
+from dct_compile.report import GraphReport, SiteReport, wrapped_class
 from dct_compile.runtime import Runtime
 from dct_compile.state.store import named_parameters
-
-_NAMED = 8
-"""Parameters that a note names."""
 
 
 def title_of(module: DistributedDataParallel, runtime: Runtime) -> str:
     """Returns the module's name in the report, such as ``DDP(Net)``; ``DDP(Net) #2`` for the second one of its class."""
-    inner = module.module
-    inner = inner._orig_mod if isinstance(inner, OptimizedModule) else inner
-    return runtime.reports.name_model(module, f"DDP({type(inner).__name__})")
+    return runtime.reports.name_model(module, f"DDP({wrapped_class(module)})")
 
 
 def bucket_name(title: str, index: int, group: ProcessGroup) -> str:
@@ -42,12 +36,6 @@ def averaged_parameters(module: DistributedDataParallel) -> list[tuple[str, nn.P
     return [(name, parameter) for name, parameter in named_parameters(module) if id(parameter) in averaged]
 
 
-def abbreviated(names: Sequence[str]) -> str:
-    """Returns the first names, and the number of the others."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
-
-
 def publish_module(module: DistributedDataParallel, reason: str | None, runtime: Runtime) -> None:
     """Reports all that DDP sends itself in every step. ``reason``: the reason why its reducer stays, if it does."""
     title, sites = title_of(module, runtime), list(_beside_buckets(module, runtime))
@@ -56,10 +44,10 @@ def publish_module(module: DistributedDataParallel, reason: str | None, runtime:
     if sites:
         entry = publish(GraphReport(title, "", ""), [(site, None) for site in sites], runtime)
         entry.owner, entry.model = weakref.ref(module), title
-    averaged = {id(parameter) for _, parameter in averaged_parameters(module)} | {id(p) for p in module._delay_all_reduce_params}
-    ignored = [name for name, parameter in named_parameters(module) if parameter.requires_grad and id(parameter) not in averaged]
-    if ignored:
-        runtime.reports.note(Note.IGNORED.format(parameters=abbreviated(ignored)))
+    averaged = [*(parameter for _, parameter in averaged_parameters(module)), *module._delay_all_reduce_params]
+    held = {id(parameter) for parameter in averaged}
+    others = [(name, parameter) for name, parameter in named_parameters(module) if parameter.requires_grad and id(parameter) not in held]
+    runtime.reports.divide(averaged, others)
 
 
 def _dense_site(module: DistributedDataParallel, reason: str) -> SiteReport:

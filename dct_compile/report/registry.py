@@ -2,12 +2,13 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
 from torch import Tensor
 
+from dct_compile.reasons import Note, abbreviated
 from dct_compile.report.data import DeferredGraph, GraphReport, SiteReport
 from dct_compile.report.report import Report
 
@@ -112,6 +113,8 @@ class ReportRegistry:
     trains_alone: bool = False
     has_shards: bool = False
     _models: "weakref.WeakKeyDictionary[object, str]" = field(default_factory=weakref.WeakKeyDictionary)
+    _averaged: "list[weakref.ref[Tensor]]" = field(default_factory=list)
+    _ignored: "list[tuple[str, weakref.ref[Tensor]]]" = field(default_factory=list)
     _passes: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
     _is_backward_last: bool = False
     _dropped: "weakref.WeakSet[ReportEntry]" = field(default_factory=weakref.WeakSet)
@@ -163,6 +166,8 @@ class ReportRegistry:
     def _drop_dead(self) -> None:
         self._dropped.update(entry for entry in self.entries if not entry.lives)
         self.entries = [entry for entry in self.entries if entry.lives]
+        self._averaged = [ref for ref in self._averaged if ref() is not None]
+        self._ignored = [(name, ref) for name, ref in self._ignored if ref() is not None]
         for entry in [*self.entries, *self._dropped]:
             entry.uses = {key: use for key, use in entry.uses.items() if use.lives}
 
@@ -175,6 +180,12 @@ class ReportRegistry:
                 self._models[model] = next(name for name in names if name not in taken)
             return self._models[model]
 
+    def divide(self, averaged: Iterable[Tensor], ignored: Iterable[tuple[str, Tensor]]) -> None:
+        """Remembers the parameters that a DDP module averages, and those that it was told to ignore: another one may average these."""
+        with self._lock:
+            self._averaged += [weakref.ref(parameter) for parameter in averaged]
+            self._ignored += [(name, weakref.ref(parameter)) for name, parameter in ignored]
+
     def note(self, text: str) -> None:
         """Adds a note once."""
         with self._lock:
@@ -186,23 +197,13 @@ class ReportRegistry:
             self.entries.clear()
             self._dropped.clear()
             self.notes.clear()
+            self._averaged.clear()
+            self._ignored.clear()
             self.trains_alone = self.has_shards = False
 
     def sites(self, *, measured: bool) -> list[SiteReport]:
         """Returns all sites. ``measured``: reads their counters, which waits for the device."""
-        with self._lock:
-            entries = [(entry, self.calls(entry)) for entry in self.entries]
-        return [
-            replace(
-                _measured(site, measure) if measured else site,
-                graph=position,
-                number=number,
-                calls=calls,
-                training=entry.training,
-            )
-            for position, (entry, calls) in enumerate(entries)
-            for number, (site, measure) in enumerate(entry.sites)
-        ]
+        return _sites_of(self._current(), measured)
 
     def snapshot(self, not_reached: Callable[[], Sequence[str]] = tuple) -> Report:
         """Returns the report so far.
@@ -210,18 +211,35 @@ class ReportRegistry:
         Args:
             not_reached: Returns the names of the DDP modules that average their gradients and have no compiled graph inside.
         """
-        sites = self.sites(measured=True)
-        graphs = tuple(entry.described() for entry in list(self.entries))
+        current = self._current()
+        sites = _sites_of(current, measured=True)
+        graphs = tuple(entry.described() for entry, _ in current)
         return Report(tuple(sites), graphs, (*self.notes, *self._hints(sites, not_reached)))
+
+    def _current(self) -> list[tuple[ReportEntry, int]]:
+        """Returns the entries that there are now, each with its calls: another thread may train meanwhile."""
+        with self._lock:
+            return [(entry, self.calls(entry)) for entry in self.entries]
 
     def _hints(self, sites: Sequence[SiteReport], not_reached: Callable[[], Sequence[str]]) -> list[str]:
         """Returns notes about what is missing, as far as is known by now."""
         if not self.called:
             return [NOTHING_COMPILED]
+        averaged = {id(parameter) for ref in self._averaged if (parameter := ref()) is not None}
+        ignored = dict.fromkeys(name for name, ref in self._ignored if (parameter := ref()) is not None and id(parameter) not in averaged)
+        hints = [Note.IGNORED.format(parameters=abbreviated(list(ignored)))] if ignored else []
         if names := not_reached():
-            return [NOT_REACHED.format(modules=", ".join(names))]
+            return [*hints, NOT_REACHED.format(modules=", ".join(names))]
         advised = self.trains_alone and not self.has_shards and not any(site.kind == "gradient" for site in sites)
-        return [GRADIENTS_OUTSIDE] if advised else []
+        return [*hints, GRADIENTS_OUTSIDE] if advised else hints
+
+
+def _sites_of(entries: Sequence[tuple[ReportEntry, int]], measured: bool) -> list[SiteReport]:
+    return [
+        replace(_measured(site, measure) if measured else site, graph=position, number=number, calls=calls, training=entry.training)
+        for position, (entry, calls) in enumerate(entries)
+        for number, (site, measure) in enumerate(entry.sites)
+    ]
 
 
 def _measured(site: SiteReport, measure: Measure | None) -> SiteReport:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-_NO_BACKWARD = -1
+NO_BACKWARD = -1
 """The number of the present backward pass outside of any."""
 
 
@@ -40,7 +41,7 @@ class Use:
     optimizer: "weakref.ref[Optimizer] | None" = None
     scaler: "weakref.ref[GradScaler] | None" = None
     absent: "bool | Tensor" = False
-    task: int = _NO_BACKWARD
+    task: int = NO_BACKWARD
     skipped: Tensor | None = None
     version: int | None = None
     searches: int = 0
@@ -76,7 +77,6 @@ class GradientUse:
 
     def __init__(self) -> None:
         self._uses: dict[int, Use] = {}
-        self._task = _NO_BACKWARD
         ours = weakref.ref(self)
         self._handles = [
             register_optimizer_step_pre_hook(lambda *step: _forward(ours, GradientUse._before_step, *step)),
@@ -96,17 +96,28 @@ class GradientUse:
             found.append(use)
         return found
 
+    def __bool__(self) -> bool:
+        """Returns whether any parameter of this process is compressed."""
+        return bool(self._uses)
+
     def find(self, parameter: Tensor) -> Use | None:
         """Returns the record of ``parameter``, if there is one."""
         use = self._uses.get(id(parameter))
         return use if use is not None and use.parameter() is parameter else None
 
-    def watch(self, parameters: Sequence[Tensor]) -> list[Any]:
-        """Looks at the gradients of ``parameters`` at the begin of every backward, before any of them changes. Returns hook handles."""
-        held = [weakref.ref(parameter) for parameter in parameters]
+    def watch(self, parameters: Sequence[Tensor]) -> list[RemovableHandle]:
+        """Looks at the gradients of ``parameters`` at the begin of every backward, before any of them changes.
+
+        Returns:
+            The handles of the parameters' hooks.
+        """
+        held, last = [weakref.ref(parameter) for parameter in parameters], NO_BACKWARD
 
         def at_gradient(_: Tensor) -> None:
-            if torch._C._current_graph_task_id() != self._task:
+            nonlocal last
+            task = torch._C._current_graph_task_id()
+            if task != last:
+                last = task
                 self.look([found for ref in held if (found := ref()) is not None])
 
         return [parameter.register_hook(at_gradient) for parameter in parameters if parameter.requires_grad]
@@ -114,10 +125,9 @@ class GradientUse:
     def look(self, parameters: Iterable[Tensor]) -> None:
         """Notes whether ``parameters`` have gradients now. Within one backward pass only the first look at a parameter counts."""
         task = torch._C._current_graph_task_id()
-        uses = [use for use in self.of(parameters) if use.task != task or task == _NO_BACKWARD]
+        uses = [use for use in self.of(parameters) if use.task != task or task == NO_BACKWARD]
         if any(use.is_due for use in uses):
             self._search()
-        self._task = task
         groups: dict[int, list[Use]] = {}
         for use in uses:
             use.task = task
@@ -154,6 +164,8 @@ class GradientUse:
         self._note_step(optimizer)
 
     def _note_step(self, optimizer: Optimizer) -> None:
+        if not self:  # nothing is compressed in this process
+            return
         used = [
             use
             for parameter in _parameters(optimizer)
