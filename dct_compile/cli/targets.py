@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dct_compile.models.dlrm import DLRM
 from dct_compile.models.gpt import GPT
 from dct_compile.models.parallel import Mesh, Table, wrap_data_parallel
+from dct_compile.models.resnet import ResNet
 
 
 class TargetError(ValueError):
@@ -63,7 +64,12 @@ def gpt() -> Target:
     return Target(DistributedDataParallel(GPT()), (text, text))
 
 
-MODELS: Mapping[str, Callable[[], Target]] = {"dlrm": dlrm, "gpt": gpt}
+def resnet() -> Target:
+    """Returns a ResNet of 8 layers in DDP, called with a batch of 64 images."""
+    return Target(DistributedDataParallel(ResNet()), (torch.zeros(64, 1, 28, 28),))
+
+
+MODELS: Mapping[str, Callable[[], Target]] = {"dlrm": dlrm, "gpt": gpt, "resnet": resnet}
 _EXPECTED = f"a model ({', '.join(MODELS)}) or file.py:function, where the function returns (model, inputs)"
 
 

@@ -1,0 +1,55 @@
+"""Optimizers and their schedules."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+OPTIMIZERS = ("adagrad", "adam", "adamw", "sgd")
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """An optimizer of OPTIMIZERS and how its learning rate changes.
+
+    ``momentum`` is that of SGD, ``betas`` are those of Adam and AdamW; the others have none. ``warmup``: steps in which the learning rate
+    rises to ``lr``. ``cosine``: it falls to zero along half a cosine until the last step; else it stays.
+    """
+
+    optimizer: str
+    lr: float
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 0
+    cosine: bool = False
+
+    def start(self, parameters: Iterable[nn.Parameter], steps: int) -> tuple[Optimizer, LambdaLR]:
+        """Returns the optimizer of a training of ``steps`` steps and its schedule, both of which are stepped once per step.
+
+        Raises ``ValueError`` for a name that is not in OPTIMIZERS.
+        """
+        optimizer = self._optimizer(parameters)
+        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))
+
+    def factor(self, step: int, steps: int) -> float:
+        """Returns the learning rate of ``step`` (from 0) as a fraction of ``lr``."""
+        rising = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return rising * 0.5 * (1 + math.cos(math.pi * step / steps)) if self.cosine else rising
+
+    def _optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        lr, decay = self.lr, self.weight_decay
+        match self.optimizer:
+            case "adagrad":
+                return torch.optim.Adagrad(parameters, lr=lr, weight_decay=decay, fused=True)
+            case "adam":
+                return torch.optim.Adam(parameters, lr=lr, betas=self.betas, weight_decay=decay, fused=True)
+            case "adamw":
+                return torch.optim.AdamW(parameters, lr=lr, betas=self.betas, weight_decay=decay, fused=True)
+            case "sgd":
+                return torch.optim.SGD(parameters, lr=lr, momentum=self.momentum, weight_decay=decay, fused=True)
+        raise ValueError(f"unknown optimizer {self.optimizer!r}: there are {', '.join(OPTIMIZERS)}")
