@@ -1,6 +1,7 @@
 """``dct train``: what it refuses, and what it makes of the results of a run."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 from click.testing import CliRunner, Result
 
 from dct_compile.cli import extras
+from dct_compile.cli.backends import parse_backends
 from dct_compile.cli.main import main
 from dct_compile.cli.present import present
-from dct_compile.cli.results import BackendResult, Results, Run, gradient_density
-from dct_compile.cli.settings import parse_options, parse_value
-from dct_compile.cli.tables import quality, sites, traffic
+from dct_compile.cli.results import BackendResult, Results, Run, bytes_until, gradient_density
+from dct_compile.cli.settings import optimization_of, parse_options, parse_value
+from dct_compile.cli.tables import quality, sent, sites, traffic
 from dct_compile.cli.worker import _postfix
+from dct_compile.models.tasks import TASKS
 from dct_compile.report import SiteReport
 
 SITE = SiteReport("all_reduce", "gradient", "top.weight", (1000,), "torch.float32", "compressed", "gather", 4000, 40, "dp", 2, 0.01, 3)
@@ -26,7 +29,10 @@ def _invoke(*arguments: str | Path, env: dict[str, str] | None = None) -> Result
 
 
 def _results(seeds: int = 2, with_dct: bool = True) -> Results:
-    runs = [Run(seed, 0.75 + seed / 100, 0.5, 3, [0.1, 0.3], [0.7, 0.6, 0.5], [(2, 0.02), (3, 0.03)], 1) for seed in range(seeds)]
+    runs = [
+        Run(seed, {"log_loss": 0.5, "auc": 0.75 + seed / 100}, 3, [0.1, 0.3], [0.7, 0.6, 0.5], [(2, 0.02), (3, 0.03)], 1)
+        for seed in range(seeds)
+    ]
     ranks: list[list[dict[str, Any]]] = [
         [vars(SITE), {**vars(SITE), "kind": "embedding", "decision": "dense", "wire_bytes": 4000, "density": None, "overflow": None}],
         [{**vars(SITE), "wire_bytes": 60}],
@@ -43,7 +49,8 @@ def _results(seeds: int = 2, with_dct: bool = True) -> Results:
         "mp": 1,
         "criteo_path": None,
     }
-    return Results(settings, {"torch": "2", "python": "3", "machine": "m", "processor": "p <x>", "cores": 2}, backends)
+    environment = {"torch": "2", "python": "3", "machine": "m", "processor": "p <x>", "cores": 2}
+    return Results(settings, environment, list(TASKS["dlrm"].metrics), backends)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +71,20 @@ def _results(seeds: int = 2, with_dct: bool = True) -> Results:
         ([*SMALL, "--mp-density", "0.1", "--option", "mp_density=0.2"], "mp_density given both as a flag and as an --option"),
         (["--dataset", "criteo"], "needs the path of its train.txt"),
         (["--dataset", "criteo", "--criteo-path", "no-such-file"], "no-such-file does not exist: get the Criteo Kaggle data set"),
+        (["--model", "gpt", "--dataset", "movielens"], "gpt is not trained on movielens: its data sets are shakespeare"),
+        (["--model", "gpt", "--mp", "2"], "gpt is trained data parallel only: it needs --mp 1, not --mp 2"),
+        (["--model", "resnet", "--mp", "2"], "resnet is trained data parallel only: it needs --mp 1, not --mp 2"),
+        (["--model", "resnet", "--fashion-mnist-path", "no-such-folder"], "get the data with `apt-get install -y dataset-fashion-mnist`"),
+        (["--model", "bert"], "'bert' is not one of 'dlrm', 'gpt', 'resnet'"),
+        (["--optimizer", "lion"], "'lion' is not one of 'adagrad', 'adam', 'adamw', 'sgd'"),
+        ([*SMALL, "--momentum", "0.5"], "--momentum is a number of sgd; the optimizer is adagrad"),
+        (["--model", "resnet", "--beta2", "0.9"], "--beta2 is a number of adam and adamw; the optimizer is sgd"),
+        ([*SMALL, "--backend", "dense,powersgd-3"], "'powersgd-3' is not one of 'dense', 'dct', 'fp16', 'powersgd-1', 'powersgd-2'"),
+        (
+            [*SMALL, "--backend", "fp16"],
+            "fp16: torch's hooks average the gradients of data-parallel ranks and need --mp 1",
+        ),
+        ([*SMALL, "--dp", "1", "--mp", "1", "--backend", "powersgd-4"], "not --mp 1 and --dp 1"),
     ],
 )
 def test_bad_values_are_usage_errors(arguments: list[str], message: str) -> None:
@@ -107,8 +128,47 @@ def test_option_values() -> None:
     assert parse_options(["a=1", "b =x=y"]) == {"a": 1, "b": "x=y"}
 
 
+def test_backends_are_given_with_commas_or_repeatedly() -> None:
+    assert parse_backends(("both",)) == ("dense", "dct")
+    assert parse_backends(("dct, fp16", "powersgd-1", "both")) == ("dct", "fp16", "powersgd-1", "dense")
+
+
+def test_an_optimization_is_the_models_own_but_for_what_is_given() -> None:
+    own = optimization_of("gpt", None, None, None, None, None)
+    assert own == TASKS["gpt"].recipe.optimization
+    assert (own.optimizer, own.betas, own.weight_decay, own.cosine, own.warmup) == ("adamw", (0.9, 0.95), 0.01, True, 50)
+    changed = optimization_of("dlrm", "adam", None, None, None, 0.99)
+    assert (changed.optimizer, changed.lr, changed.betas) == ("adam", TASKS["dlrm"].recipe.rates["adam"], (0.9, 0.99))
+    assert optimization_of("resnet", None, 0.3, 0.5, None, None).momentum == 0.5
+
+
+def test_bytes_add_up_over_a_change() -> None:
+    assert bytes_until([(1, 100.0), (3, 10.0)], 4) == [100, 200, 210, 220]
+
+
+def test_bytes_sent_by_each_backend() -> None:
+    results = _results()
+    results.backends.append(BackendResult("powersgd-1", results.backends[0].runs, [[], []], [], [(1, 6000.0), (3, 600.0), (11, 1.0)]))
+    table = sent(results)
+    assert table is not None
+    assert table.rows == [
+        ["dense", "6,000", "1.0x", "0.02", "counted by dct"],
+        ["dct", "2,050", "2.9x", "0.01", "counted by dct"],
+        ["powersgd-1", "600 from step 3 on", "10.0x", "0.01", "computed from shapes"],
+    ]
+    assert sent(_results(with_dct=False)) is None
+
+
+def test_every_backend_is_compared_with_dense_by_seed() -> None:
+    results = _results()
+    better = [replace(run, metrics={"log_loss": 0.4 - run.seed / 10, "auc": run.metrics["auc"] + 0.01}) for run in results.backends[0].runs]
+    results.backends.append(BackendResult("fp16", better, [[], []], []))
+    assert quality(results).rows[-1] == ["fp16 - dense", "-0.1500 ± 0.0707", "+0.0100 ± 0.0000", "", ""]
+    assert quality(results).note.endswith("test log-loss: lower is better; test AUC: higher is better.")
+
+
 def test_density_between_two_readings() -> None:
-    run = Run(0, 0.0, 0.0, 30, [1.0], [0.0], [(10, 0.05), (20, 0.03), (30, 0.02)], 1)
+    run = Run(0, {}, 30, [1.0], [0.0], [(10, 0.05), (20, 0.03), (30, 0.02)], 1)
     assert [(step, round(density, 9)) for step, density in run.density_between()] == [(10, 0.05), (20, 0.01), (30, 0.0)]
 
 
@@ -165,7 +225,7 @@ def test_report_is_one_self_contained_file(tmp_path: Path, capsys: pytest.Captur
     assert quality(Results.read(tmp_path)) == quality(results)
     present(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    plots = {"loss.png", "bytes.png", "density.png"} if with_dct else {"loss.png"}
+    plots = {"loss.png", "loss-over-bytes.png", "bytes.png", "density.png"} if with_dct else {"loss.png"}
     assert names == {"metrics.json", "report.html", *plots}
     page = (tmp_path / "report.html").read_text()
     assert set(re.findall(r'(?:src|srcset|href)="([^,"]*)', page)) == {"data:image/png;base64"}

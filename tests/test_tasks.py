@@ -86,12 +86,6 @@ def test_a_batch_larger_than_the_data_is_an_error(task: Task) -> None:
         larger.check(1)
 
 
-@pytest.mark.parametrize("name", ["gpt", "resnet"])
-def test_models_that_cannot_be_split_say_so(name: str) -> None:
-    with pytest.raises(ValueError, match="--mp 2: this model is data parallel only and needs --mp 1"):
-        TASKS[name](DataSource("any"), 8).check(2)
-
-
 def test_gpt_loss_is_that_of_the_whole_test_part(monkeypatch: pytest.MonkeyPatch) -> None:
     text = TEXT.repeat(5)
     monkeypatch.setattr("dct_compile.models.tasks.gpt.shakespeare", lambda: text)

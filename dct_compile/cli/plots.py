@@ -2,17 +2,37 @@
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from dct_compile.cli.results import KINDS, BackendResult, Results
+from dct_compile.cli.results import KINDS, BackendResult, Results, bytes_until
 
 SMOOTHING = 25
 """Steps over which the loss is averaged for the eye."""
-_SERIES = {False: {"dense": "#8a6d1a", "dct": "#2a6fb0"}, True: {"dense": "#e0b94a", "dct": "#6fb3f2"}}
+_LOSS_TITLE = f"Loss, mean of {SMOOTHING} steps; band: least to greatest of the seeds"
+_SERIES = {
+    False: {
+        "dense": "#8a6d1a",
+        "dct": "#2a6fb0",
+        "fp16": "#4a8a3c",
+        "powersgd-1": "#b03a5b",
+        "powersgd-2": "#7d4fb0",
+        "powersgd-4": "#c0661f",
+    },
+    True: {
+        "dense": "#e0b94a",
+        "dct": "#6fb3f2",
+        "fp16": "#8fd07f",
+        "powersgd-1": "#f27f9f",
+        "powersgd-2": "#bd9bf0",
+        "powersgd-4": "#f5a561",
+    },
+}
 _INK = {False: "#333333", True: "#d5d5d5"}
 
 
@@ -20,6 +40,8 @@ def draw(results: Results, dark: bool) -> dict[str, bytes]:
     """PNG images by name, transparent, for a light or a dark page; only those for which there are numbers."""
     colors = _SERIES[dark]
     images = {"loss": _figure(lambda axes: _loss(axes, results, colors), dark)}
+    if sum(any(size for _, size in results.sent(result)) for result in results.backends) > 1:
+        images["loss-over-bytes"] = _figure(lambda axes: _loss_over_bytes(axes, results, colors), dark)
     dct = results.get("dct")
     if dct is not None and any(dct.sites):
         images["bytes"] = _figure(lambda axes: _bytes(axes, dct, colors), dark)
@@ -45,15 +67,38 @@ def _figure(paint: Callable[[Axes], None], dark: bool) -> bytes:
 
 def _loss(axes: Axes, results: Results, colors: dict[str, str]) -> None:
     for result in results.backends:
-        curves = np.array([run.losses for run in result.runs])
-        window = min(SMOOTHING, curves.shape[1])
-        smooth = np.array([np.convolve(curve, np.ones(window) / window, mode="valid") for curve in curves])
-        steps = np.arange(window, curves.shape[1] + 1)
-        axes.plot(steps, smooth.mean(axis=0), color=colors[result.backend], label=result.backend, linewidth=1.4)
-        axes.fill_between(steps, smooth.min(axis=0), smooth.max(axis=0), color=colors[result.backend], alpha=0.2, linewidth=0)
-    axes.set(xlabel="step", ylabel="training loss", title=f"Loss, mean of {SMOOTHING} steps; band: least to greatest of the seeds")
+        steps, smooth = _smooth(result)
+        _line(axes, steps, smooth, result.backend, colors)
+    axes.set(xlabel="step", ylabel="training loss", title=_LOSS_TITLE)
     axes.title.set_fontsize(10)
     axes.legend()
+
+
+def _loss_over_bytes(axes: Axes, results: Results, colors: dict[str, str]) -> None:
+    for result in results.backends:
+        pieces = results.sent(result)
+        if not any(size for _, size in pieces):
+            continue
+        steps, smooth = _smooth(result)
+        sent = np.array(bytes_until(pieces, int(steps[-1]))) / 2**20
+        _line(axes, sent[steps - 1], smooth, result.backend, colors)
+    axes.set_xscale("log")
+    axes.set(xlabel="MiB that a rank has sent (log scale)", ylabel="training loss", title=_LOSS_TITLE)
+    axes.title.set_fontsize(10)
+    axes.legend()
+
+
+def _smooth(result: BackendResult) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Returns the steps [n] at which a window ends, and the mean loss of each window for each seed [seeds, n]."""
+    curves = np.array([run.losses for run in result.runs])
+    window = min(SMOOTHING, curves.shape[1])
+    smooth = np.array([np.convolve(curve, np.ones(window) / window, mode="valid") for curve in curves])
+    return np.arange(window, curves.shape[1] + 1), smooth
+
+
+def _line(axes: Axes, places: NDArray[Any], smooth: NDArray[np.float64], backend: str, colors: dict[str, str]) -> None:
+    axes.plot(places, smooth.mean(axis=0), color=colors[backend], label=backend, linewidth=1.4)
+    axes.fill_between(places, smooth.min(axis=0), smooth.max(axis=0), color=colors[backend], alpha=0.2, linewidth=0)
 
 
 def _bytes(axes: Axes, result: BackendResult, colors: dict[str, str]) -> None:

@@ -4,7 +4,8 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from dct_compile.bench.machine import processor_name
+from dct_compile.models.tasks import Metric
 from dct_compile.report import SiteReport
 
 FILE = "metrics.json"
@@ -29,15 +31,15 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training. ``seconds`` of each step but the first ones, on rank 0; ``losses`` per step, mean over ranks.
+    """One training.
 
+    ``metrics``: of the test, by name. ``seconds`` of each step but the first ones, on rank 0; ``losses`` per step, mean over ranks.
     ``density``: (step, fraction of the gradient elements sent since step 1) of rank 0. ``replica_checks``: comparisons of the replicas'
     parameters, all of which found them identical (a run in which one does not has no result).
     """
 
     seed: int
-    auc: float
-    log_loss: float
+    metrics: dict[str, float]
     steps: int
     seconds: list[float]
     losses: list[float]
@@ -61,16 +63,21 @@ class Run:
 
 @dataclass(frozen=True)
 class BackendResult:
-    """All runs of one backend. ``sites``: of every rank, the fields of :class:`SiteReport`; empty for dense."""
+    """All runs of one backend.
+
+    ``sites``: of every rank, the fields of :class:`SiteReport`; empty for all but dct. ``computed_bytes``: (first step, bytes that a rank
+    sends per step), by the shapes of parameters; empty for dct, and where parameters do not tell.
+    """
 
     backend: str
     runs: list[Run]
     sites: list[list[dict[str, Any]]]
     notes: list[str]
+    computed_bytes: list[tuple[int, float]] = field(default_factory=list)
 
-    def mean_and_spread(self, field: str) -> tuple[float, float | None]:
-        """Mean and sample standard deviation over the seeds (``None`` for one seed) of a number of :class:`Run`."""
-        values = [float(getattr(run, field)) for run in self.runs]
+    def mean_and_spread(self, name: str) -> tuple[float, float | None]:
+        """Mean and sample standard deviation over the seeds (``None`` for one seed) of a metric or of ``steps_per_second``."""
+        values = [run.steps_per_second if name == "steps_per_second" else run.metrics[name] for run in self.runs]
         return mean(values), stdev(values) if len(values) > 1 else None
 
     def bytes_of(self, field: str, kinds: Sequence[str]) -> float:
@@ -85,11 +92,23 @@ class Results:
 
     settings: dict[str, Any]
     environment: dict[str, Any]
+    metrics: list[Metric]
     backends: list[BackendResult]
 
     def get(self, backend: str) -> BackendResult | None:
         """Returns the result of one backend, if it was run."""
         return next((result for result in self.backends if result.backend == backend), None)
+
+    def sent(self, result: BackendResult) -> list[tuple[int, float]]:
+        """Returns (first step, bytes that a rank sends per step) of a backend, as far as it was run; empty where it is not known.
+
+        DCT counts its bytes. It also counts those that dense sends with model parallelism, where the parameters do not tell.
+        """
+        dct = self.get("dct")
+        counted = {"dct": "wire_bytes", "dense": "dense_bytes"}.get(result.backend)
+        if result.computed_bytes or counted is None or dct is None or not any(dct.sites):
+            return [(first, size) for first, size in result.computed_bytes if first <= result.runs[0].steps]
+        return [(1, dct.bytes_of(counted, [kind for kinds in KINDS.values() for kind in kinds]))]
 
     def save(self, folder: Path) -> None:
         """Writes metrics.json."""
@@ -100,7 +119,17 @@ class Results:
         """Reads metrics.json."""
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
         backends = [BackendResult(**{**item, "runs": [Run(**run) for run in item["runs"]]}) for item in content["backends"]]
-        return cls(content["settings"], content["environment"], backends)
+        return cls(content["settings"], content["environment"], [Metric(**metric) for metric in content["metrics"]], backends)
+
+
+def bytes_until(sent: Sequence[tuple[int, float]], steps: int) -> list[float]:
+    """Returns the bytes sent from the first step until each of ``steps`` steps.
+
+    Args:
+        sent: (first step, bytes per step), as :meth:`Results.sent` returns it.
+        steps: The number of steps.
+    """
+    return list(accumulate(next(size for first, size in reversed(sent) if first <= step) for step in range(1, steps + 1)))
 
 
 def gradient_density(sites: Iterable[SiteReport]) -> float | None:

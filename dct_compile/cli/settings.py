@@ -3,36 +3,38 @@
 import ast
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch._inductor import list_options
 
+from dct_compile.cli.backends import HOOKS
 from dct_compile.config import split_options
-from dct_compile.models.datasets import Dataset, load
-
-BACKENDS = ("dense", "dct")
-MODELS = ("dlrm",)
-PREVIEW_SAMPLES = 1000
+from dct_compile.models.tasks import TASKS, DataSource, Optimization, Task
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``options`` are those of the dct backend; ``batch_size`` counts all ranks; ``check_every`` steps replicas are compared."""
+    """``options`` are those of the dct backend; ``batch_size`` counts all ranks; ``check_every`` steps replicas are compared.
+
+    Either ``epochs`` or ``steps`` is given, of each training.
+    """
 
     model: str
     dataset: str
     criteo_path: Path | None
+    fashion_mnist_path: Path | None
     max_samples: int | None
     dp: int
     mp: int
     backends: tuple[str, ...]
     options: dict[str, Any]
     seeds: int
-    epochs: int
+    epochs: int | None
+    steps: int | None
     batch_size: int
-    lr: float
+    optimization: Optimization
     check_every: int
     out: Path
 
@@ -41,26 +43,67 @@ class Settings:
         """Number of ranks."""
         return self.dp * self.mp
 
-    def load(self, seed: int, max_samples: int | None = None) -> Dataset:
-        """Returns the data set, split by ``seed``. Raises what :func:`dct_compile.models.datasets.load` raises."""
-        return load(self.dataset, seed, self.criteo_path, max_samples or self.max_samples)
+    def task(self) -> Task:
+        """Returns what is trained. Nothing is read yet."""
+        path = {"criteo": self.criteo_path, "fashion-mnist": self.fashion_mnist_path}.get(self.dataset)
+        return TASKS[self.model](DataSource(self.dataset, path, self.max_samples), self.batch_size)
+
+    def steps_of(self, task: Task, seed: int) -> int:
+        """Returns the number of steps of the training of ``seed``."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return task.steps(seed, self.epochs)
 
     def check(self) -> None:
         """Raises ``ValueError`` or ``MissingData`` for what would otherwise fail on the ranks, once they are started."""
         split_options(self.options, list_options())
+        known = TASKS[self.model].recipe.datasets
+        if self.dataset not in known:
+            raise ValueError(f"{self.model} is not trained on {self.dataset}: its data sets are {', '.join(known)}")
+        if self.mp > 1 and TASKS[self.model].recipe.mp is None:
+            raise ValueError(f"{self.model} is trained data parallel only: it needs --mp 1, not --mp {self.mp}")
         if self.batch_size % self.world_size:
             raise ValueError(f"a batch of {self.batch_size} cannot be shared equally by {self.dp} x {self.mp} ranks")
-        # The whole Criteo log takes minutes to read: its first lines tell whether it is one.
-        preview = self.dataset == "criteo"
-        data = self.load(0, min(PREVIEW_SAMPLES, self.max_samples or PREVIEW_SAMPLES) if preview else None)
-        if self.mp > len(data.tables):
-            raise ValueError(f"{self.mp} model-parallel ranks are more than the {len(data.tables)} tables of {self.dataset}")
-        if not preview and len(data.train) < self.batch_size:
-            raise ValueError(f"a batch of {self.batch_size} is larger than the training part of {self.dataset} ({len(data.train)} samples)")
+        hooks = [name for name in self.backends if name in HOOKS]
+        if hooks and (self.mp > 1 or self.dp == 1):
+            raise ValueError(
+                f"{', '.join(hooks)}: torch's hooks average the gradients of data-parallel ranks and need --mp 1 and --dp 2 or more, "
+                f"not --mp {self.mp} and --dp {self.dp}"
+            )
+        self.task().check(self.mp)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        """Plain values; those of the optimizer stand beside the others, if it has them."""
+        values = asdict(self)
+        optimization = values.pop("optimization")
+        unused = {"sgd": ("betas",), "adagrad": ("momentum", "betas")}.get(self.optimization.optimizer, ("momentum",))
+        values |= {key: value for key, value in optimization.items() if key not in unused}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def optimization_of(
+    model: str, optimizer: str | None, lr: float | None, momentum: float | None, beta1: float | None, beta2: float | None
+) -> Optimization:
+    """Returns the optimization of ``model`` with what was asked for in place of its own.
+
+    Raises ``ValueError`` for a number that the optimizer does not have.
+    """
+    recipe = TASKS[model].recipe
+    own = recipe.optimization
+    name = optimizer or own.optimizer
+    adam = ("adam", "adamw")
+    for flag, value, users in (("--momentum", momentum, ("sgd",)), ("--beta1", beta1, adam), ("--beta2", beta2, adam)):
+        if value is not None and name not in users:
+            raise ValueError(f"{flag} is a number of {' and '.join(users)}; the optimizer is {name}")
+    betas = (own.betas[0] if beta1 is None else beta1, own.betas[1] if beta2 is None else beta2)
+    return replace(
+        own,
+        optimizer=name,
+        lr=recipe.rates[name] if lr is None else lr,
+        momentum=own.momentum if momentum is None else momentum,
+        betas=betas,
+    )
 
 
 def parse_value(text: str) -> Any:

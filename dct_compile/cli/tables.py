@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from dct_compile.cli.results import KINDS, RARE, BackendResult, Results
+from dct_compile.cli.results import KINDS, RARE, BackendResult, Results, bytes_until
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ def quality(results: Results) -> Table:
         rows.append(
             [
                 result.backend,
-                _spread(result.mean_and_spread("log_loss"), 4),
-                _spread(result.mean_and_spread("auc"), 4),
+                *(_spread(result.mean_and_spread(metric.name), 4) for metric in results.metrics),
                 _spread(result.mean_and_spread("steps_per_second"), 1),
                 f"identical ({checks} checks)",
             ]
@@ -34,8 +33,33 @@ def quality(results: Results) -> Table:
     seeds, settings = results.settings["seeds"], results.settings
     note = (
         f"Mean and standard deviation over {seeds} seeds. " if seeds > 1 else "One seed: no spread. "
-    ) + f"{settings['dp']} data-parallel x {settings['mp']} model-parallel ranks on {results.environment['cores']} cores, gloo."
-    return Table("Quality and speed", ["backend", "test log-loss", "test AUC", "steps/s", "replicas"], rows, note)
+    ) + f"{settings['dp']} data-parallel x {settings['mp']} model-parallel ranks on {results.environment['cores']} cores, gloo. "
+    titles = [metric.title for metric in results.metrics]
+    better = [f"{metric.title}: {'higher' if metric.higher_is_better else 'lower'} is better" for metric in results.metrics]
+    note += f"{'; '.join(better)}."
+    return Table("Quality and speed", ["backend", *titles, "steps/s", "replicas"], rows, note)
+
+
+def sent(results: Results) -> Table | None:
+    """Returns the bytes that a rank sends with each backend; ``None`` where none is known, or none is sent."""
+    known = [(result, results.sent(result)) for result in results.backends]
+    known = [(result, pieces) for result, pieces in known if pieces and pieces[-1][1]]
+    dense = next((pieces[-1][1] for result, pieces in known if result.backend == "dense"), None)
+    rows = []
+    for result, pieces in known:
+        per_step, steps = pieces[-1][1], result.runs[0].steps
+        rows.append(
+            [
+                result.backend,
+                f"{per_step:,.0f}" + (f" from step {pieces[-1][0]} on" if len(pieces) > 1 else ""),
+                f"{dense / per_step:.1f}x" if dense else "-",
+                f"{bytes_until(pieces, steps)[-1] / 2**20:,.2f}",
+                "computed from shapes" if result.computed_bytes else "counted by dct",
+            ]
+        )
+    headers = ["backend", "bytes per step", "fewer than dense", "MiB per run", "known by"]
+    note = "Sent per rank, mean over ranks, all_reduce as a ring."
+    return Table("Bytes sent", headers, rows, note) if rows else None
 
 
 def traffic(results: Results) -> Table | None:
@@ -77,15 +101,20 @@ def sites(results: Results) -> Table | None:
 
 
 def _differences(results: Results) -> list[list[str]]:
-    """DCT less dense, seed by seed: both train on the same split, so the spread of the splits drops out."""
-    dense, dct = results.get("dense"), results.get("dct")
-    if dense is None or dct is None:
+    """Each backend less dense, seed by seed: both train on the same samples, so the spread of splits and orders drops out."""
+    dense = results.get("dense")
+    if dense is None:
         return []
-    cells = []
-    for field in ("log_loss", "auc"):
-        values = [getattr(b, field) - getattr(a, field) for a, b in zip(dense.runs, dct.runs, strict=True)]
-        cells.append(_spread((mean(values), stdev(values) if len(values) > 1 else None), 4, sign="+"))
-    return [["dct - dense", *cells, "", ""]]
+    rows = []
+    for result in results.backends:
+        if result is dense:
+            continue
+        cells = []
+        for metric in results.metrics:
+            values = [b.metrics[metric.name] - a.metrics[metric.name] for a, b in zip(dense.runs, result.runs, strict=True)]
+            cells.append(_spread((mean(values), stdev(values) if len(values) > 1 else None), 4, sign="+"))
+        rows.append([f"{result.backend} - dense", *cells, "", ""])
+    return rows
 
 
 def _bytes_row(name: str, result: BackendResult, kinds: list[str] | tuple[str, ...]) -> list[str]:

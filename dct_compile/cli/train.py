@@ -1,26 +1,58 @@
-"""``dct train``: the demo. The same model trained dense and with DCT, and a report that compares the two."""
+"""``dct train``: the same model trained dense, with DCT and by torch's own hooks, and a report that compares them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dct_compile.cli.backends import BACKENDS, parse_backends
 from dct_compile.cli.extras import require
-from dct_compile.cli.settings import BACKENDS, MODELS, Settings, parse_options, parse_value
-from dct_compile.models.datasets import DATASETS
+from dct_compile.cli.settings import Settings, optimization_of, parse_options, parse_value
+from dct_compile.models.images import FASHION_MNIST
+from dct_compile.models.tasks import TASKS, Recipe
+from dct_compile.models.tasks.optimization import OPTIMIZERS
 
 _POSITIVE = click.IntRange(min=1)
+_RATE = click.FloatRange(min=0, min_open=True)
+_FRACTION = click.FloatRange(min=0, max=1, max_open=True)
 _DEFAULT = "Default: the backend's."
+_DATASETS = tuple(name for task in TASKS.values() for name in task.recipe.datasets)
+
+
+def _by_model(text: str, value: Callable[[Recipe], Any]) -> str:
+    """Returns the help ``text`` of an option, with the default of each model."""
+    defaults = {name: value(task.recipe) for name, task in TASKS.items()}
+    if len(set(defaults.values())) == 1:
+        return f"{text} Default: {defaults.popitem()[1]}."
+    return f"{text} Default: {', '.join(f'{name} {default}' for name, default in defaults.items())}."
+
+
+def _length(recipe: Recipe) -> str:
+    return f"{recipe.steps} steps" if recipe.steps is not None else f"{recipe.epochs} epochs"
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", type=click.Choice(MODELS), default="dlrm", help="What to train.")
-@click.option("--dataset", type=click.Choice(DATASETS), default="movielens", help="What to train it on.")
+@click.option("--model", type=click.Choice(tuple(TASKS)), default="dlrm", help="What to train.")
+@click.option("--dataset", type=click.Choice(_DATASETS), help=_by_model("What to train it on.", lambda own: own.datasets[0]))
 @click.option("--criteo-path", type=click.Path(path_type=Path), help="Criteo Kaggle's train.txt, for --dataset criteo.")
+@click.option(
+    "--fashion-mnist-path",
+    type=click.Path(path_type=Path),
+    help=f"Folder of its four files, for --dataset fashion-mnist. Default: {FASHION_MNIST}.",
+)
 @click.option("--max-samples", type=click.IntRange(min=10), help="Use the first samples of the data set only.")
 @click.option("--dp", type=_POSITIVE, default=2, help="Data-parallel ranks.")
-@click.option("--mp", type=_POSITIVE, default=2, help="Model-parallel ranks of each data-parallel rank.")
-@click.option("--backend", type=click.Choice([*BACKENDS, "both"]), default="both", help="dense: Inductor alone.")
+@click.option("--mp", type=_POSITIVE, help=_by_model("Model-parallel ranks of each data-parallel rank.", lambda own: own.mp or 1))
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    default=("both",),
+    metavar="NAME,...",
+    help=f"{', '.join(BACKENDS)}; several with commas or repeatedly; both: dense and dct. dense is Inductor alone; fp16 and powersgd are "
+    "torch's own hooks for DDP.",
+)
 @click.option("--dp-density", type=float, help=f"Fraction of a gradient that is sent. {_DEFAULT}")
 @click.option("--mp-density", type=float, help=f"Fraction of an activation's row that is sent. {_DEFAULT}")
 @click.option("--embedding-codec", help=f"int8, int4, threshold or dense. {_DEFAULT}")
@@ -28,44 +60,28 @@ _DEFAULT = "Default: the backend's."
 @click.option("--refresh-interval", type=int, help=f"Steps between two choices of a threshold. {_DEFAULT}")
 @click.option("--refresh-warmup", help=f"geometric or off. {_DEFAULT}")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Any other option of the dct backend; repeatable.")
-@click.option("--seeds", type=_POSITIVE, default=3, help="Runs per backend; each has its own split, initialisation and order.")
-@click.option("--epochs", type=_POSITIVE, default=2)
-@click.option("--batch-size", type=_POSITIVE, default=256, help="Samples per step, over all ranks.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=0.02, help="Adagrad's learning rate.")
+@click.option(
+    "--seeds", type=_POSITIVE, help=_by_model("Runs per backend; each has its own initialisation and order.", lambda own: own.seeds)
+)
+@click.option("--epochs", type=_POSITIVE, help=_by_model("Length of a run.", _length))
+@click.option("--steps", type=_POSITIVE, help="Length of a run in steps, in place of epochs.")
+@click.option("--batch-size", type=_POSITIVE, help=_by_model("Samples per step, over all ranks.", lambda own: own.batch_size))
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help=_by_model("Optimizer.", lambda own: own.optimization.optimizer))
+@click.option("--lr", type=_RATE, help=_by_model("Learning rate.", lambda own: own.optimization.lr))
+@click.option("--momentum", type=_FRACTION, help=_by_model("Of sgd.", lambda own: own.optimization.momentum))
+@click.option("--beta1", type=_FRACTION, help=_by_model("Of adam and adamw.", lambda own: own.optimization.betas[0]))
+@click.option("--beta2", type=_FRACTION, help=_by_model("Of adam and adamw.", lambda own: own.optimization.betas[1]))
 @click.option("--check-every", type=_POSITIVE, default=1, help="Steps between two comparisons of the replicas.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/train"), help="Folder for the report.")
-def train(
-    backend: str,
-    options: tuple[str, ...],
-    threshold: str | None,
-    dp_density: float | None,
-    mp_density: float | None,
-    embedding_codec: str | None,
-    refresh_interval: int | None,
-    refresh_warmup: str | None,
-    **rest: Any,
-) -> None:
+def train(**given: Any) -> None:
     """Train a model dense and with DCT, on a mesh of data-parallel x model-parallel processes of this machine (gloo), and compare.
 
-    Both start from the same parameters and see the same batches. Prints quality, bytes and speed, and writes metrics.json, plots and
+    All start from the same parameters and see the same batches. Prints quality, bytes and speed, and writes metrics.json, plots and
     report.html to --out. Under torchrun, the ranks are those that torchrun started.
     """
     require("tqdm", "matplotlib")
-    flags = {
-        "dp_density": dp_density,
-        "mp_density": mp_density,
-        "embedding_codec": embedding_codec,
-        "threshold": None if threshold is None else parse_value(threshold),
-        "refresh_interval": refresh_interval,
-        "refresh_warmup": refresh_warmup,
-    }
-    flags = {key: value for key, value in flags.items() if value is not None}
     try:
-        more = parse_options(options)
-        twice = flags.keys() & more.keys()
-        if twice:
-            raise ValueError(f"{', '.join(sorted(twice))} given both as a flag and as an --option")
-        settings = Settings(backends=BACKENDS if backend == "both" else (backend,), options={**flags, **more}, **rest)
+        settings = _settings(given)
         settings.check()
     except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
@@ -77,3 +93,31 @@ def train(
     from dct_compile.cli.launch import launch
 
     launch(settings)
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    """Returns the settings: what was given, else the model's own. Raises ``ValueError`` for what cannot be read or does not fit."""
+    recipe = TASKS[given["model"]].recipe
+    names = ("optimizer", "lr", "momentum", "beta1", "beta2")
+    optimization = optimization_of(given["model"], **{name: given.pop(name) for name in names})
+    backends, options = parse_backends(given.pop("backends")), _backend_options(given)
+    own = {"dataset": recipe.datasets[0], "mp": recipe.mp or 1, "seeds": recipe.seeds, "batch_size": recipe.batch_size}
+    if given["steps"] is not None:
+        given["epochs"] = None
+    elif given["epochs"] is None:
+        own |= {"steps": recipe.steps, "epochs": recipe.epochs if recipe.steps is None else None}
+    own = {name: value for name, value in own.items() if given[name] is None}
+    return Settings(**{**given, **own}, backends=backends, options=options, optimization=optimization)
+
+
+def _backend_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Takes the options of the dct backend out of ``given``, those with a flag of their own and the others."""
+    names = ("dp_density", "mp_density", "embedding_codec", "threshold", "refresh_interval", "refresh_warmup")
+    flags = {name: value for name in names if (value := given.pop(name)) is not None}
+    if "threshold" in flags:
+        flags["threshold"] = parse_value(flags["threshold"])
+    more = parse_options(given.pop("options"))
+    twice = flags.keys() & more.keys()
+    if twice:
+        raise ValueError(f"{', '.join(sorted(twice))} given both as a flag and as an --option")
+    return {**flags, **more}

@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict
 
@@ -12,16 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import TCPStore
 from torch._logging._internal import set_logs
-from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
+from dct_compile.cli.methods import Compiled, compile_with, computed_bytes
 from dct_compile.cli.replicas import check_replicas
 from dct_compile.cli.results import BackendResult, Results, Run, environment, gradient_density
 from dct_compile.cli.settings import Settings
-from dct_compile.models.datasets import Samples, batches
-from dct_compile.models.dlrm import DLRM
-from dct_compile.models.metrics import auc, log_loss
-from dct_compile.models.parallel import Mesh, average_sharded_gradients, make_mesh, wrap_data_parallel
+from dct_compile.models.parallel import Mesh, average_sharded_gradients, make_mesh
+from dct_compile.models.tasks import Batch, Task
 from dct_compile.monitor import Monitor
 from dct_compile.report import SiteReport
 from dct_compile.runtime import RUNTIME
@@ -47,26 +44,23 @@ def work(rank: int, settings: Settings, port: int | None) -> None:
         dist.init_process_group("gloo", store=TCPStore("127.0.0.1", port, is_master=False), rank=rank, world_size=settings.world_size)
     try:
         mesh = make_mesh(settings.dp, settings.mp)
-        results = [_train_backend(backend, settings, mesh) for backend in settings.backends]
+        task = settings.task()
+        results = [_train_backend(backend, settings, task, mesh) for backend in settings.backends]
         if rank == 0:
-            Results(settings.as_json(), environment(), results).save(settings.out)
+            Results(settings.as_json(), environment(), list(task.metrics), results).save(settings.out)
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def _train_backend(backend: str, settings: Settings, mesh: Mesh) -> BackendResult:
-    data = settings.load(0)
-    model = DLRM(data.dense_features, data.tables, mesh.mp_group)
-    wrapped = wrap_data_parallel(model, mesh)
-    if backend == "dct":
-        compiled = torch.compile(wrapped, backend="dct", options=settings.options)
-    else:
-        compiled = torch.compile(wrapped, backend="inductor")
-    assert isinstance(compiled, nn.Module)
-    trainer = _Trainer(backend, settings, mesh, model, compiled)
+def _train_backend(backend: str, settings: Settings, task: Task, mesh: Mesh) -> BackendResult:
+    model = task.build(mesh)
+    # Activations of a model-parallel model are not known from its parameters.
+    computed = computed_bytes(backend, model, mesh.dp) if mesh.mp == 1 else []
+    trainer = _Trainer(backend, settings, task, mesh, model, compile_with(backend, model, mesh, settings.options))
     runs = [trainer.run(seed) for seed in range(settings.seeds)]
-    return BackendResult(backend, runs, trainer.all_sites(), list(RUNTIME.reports.snapshot().notes) if backend == "dct" else [])
+    notes = list(RUNTIME.reports.snapshot().notes) if backend == "dct" else []
+    return BackendResult(backend, runs, trainer.all_sites(), notes, computed)
 
 
 def _postfix(loss: Tensor, numbers: dict[str, float]) -> dict[str, str]:
@@ -76,27 +70,26 @@ def _postfix(loss: Tensor, numbers: dict[str, float]) -> dict[str, str]:
 
 
 class _Trainer:
-    def __init__(self, backend: str, settings: Settings, mesh: Mesh, model: DLRM, compiled: nn.Module) -> None:
-        self.backend, self.settings, self.mesh, self.model, self.compiled = backend, settings, mesh, model, compiled
+    def __init__(self, backend: str, settings: Settings, task: Task, mesh: Mesh, model: nn.Module, compiled: Compiled) -> None:
+        self.backend, self.settings, self.task, self.mesh, self.model, self.compiled = backend, settings, task, mesh, model, compiled
 
     def run(self, seed: int) -> Run:
         """Trains from the initialisation of ``seed`` and tests; the compiled graphs are those of the seeds before."""
-        data = self.settings.load(seed)
-        self.compiled.train()
-        self.model.reset_parameters(seed)
-        if self.backend == "dct":
-            RUNTIME.states.load_state_dict(self.model, {})
-        optimizer = torch.optim.Adagrad(self.model.parameters(), lr=self.settings.lr, fused=True)
+        self.compiled.module.train()
+        self.task.reset(self.model, self.mesh, seed)
+        self.compiled.restart()
+        steps = self.settings.steps_of(self.task, seed)
+        optimizer, schedule = self.settings.optimization.start(self.model.parameters(), steps)
         losses: list[Tensor] = []
         seconds: list[float] = []
         density: list[tuple[int, float]] = []
-        steps = len(data.train) // self.settings.batch_size * self.settings.epochs
         title = f"{self.backend}, seed {seed}"
         bar = tqdm(total=steps, desc=title, disable=None if dist.get_rank() == 0 else True, mininterval=0.5)
         with closing(bar), Monitor(DENSITY_EVERY, RUNTIME) as monitor:
-            for step, batch in enumerate(self._batches(data.train, seed), start=1):
+            for step, batch in enumerate(self.task.batches(seed, steps, self.mesh), start=1):
                 start = time.perf_counter()
                 losses.append(self._step(batch, optimizer))
+                schedule.step()
                 seconds.append(time.perf_counter() - start)
                 monitor.step()
                 bar.set_postfix(_postfix(losses[-1], monitor.summary() if self.backend == "dct" else {}), refresh=False)
@@ -109,12 +102,10 @@ class _Trainer:
                         density.append((step, achieved))
         loss_curve = torch.stack(losses)
         dist.all_reduce(loss_curve, dist.ReduceOp.AVG)
-        logits = self._predict(data.test).numpy()
-        labels = data.test.labels.numpy()
+        metrics = self.task.test(self.model, self.compiled.module, seed, self.mesh)
         run = Run(
             seed=seed,
-            auc=auc(logits, labels),
-            log_loss=log_loss(logits, labels),
+            metrics=metrics,
             steps=steps,
             seconds=seconds[WARMUP_STEPS:] or seconds[-1:],
             losses=loss_curve.tolist(),
@@ -122,44 +113,17 @@ class _Trainer:
             replica_checks=-(-steps // self.settings.check_every),
         )
         if dist.get_rank() == 0:
-            tqdm.write(f"{title}: test log-loss {run.log_loss:.4f}, AUC {run.auc:.4f}, {run.steps_per_second:.1f} steps/s")
+            numbers = ", ".join(f"{metric.title} {metrics[metric.name]:.4f}" for metric in self.task.metrics)
+            tqdm.write(f"{title}: {numbers}, {run.steps_per_second:.1f} steps/s")
         return run
 
-    def _batches(self, samples: Samples, seed: int) -> Iterable[Samples]:
-        for epoch in range(self.settings.epochs):
-            yield from batches(samples, self.settings.batch_size, seed=seed * 1000 + epoch)
-
-    def _own(self, batch: Samples) -> Samples:
-        """What this rank's model-parallel group sees of a batch."""
-        rows = len(batch) // self.mesh.dp
-        return batch.take(torch.arange(self.mesh.dp_rank * rows, (self.mesh.dp_rank + 1) * rows))
-
-    def _step(self, batch: Samples, optimizer: torch.optim.Optimizer) -> Tensor:
-        own = self._own(batch)
-        logits = self.compiled(own.dense, own.ids)
-        loss = binary_cross_entropy_with_logits(logits, own.labels)
+    def _step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
+        loss = self.task.loss(self.compiled.module, batch)
         optimizer.zero_grad()
         loss.backward()
         average_sharded_gradients(self.model, self.mesh.mp)
         optimizer.step()
         return loss.detach()
-
-    @torch.no_grad()
-    def _predict(self, samples: Samples) -> Tensor:
-        """Logits [N] of all samples, on every rank, from the compiled model. The last batch is filled up by starting over."""
-        self.compiled.eval()
-        size = self.settings.batch_size
-        count = -(-len(samples) // size)
-        order = torch.arange(count * size) % len(samples)
-        parts = []
-        for index in order.split(size):
-            own = self._own(samples.take(index))
-            parts.append(self.compiled(own.dense, own.ids))
-        own_logits = torch.stack(parts)
-        gathered = [torch.empty_like(own_logits) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, own_logits)
-        # The ranks of one model-parallel group computed the same samples.
-        return torch.cat(gathered[:: self.mesh.mp], dim=1).flatten()[: len(samples)]
 
     def _sites(self) -> list[SiteReport]:
         """Returns the sites of a training step. The graph for testing is not part of it."""

@@ -74,9 +74,7 @@ class Task(ABC):
         """Returns the number of training samples. Raises ``MissingData`` or ``ValueError`` for data that cannot be read."""
 
     def check(self, mp: int) -> None:
-        """Raises ``ValueError`` for what does not fit the data or ``mp`` model-parallel ranks, and what :meth:`samples` raises."""
-        if mp > 1 and self.recipe.mp is None:
-            raise ValueError(f"--mp {mp}: this model is data parallel only and needs --mp 1")
+        """Raises ``ValueError`` for data that does not fit the batches or ``mp`` model-parallel ranks, and what :meth:`samples` raises."""
         samples = self.samples(0)
         if samples < self.batch_size:
             raise ValueError(f"a batch of {self.batch_size} is larger than the training part of {self.source.name} ({samples} samples)")
