@@ -148,7 +148,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_gpt_learns_under_dct(tmp_path: Path) -> None:
     metrics = _train(tmp_path, "--model", "gpt", "--backend", "dct", "--steps", "12", "--seeds", "1", "--dp-density", "0.05")
     run = metrics["backends"][0]["runs"][0]
-    assert run["losses"][0] == pytest.approx(math.log(256), abs=0.1)
+    assert run["losses"][0] == pytest.approx(math.log(256), abs=0.5)
     assert run["metrics"]["loss"] < run["losses"][0] - 0.1
     assert run["metrics"]["bits_per_byte"] == pytest.approx(run["metrics"]["loss"] / math.log(2))
     assert (metrics["settings"]["optimizer"], metrics["settings"]["betas"]) == ("adamw", [0.9, 0.95])

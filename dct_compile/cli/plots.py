@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from dct_compile.cli.results import KINDS, BackendResult, Results, bytes_until
@@ -83,6 +84,9 @@ def _loss_over_bytes(axes: Axes, results: Results, colors: dict[str, str]) -> No
         sent = np.array(bytes_until(pieces, int(steps[-1]))) / 2**20
         _line(axes, sent[steps - 1], smooth, result.backend, colors)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="MiB that a rank has sent (log scale)", ylabel="training loss", title=_LOSS_TITLE)
     axes.title.set_fontsize(10)
     axes.legend()
