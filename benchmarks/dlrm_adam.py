@@ -117,9 +117,7 @@ def train_all(record: Record, runs: list[tuple[str, float, int]], epochs: int, e
     if product and missing:
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(_rank, (folder, record.path, missing, epochs, every), nprocs=RANKS)
-        record.read()
-        return
-    for method, rate, seed in missing:
+    for method, rate, seed in [] if product else missing:
         record.add((method, rate, seed), list(curve(*METHODS[method], rate, seed, epochs, every)))
 
 

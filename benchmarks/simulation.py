@@ -151,22 +151,16 @@ class Record:
         self.path = path
         if not path.exists():
             self._append([["method", "rate", "seed", *measured]])
-        self.read()
-
-    def read(self) -> None:
-        """Reads what the file holds now."""
-        with self.path.open(newline="") as file:
-            self._rows = list(csv.reader(file))[1:]
 
     def rows(self, run: Run) -> list[list[float]]:
-        """Returns the rows of ``run``; none if it has not been done."""
-        return [[float(number) for number in row[3:]] for row in self._rows if row[:3] == _key(run)]
+        """Returns the rows of ``run`` that are in the file now; none if it has not been done."""
+        with self.path.open(newline="") as file:
+            return [[float(number) for number in row[3:]] for row in csv.reader(file) if row[:3] == _key(run)]
 
     def add(self, run: Run, rows: Iterable[Sequence[float]]) -> None:
         """Writes the rows of ``run``, and prints the last one."""
         new = [[*_key(run), *(f"{number:.6g}" for number in row)] for row in rows]
         self._append(new)
-        self._rows += new
         print(*new[-1], flush=True)
 
     def _append(self, rows: list[list[str]]) -> None:
