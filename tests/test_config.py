@@ -153,7 +153,7 @@ def test_operators_take_the_largest_values(method: str | float, monkeypatch: pyt
     for compiled in (True, False):
         if not compiled:
             monkeypatch.setattr("dct_compile.ops.library.is_ready", lambda: False)
-        state = torch.zeros(9), torch.ones(1), torch.zeros(1, 4, dtype=torch.int64)
+        state = torch.zeros(9), torch.ones(1), torch.zeros(1, 5, dtype=torch.int64)
         torch.ops.dct.select_threshold(torch.arange(9.0), *state, layout, selection, True)
         torch.ops.dct.threshold_pack(torch.arange(9.0), *state, layout, True)
         chosen.append(float(state[1]))

@@ -36,7 +36,7 @@ def test_state_enters_as_inputs(synchronise: type[torch.autograd.Function]) -> N
     state = placeholders(traced.after)[len(traced.inputs) :][:3]
     assert [argument(select, name) for name in ("residual", "threshold", "counters")] == state
     assert [argument(pack, name) for name in ("residual", "threshold", "counters")] == state
-    assert [tuple(node.meta["val"].shape) for node in state] == [(4096,), (1,), (1, 4)]
+    assert [tuple(node.meta["val"].shape) for node in state] == [(4096,), (1,), (1, 5)]
 
 
 def test_operators_carry_the_options() -> None:
