@@ -40,6 +40,7 @@ BAD: list[tuple[str, Any, str]] = [
         for value in (np.float32(1.5), np.float64("nan"), Fraction(1, 10**400), torch.tensor(0.1), np.bool_(True))
     ],
     *[("refresh_warmup", value, "one of 'geometric', 'off'") for value in ("geometrical", "on", None, True, 1)],
+    *[("hold_density", value, "True or False") for value in (0, 1, "no", None)],
     *[("error_feedback", value, "True or False") for value in (0, 1, "yes", None)],
     *[("undo_discarded", value, "True or False") for value in (0, "no", None)],
     *[("first_moment", value, "one of 'auto', 'bypass', 'keep'") for value in ("off", None, True)],

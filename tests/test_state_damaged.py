@@ -126,6 +126,20 @@ def test_the_state_of_another_scheme_is_loaded(scheme: str) -> None:
     assert bucket.tensors["counters"].tolist() == [[0] * 5]
 
 
+def test_states_of_a_version_with_four_counters_are_loaded() -> None:
+    """A threshold does not follow what it does not know: nothing was kept in the last step."""
+    saved = saved_by_owner()
+    earlier = {name: {**entry, "counters": entry["counters"][:4]} for name, entry in saved.items()}
+    for entry in earlier.values():
+        entry["owner"] = {**entry["owner"], "counters": entry["owner"]["counters"][:4]}
+    for entry in saved.values():
+        entry["counters"][4] = entry["owner"]["counters"][4] = 0
+    store, model = StateStore(), make_model(*NUMELS)
+    store.bucket(list(model.values()), state_spec(NUMELS, 2))
+    store.load_state_dict(model, earlier)
+    assert_same(store.state_dict(model), saved)
+
+
 def named(*names: str) -> nn.ParameterDict:
     return nn.ParameterDict({name: nn.Parameter(torch.zeros(300)) for name in names})
 

@@ -53,7 +53,7 @@ def test_operators_carry_the_options() -> None:
         capacity_factor=1.5,
     )
     select, pack = nodes_of(traced.after, SELECT)[0], nodes_of(traced.after, PACK)[0]
-    assert argument(select, "selection") == Selection(0.02, "fixed", 0.25, 7, "off")
+    assert argument(select, "selection") == Selection(0.02, "fixed", 0.25, 7, "off", True)
     layout = argument(pack, "layout")
     assert argument(select, "layout") == layout
     assert (layout.segments, layout.block, layout.chunks, layout.chunk) == (((0, 4096),), 256, 1, -1)
