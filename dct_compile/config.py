@@ -48,6 +48,8 @@ class DCTConfig:
     """Steps between two choices of a gradient's threshold (the paper's threshold life-span L)."""
     refresh_warmup: str = "geometric"
     """The schedule: "geometric" refreshes often at first, ever less often up to ``refresh_interval``; "off" is the paper's."""
+    hold_density: bool = True
+    """Between two choices, let a gradient's threshold follow what each step has kept, so that ``dp_density`` is held."""
     error_feedback: bool = True
     """Keep what was not sent and add it to the next gradient."""
     undo_discarded: bool = True
@@ -104,6 +106,7 @@ class DCTConfig:
             self._keep("threshold", _number("threshold", self.threshold, 0.0, f"one of {', '.join(THRESHOLDS)} or a float >= 0"))
         self._keep("refresh_interval", _integer("refresh_interval", self.refresh_interval, 1))
         _check_choice("refresh_warmup", self.refresh_warmup, REFRESH_WARMUPS)
+        _check_bool("hold_density", self.hold_density)
         _check_bool("error_feedback", self.error_feedback)
         _check_bool("undo_discarded", self.undo_discarded)
         _check_choice("second_moment", self.second_moment, SECOND_MOMENTS)

@@ -103,7 +103,7 @@ def compiled(code: str) -> Iterator[str]:
 def gradient_code() -> tuple[GraphLowering, str]:
     """Of `step`, as the pass meets it: behind AOTAutograd."""
     with MODE, torch.device("cuda:0"):
-        states = [(torch.empty(layout.state_numel), torch.empty(3), torch.empty(3, 4, dtype=torch.int64)) for layout in (LOCAL, OWNED)]
+        states = [(torch.empty(layout.state_numel), torch.empty(3), torch.empty(3, 5, dtype=torch.int64)) for layout in (LOCAL, OWNED)]
         inputs = [torch.empty(NUMEL, 1, dtype=torch.bfloat16), torch.empty(8, 3, 40), *states[0], *states[1]]
         traced = make_fx(step, select_decomp_table())(*inputs)
     with V.set_fake_mode(MODE), tracing(TracingContext(MODE)), inductor_config.patch(post_grad_custom_post_pass=InlineKernels([])):

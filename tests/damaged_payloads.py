@@ -111,7 +111,7 @@ def layouts(chunk: int, segments: tuple[tuple[int, int], ...]) -> Iterator[Gradi
 
 def owner_state(layout: GradientLayout, seed: int) -> tuple[Tensor, ...]:
     count = len(layout.segments)
-    counters = torch.full((count, 4), seed, dtype=torch.int64)
+    counters = torch.full((count, 5), seed, dtype=torch.int64)
     return torch.zeros(layout.state_numel), torch.full((count,), 0.1), counters
 
 

@@ -78,7 +78,7 @@ class Bucket:
     state: tuple[Tensor, Tensor, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        counters = torch.zeros(len(self.segments), 4, dtype=torch.int64)
+        counters = torch.zeros(len(self.segments), 5, dtype=torch.int64)
         self.state = torch.zeros(self.layout.state_numel), torch.full((len(self.segments),), INF), counters
 
     @property

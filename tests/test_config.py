@@ -40,6 +40,7 @@ BAD: list[tuple[str, Any, str]] = [
         for value in (np.float32(1.5), np.float64("nan"), Fraction(1, 10**400), torch.tensor(0.1), np.bool_(True))
     ],
     *[("refresh_warmup", value, "one of 'geometric', 'off'") for value in ("geometrical", "on", None, True, 1)],
+    *[("hold_density", value, "True or False") for value in (0, 1, "no", None)],
     *[("error_feedback", value, "True or False") for value in (0, 1, "yes", None)],
     *[("undo_discarded", value, "True or False") for value in (0, "no", None)],
     *[("first_moment", value, "one of 'auto', 'bypass', 'keep'") for value in ("off", None, True)],
@@ -153,7 +154,7 @@ def test_operators_take_the_largest_values(method: str | float, monkeypatch: pyt
     for compiled in (True, False):
         if not compiled:
             monkeypatch.setattr("dct_compile.ops.library.is_ready", lambda: False)
-        state = torch.zeros(9), torch.ones(1), torch.zeros(1, 4, dtype=torch.int64)
+        state = torch.zeros(9), torch.ones(1), torch.zeros(1, 5, dtype=torch.int64)
         torch.ops.dct.select_threshold(torch.arange(9.0), *state, layout, selection, True)
         torch.ops.dct.threshold_pack(torch.arange(9.0), *state, layout, True)
         chosen.append(float(state[1]))

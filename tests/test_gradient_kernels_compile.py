@@ -63,7 +63,7 @@ SEGMENTS = ((3, 700), (703, 0), (800, 9000))
 def run(block, grad_dtype, value_dtype, chunks, chunk):
     layout = GradientLayout(SEGMENTS, block, chunks, chunk, 0.1, value_dtype)
     numel = layout.state_numel if chunk >= 0 else 10000
-    state = (torch.zeros(layout.state_numel), torch.zeros(3), torch.zeros(3, 4, dtype=torch.int64))
+    state = (torch.zeros(layout.state_numel), torch.zeros(3), torch.zeros(3, 5, dtype=torch.int64))
     grad = torch.zeros(numel, dtype=grad_dtype)
     for method in ("exact", "sampled", "laplace", "fixed"):
         select_threshold_triton(grad, *state, layout, Selection(0.05, method, 0.0, 10, "geometric"), True)

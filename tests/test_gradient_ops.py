@@ -25,7 +25,7 @@ def layout_of(value_dtype: torch.dtype, chunks: int = 1, chunk: int = -1, block:
 
 
 def state(numel: int = 700) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.zeros(numel), torch.ones(2), torch.zeros(2, 4, dtype=torch.int64)
+    return torch.zeros(numel), torch.ones(2), torch.zeros(2, 5, dtype=torch.int64)
 
 
 def pack_arguments(dtype: torch.dtype, value_dtype: torch.dtype, chunks: int, chunk: int) -> tuple[Any, ...]:
@@ -105,7 +105,7 @@ def test_in_a_compiled_function_the_state_changes_in_place() -> None:
         (1, torch.zeros(699), "residual is"),
         (1, torch.zeros(1400)[::2], "residual is"),
         (2, torch.zeros(2, dtype=torch.float64), "threshold is"),
-        (3, torch.zeros(2, 4, dtype=torch.int32), "counters is"),
+        (3, torch.zeros(2, 5, dtype=torch.int32), "counters is"),
     ],
 )
 def test_a_wrong_tensor_is_named(position: int, wrong: Tensor, message: str) -> None:
@@ -170,7 +170,7 @@ sys.modules["triton"] = None
 import torch
 from dct_compile.ops import threshold_pack
 from dct_compile.triton_kernels.layout import GradientLayout
-state = torch.zeros(9), torch.zeros(1), torch.zeros(1, 4, dtype=torch.int64)
+state = torch.zeros(9), torch.zeros(1), torch.zeros(1, 5, dtype=torch.int64)
 for _ in range(2):
     threshold_pack(torch.ones(9), *state, GradientLayout(((0, 9),), 256, 1, -1, 1.0, torch.bfloat16), True)
 print(state[2].tolist())
@@ -181,5 +181,5 @@ def test_a_machine_without_triton_and_compiler_warns_once(tmp_path: Path) -> Non
     own = {"CXX": "no-such-compiler", "DCT_COMPILE_CACHE_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
     environment = {**os.environ, **own, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", BARE_MACHINE], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[[2, 18, 0, 0]]"
+    assert done.stdout.strip() == "[[2, 18, 0, 0, 9]]"
     assert done.stderr.count("could not be compiled") == 1

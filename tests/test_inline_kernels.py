@@ -57,7 +57,7 @@ def gradient_calls(grad: torch.dtype, value: torch.dtype, block: int, chunks: in
 
 
 def random_state(layout: GradientLayout, random: torch.Generator) -> list[Tensor]:
-    counters = torch.zeros(3, 4, dtype=torch.int64, device=DEVICE)
+    counters = torch.zeros(3, 5, dtype=torch.int64, device=DEVICE)
     return [torch.randn(layout.state_numel, generator=random).to(DEVICE), torch.zeros(3, device=DEVICE), counters]
 
 

@@ -51,6 +51,7 @@ def test_no_gradient_layout(field: str, value: Any, message: str) -> None:
         *[("fixed", value, re.escape(f"fixed is {value}: expected a number from 0 to 3.40282e+38")) for value in (-1.0, NAN, INF, 1e39)],
         *[("refresh_interval", value, f"refresh_interval is {value}: expected an integer from 1 to") for value in (0, -1, 2**63, 1.5)],
         ("refresh_warmup", "on", "refresh_warmup is 'on': expected one of off, geometric"),
+        ("hold", "yes", "hold is 'yes': expected one of False, True"),
     ],
 )
 def test_no_selection(field: str, value: Any, message: str) -> None:

@@ -29,7 +29,7 @@ def bucket_of(*numels: int, owner: bool = False) -> BucketState:
 
 def run(bucket: BucketState, steps: int, kept: int, overflow: int = 0) -> None:
     """As if every parameter of ``bucket`` had been sent ``steps`` times, ``kept`` entries each time."""
-    bucket.tensors["counters"] += torch.tensor([steps, steps * kept, steps * overflow, 0])
+    bucket.tensors["counters"] += torch.tensor([steps, steps * kept, steps * overflow, 0, kept])
 
 
 def monitored(every: int, *sites: tuple[SiteReport, BucketMeasure | None]) -> tuple[Monitor, Runtime]:

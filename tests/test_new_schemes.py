@@ -56,7 +56,7 @@ def test_nothing_is_lost(scheme: str, ranks: int, op: str) -> None:
     assert residual.abs().max() > 0.1, "nothing was left out"
     torch.testing.assert_close(side.compressed(applied) + residual, side.compressed(wanted), rtol=0, atol=1e-5)
     for state in side.states:
-        assert state.tensors["counters"].tolist() == [[8, 0, 0, 0]] * 3
+        assert state.tensors["counters"].tolist() == [[8, 0, 0, 0, 0]] * 3
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

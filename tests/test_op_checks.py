@@ -39,7 +39,7 @@ def bytes_of(*shape: int) -> Tensor:
 
 
 def state(numel: int) -> dict[str, Any]:
-    return {"residual": torch.zeros(numel), "threshold": torch.ones(2), "counters": torch.zeros(2, 4, dtype=torch.int64)}
+    return {"residual": torch.zeros(numel), "threshold": torch.ones(2), "counters": torch.zeros(2, 5, dtype=torch.int64)}
 
 
 def good(op: Any) -> dict[str, Any]:
@@ -78,10 +78,10 @@ STATE = [
     ("threshold", torch.ones(2, dtype=torch.float64), "threshold is"),
     ("threshold", torch.ones(1).expand(2), r"threshold is .* strides \(0,\)"),
     ("threshold", torch.ones(2, device=META), "threshold is"),
-    ("counters", torch.zeros(8, dtype=torch.int64), r"counters is torch.int64 \[8\].*: expected contiguous torch.int64 \[2, 4\]"),
-    ("counters", torch.zeros(2, 4), "counters is"),
-    ("counters", torch.zeros(2, 4, dtype=torch.int32), "counters is"),
-    ("counters", torch.zeros(4, 2, dtype=torch.int64).T, "counters is"),
+    ("counters", torch.zeros(10, dtype=torch.int64), r"counters is torch.int64 \[10\].*: expected contiguous torch.int64 \[2, 5\]"),
+    ("counters", torch.zeros(2, 5), "counters is"),
+    ("counters", torch.zeros(2, 5, dtype=torch.int32), "counters is"),
+    ("counters", torch.zeros(5, 2, dtype=torch.int64).T, "counters is"),
 ]
 GRADIENTS = [
     ("grad", torch.zeros(799), "grad is"),
@@ -174,7 +174,7 @@ def test_without_error_feedback_the_residual_is_not_looked_at(call: Callable[...
 @pytest.mark.parametrize("segments", [(), ((0, 0),), ((3, 0), (3, 0))])
 def test_empty_buckets(segments: tuple[tuple[int, int], ...], call: Callable[..., Any]) -> None:
     whole, owned = (GradientLayout(segments, 256, 2, chunk, 0.3, torch.int8) for chunk in (-1, 1))
-    parts = (torch.zeros(0), torch.ones(len(segments)), torch.zeros(len(segments), 4, dtype=torch.int64))
+    parts = (torch.zeros(0), torch.ones(len(segments)), torch.zeros(len(segments), 5, dtype=torch.int64))
     grad = torch.zeros(3 * len(segments))
     for selection in (SELECTION, FIXED):
         call(select_threshold, grad, *parts, whole, selection, True)

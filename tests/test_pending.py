@@ -58,7 +58,7 @@ def test_a_discarded_gradient_leaves_residual_threshold_and_counters(to_none: bo
     optimizer.zero_grad(set_to_none=to_none)
     assert bucket.settled() == [1.0] * 5
     assert bucket.tensors["threshold"].tolist() == [1.0] * 2
-    assert bucket.tensors["counters"].tolist() == [[1] * 4] * 2
+    assert bucket.tensors["counters"].tolist() == [[1] * 5] * 2
     bucket.exchange(4.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=to_none)

@@ -136,4 +136,4 @@ def test_steps_that_a_rank_has_counted_on_its_own_do_not_change_the_draw() -> No
     wanted = torch.stack([side.compressed(grad)[index] for grad in grads]).mean(0)
     for result in results:
         torch.testing.assert_close(side.compressed(result)[index], wanted)
-    assert [state.tensors["counters"].tolist() for state in side.states] == [[[6, 0, 0, 0]] * 2, [[7, 0, 0, 0]] * 2]
+    assert [state.tensors["counters"].tolist() for state in side.states] == [[[6, 0, 0, 0, 0]] * 2, [[7, 0, 0, 0, 0]] * 2]

@@ -52,4 +52,4 @@ def test_repack_holds_a_step(implementation: Implementation, step: int, value_dt
         bucket.repack(implementation, gathered, 0.05, refresh_interval=2), twin.repack(REFERENCE, gathered, 0.05, refresh_interval=2)
     )
     assert_same_state(bucket, twin)
-    assert bucket.state[2].tolist() == [[step, 0, 0, 0]]
+    assert bucket.state[2].tolist() == [[step, 0, 0, 0, 0]]

@@ -128,6 +128,6 @@ def test_thresholds_change_at_refresh_steps_only(implementation: Implementation,
 @pytest.mark.parametrize("implementation", ALL)
 def test_a_step_that_overflowed_is_followed_by_a_refresh(implementation: Implementation) -> None:
     bucket = one_segment(3)
-    bucket.state[2][0] = torch.tensor([129, 5, 1, 1])
+    bucket.state[2][0] = torch.tensor([129, 5, 1, 1, 2])
     bucket.select(implementation, torch.tensor([3.0, -2.0, 1.0]), 0.3, refresh_interval=50, refresh_warmup="geometric")
     assert bucket.state[1].item() == 3.0

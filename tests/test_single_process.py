@@ -193,7 +193,7 @@ from dct_compile.triton_kernels.layout import GradientLayout, RowLayout, Selecti
 logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
 torch.manual_seed(0)
 grad, residual = torch.randn(5000), torch.zeros(5000)
-threshold, counters = torch.full((1,), float("inf")), torch.zeros(1, 4, dtype=torch.int64)
+threshold, counters = torch.full((1,), float("inf")), torch.zeros(1, 5, dtype=torch.int64)
 layout, selection = GradientLayout(((0, 5000),), 256, 1, -1, 0.055, torch.bfloat16), Selection(0.05, "exact", 0.0, 1000, "geometric")
 for _ in range(3):
     torch.ops.dct.select_threshold(grad, residual, threshold, counters, layout, selection, True)

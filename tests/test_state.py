@@ -19,7 +19,7 @@ def test_initial_state() -> None:
     residual, threshold, counters = bucket.tensors.values()
     assert (residual.dtype, residual.tolist()) == (torch.float32, [0.0] * 400)
     assert threshold.tolist() == [float("inf")] * 2
-    assert (counters.dtype, counters.tolist()) == (torch.int64, [[0] * 4] * 2)
+    assert (counters.dtype, counters.tolist()) == (torch.int64, [[0] * 5] * 2)
 
 
 def test_owner_has_a_second_stage_for_its_share() -> None:
@@ -72,7 +72,7 @@ def test_parts_are_views() -> None:
     bucket.entry(1)["residual"].add_(2)
     bucket.entry(0)["counters"].add_(3)
     assert bucket.tensors["residual"].tolist() == [0.0] * 300 + [2.0] * 100
-    assert bucket.tensors["counters"].tolist() == [[3] * 4, [0] * 4]
+    assert bucket.tensors["counters"].tolist() == [[3] * 5, [0] * 5]
 
 
 @pytest.mark.parametrize("ranks", [0, 2])

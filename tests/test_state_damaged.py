@@ -38,7 +38,7 @@ WHOLE = torch.int64
 DAMAGES = {
     "no residual": (drop("residual"), "the state of p1 lacks its residual, float32 [300]"),
     "no threshold": (drop("threshold"), "the state of p1 lacks its threshold, float32 []"),
-    "no counters": (drop("counters"), "the state of p1 lacks its counters, int64 [4]"),
+    "no counters": (drop("counters"), "the state of p1 lacks its counters, int64 [5]"),
     "no owner": (drop("owner"), "the state of p1 lacks owner: the stage 'owner' comes with its owner_share [block, chunks, chunk]"),
     "no owner_share": (drop("owner_share"), "the state of p1 lacks owner_share"),
     "owner's residual gone": (owner(drop("residual")), "the state of p1, owner lacks its residual, float32 [256]"),
@@ -53,8 +53,8 @@ DAMAGES = {
     "threshold a vector": (put("threshold", torch.ones(1)), "p1: threshold must be float32 [], not float32 [1]"),
     "threshold a number": (put("threshold", 0.5), "p1: threshold must be float32 [], not float 0.5"),
     "threshold NaN": (put("threshold", torch.tensor(float("nan"))), "p1: threshold must not be NaN"),
-    "counters too many": (put("counters", torch.zeros(5, dtype=WHOLE)), "p1: counters must be int64 [4], not int64 [5]"),
-    "counters as floats": (put("counters", torch.zeros(4)), "p1: counters must be int64 [4], not float32 [4]"),
+    "counters too many": (put("counters", torch.zeros(6, dtype=WHOLE)), "p1: counters must be int64 [5], not int64 [6]"),
+    "counters as floats": (put("counters", torch.zeros(4)), "p1: counters must be int64 [5], not float32 [4]"),
     "counters negative": (put("counters", torch.tensor([3, 0, -2, 0])), "p1: counters has the value -2; it must count from 0"),
     "other tensor NaN": (put("right_factor", torch.tensor([float("nan")])), "p1: right_factor must not be NaN"),
     "owner's residual too long": (owner(put("residual", torch.zeros(257))), "p1, owner: residual must be float32 [256], not float32 [257]"),
@@ -123,7 +123,21 @@ def test_the_state_of_another_scheme_is_loaded(scheme: str) -> None:
     store.load_state_dict(model, {"p0": entry})
     assert torch.equal(bucket.tensors["residual"], entry["residual"])
     assert bucket.tensors["threshold"].tolist() == [float("inf")]
-    assert bucket.tensors["counters"].tolist() == [[0] * 4]
+    assert bucket.tensors["counters"].tolist() == [[0] * 5]
+
+
+def test_states_of_a_version_with_four_counters_are_loaded() -> None:
+    """A threshold does not follow what it does not know: nothing was kept in the last step."""
+    saved = saved_by_owner()
+    earlier = {name: {**entry, "counters": entry["counters"][:4]} for name, entry in saved.items()}
+    for entry in earlier.values():
+        entry["owner"] = {**entry["owner"], "counters": entry["owner"]["counters"][:4]}
+    for entry in saved.values():
+        entry["counters"][4] = entry["owner"]["counters"][4] = 0
+    store, model = StateStore(), make_model(*NUMELS)
+    store.bucket(list(model.values()), state_spec(NUMELS, 2))
+    store.load_state_dict(model, earlier)
+    assert_same(store.state_dict(model), saved)
 
 
 def named(*names: str) -> nn.ParameterDict:

@@ -29,7 +29,7 @@ PRINTED = [
 
 
 def state() -> tuple[Tensor, Tensor, Tensor]:
-    return torch.zeros(700), torch.ones(2), torch.zeros(2, 4, dtype=torch.int64)
+    return torch.zeros(700), torch.ones(2), torch.zeros(2, 5, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(("value", "printed"), list(zip(VALUES, PRINTED, strict=True)), ids=[type(value).__name__ for value in VALUES])

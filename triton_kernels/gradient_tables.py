@@ -66,8 +66,8 @@ def is_nonfinite(x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def is_due(counters, interval, GEOMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`schedule.is_refresh_step` of the parameter whose counters (a pointer to int64 [4]) are given."""
+def is_due(counters, interval, GEOMETRIC: tl.constexpr, HOLD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`schedule.is_refresh_step` of the parameter whose counters (a pointer to int64 [5]) are given."""
     step = tl.load(counters)
     gap = step * 0 + interval
     due = step < 0
@@ -76,5 +76,8 @@ def is_due(counters, interval, GEOMETRIC: tl.constexpr):  # type: ignore[no-unty
         for shift in tl.static_range(0, 6):
             power = power | (power >> (1 << shift))
         gap = tl.minimum(gap, tl.maximum((power - (power >> 1)) // 8, 1))
-        due = tl.load(counters + 3) > 0
+        excess = tl.load(counters + 3)
+        if HOLD:
+            excess -= tl.load(counters + 4)
+        due = excess > 0
     return due | (step % gap == 0)

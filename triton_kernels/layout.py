@@ -32,8 +32,8 @@ LARGE_BLOCK = 4096
 WHOLE_PIECE = 1 << 31
 TILE = 4096
 """Elements that share a scale, that one program of a kernel works on, and in multiples of which a whole-piece block may be cut."""
-COUNTERS = 4
-"""Columns of a parameter's counters: step, entries kept so far, entries overflowed so far, entries overflowed in the last step."""
+COUNTERS = 5
+"""Columns of a parameter's counters: step, entries kept and overflowed so far, overflowed and kept in the last step (0 if held)."""
 
 
 def choose_block(density: float, largest_numel: int) -> int:
@@ -194,7 +194,8 @@ class Selection(Value):
     """How and when a threshold is chosen.
 
     ``density``: the fraction of elements to keep. ``method``: "exact", "sampled", "laplace" or "fixed". ``fixed``: the threshold itself,
-    for "fixed". ``refresh_interval``: steps between two choices at most. ``refresh_warmup``: "off" or "geometric", see `schedule`.
+    for "fixed". ``refresh_interval``: steps between two choices at most. ``refresh_warmup``: "off" or "geometric". ``hold``: whether
+    the threshold follows what the step before kept, between two choices. See `schedule` for all three.
     """
 
     density: float
@@ -202,6 +203,7 @@ class Selection(Value):
     fixed: float
     refresh_interval: int
     refresh_warmup: str
+    hold: bool = False
 
     def __post_init__(self) -> None:
         check_selection(self)

@@ -77,6 +77,7 @@ def check_selection(selection: Selection) -> None:
     check_number("fixed", selection.fixed, 0, MAX_FLOAT)
     check_integer("refresh_interval", selection.refresh_interval, 1)
     check_one_of("refresh_warmup", selection.refresh_warmup, WARMUPS)
+    check_one_of("hold", selection.hold, (False, True))
 
 
 def check_row_layout(layout: RowLayout) -> None:

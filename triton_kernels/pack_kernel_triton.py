@@ -25,7 +25,7 @@ STAGE_ALL, STAGE_DUE, STAGE_NONE = 0, 1, 2
 def is_piece_due(tile, counters_ptr, tables, schedule):  # type: ignore[no-untyped-def]
     """Returns True if the threshold is due of the parameter that a tile belongs to."""
     segment = tl.load(tables.pieces + tl.load(tables.tiles + tile * 4 + 3) * 7)
-    return is_due(counters_ptr + segment * 4, schedule.interval, schedule.GEOMETRIC)
+    return is_due(counters_ptr + segment * 5, schedule.interval, schedule.GEOMETRIC, schedule.HOLD)
 
 
 @jit
@@ -84,6 +84,7 @@ def pack_kernel(  # type: ignore[no-untyped-def]
     windows_ptr,
     STAGES: tl.constexpr,
     GEOMETRIC: tl.constexpr,
+    HOLD: tl.constexpr,
     chunk_bytes,  # from here on the fields of `Wire` and `Format`
     values_offset,
     counts_offset,
@@ -106,7 +107,7 @@ def pack_kernel(  # type: ignore[no-untyped-def]
     run_task(
         grad_ptr,
         named("State")(residual_ptr, threshold_ptr, counters_ptr),
-        named("Schedule")(interval, GEOMETRIC),
+        named("Schedule")(interval, GEOMETRIC, HOLD),
         named("Tables")(tiles_ptr, tile_count, pieces_ptr),
         named("Staging")(staged_ptr, indices_ptr, counts_ptr, found_ptr, control_ptr + 4),
         named("Tally")(piece_count, segment_count, reached_ptr, sums_ptr, groups, windows_ptr, GROUP, LANES),

@@ -45,13 +45,15 @@ def settle(counters_ptr, held, tables, tally):  # type: ignore[no-untyped-def]
             total += tl.sum(found, axis=0)
     live = held == 0
     for first in range(0, tally.segment_count, tally.LANES):
-        tl.store(counters_ptr + (first + lanes) * 4 + 3, 0, mask=(first + lanes < tally.segment_count) & live)
+        last = counters_ptr + (first + lanes) * 5
+        tl.store(last + 3, 0, mask=(first + lanes < tally.segment_count) & live)
+        tl.store(last + 4, 0, mask=first + lanes < tally.segment_count)
     tl.debug_barrier()
     sent = tl.zeros([], dtype=tl.int64)
     for first in range(0, tally.piece_count, tally.LANES):
         inside = first + lanes < tally.piece_count
         row = tables.pieces + (first + lanes) * 7
-        counters = counters_ptr + tl.load(row, mask=inside, other=0) * 4
+        counters = counters_ptr + tl.load(row, mask=inside, other=0) * 5
         capacity = tl.load(row + 2, mask=inside, other=0)
         begin = tl.load(row + 5, mask=inside, other=0)
         end = begin + tl.load(row + 6, mask=inside, other=0)
@@ -70,10 +72,11 @@ def settle(counters_ptr, held, tables, tally):  # type: ignore[no-untyped-def]
         tl.atomic_add(counters + 1, kept, mask=inside & live)
         tl.atomic_add(counters + 2, entries + cut - kept, mask=inside & live)
         tl.atomic_add(counters + 3, entries + cut - kept, mask=inside & live)
+        tl.atomic_add(counters + 4, kept, mask=inside & live)
     tl.debug_barrier()
     for first in range(0, tally.segment_count, tally.LANES):
         inside = (first + lanes < tally.segment_count) & live
-        steps = counters_ptr + (first + lanes) * 4
+        steps = counters_ptr + (first + lanes) * 5
         tl.store(steps, tl.load(steps, mask=inside, other=0) + 1, mask=inside)
 
 

@@ -1,7 +1,8 @@
 """`repack` on the device: the sum of a tile's payload entries goes on to be packed by the program that formed it.
 
 Where a threshold is due the sum of the whole parameter is needed first: such tiles are only summed, and the launch that follows the
-selection stages them. Three launches: sum, select, pack.
+selection stages them. Three launches: sum, select, pack;
+one more before them lets thresholds that are not due follow the step before.
 """
 
 from __future__ import annotations  # `tl.constexpr` is not evaluated: there may be no Triton
@@ -14,7 +15,7 @@ from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from dct_compile.triton_kernels.pack_kernel_triton import STAGE_DUE, STAGE_NONE, is_piece_due
 from dct_compile.triton_kernels.pack_stage_triton import stage_tile
 from dct_compile.triton_kernels.select_threshold import constant_threshold
-from dct_compile.triton_kernels.select_threshold_triton import select_threshold_triton
+from dct_compile.triton_kernels.select_threshold_triton import choose_thresholds, hold_thresholds, select_threshold_triton
 from dct_compile.triton_kernels.threshold_pack_triton import Packer
 from dct_compile.triton_kernels.tuples_triton import named
 from dct_compile.triton_kernels.unpack_accumulate_triton import STEP, gathered_arguments
@@ -57,6 +58,7 @@ def repack_kernel(  # type: ignore[no-untyped-def]
     capacity,
     CONSTANT: tl.constexpr,  # no threshold is ever due
     GEOMETRIC: tl.constexpr,
+    HOLD: tl.constexpr,
     chunk_bytes,  # from here on the fields of `Wire` and `Format`
     values_offset,
     counts_offset,
@@ -77,7 +79,7 @@ def repack_kernel(  # type: ignore[no-untyped-def]
         grad_ptr,
         named("Gathered")(payloads_ptr, reached_ptr, rounds, chunks, blocks_per_chunk, capacity),
         named("State")(residual_ptr, threshold_ptr, counters_ptr),
-        named("Schedule")(interval, GEOMETRIC),
+        named("Schedule")(interval, GEOMETRIC, HOLD),
         named("Tables")(tiles_ptr, tile_count, pieces_ptr),
         named("Staging")(staged_ptr, indices_ptr, counts_ptr, found_ptr, control_ptr + 4),
         payload_ptr,
@@ -108,15 +110,17 @@ def repack_triton(
     if constant:
         select_threshold_triton(total, *state, layout, selection, error_feedback)
     interval, geometric = selection.refresh_interval, selection.refresh_warmup != "off"
+    hold_thresholds(threshold, counters, layout, selection)
     if packer.tiles.shape[0]:
         launch(repack_kernel, (packer.tiles.shape[0],))(
             *packer.stage_arguments(total, interval),
             **gathered_arguments(gathered, layout),
             CONSTANT=constant,
             GEOMETRIC=geometric,
+            HOLD=selection.hold,
             STEP=STEP,
             **packer.stage_options(total),
         )
         if not constant:
-            select_threshold_triton(total, *state, layout, selection, error_feedback)
-    return packer.pack(total, STAGE_NONE if constant else STAGE_DUE, interval, geometric)
+            choose_thresholds(total, *state, layout, selection, error_feedback)
+    return packer.pack(total, STAGE_NONE if constant else STAGE_DUE, interval, geometric, selection.hold)

@@ -30,7 +30,8 @@ def is_any_due(regions, region_count, schedule, LANES: tl.constexpr):  # type: i
     due = tl.zeros([LANES], dtype=tl.int1)
     for first in range(0, region_count, LANES):
         number = tl.minimum(first + tl.arange(0, LANES), region_count - 1)
-        due |= is_due(regions.counters + tl.load(regions.table + number * 9) * 4, schedule.interval, schedule.GEOMETRIC)
+        counters = regions.counters + tl.load(regions.table + number * 10) * 5
+        due |= is_due(counters, schedule.interval, schedule.GEOMETRIC, schedule.HOLD)
     return tl.max(due.to(tl.int32), axis=0) != 0
 
 
@@ -82,10 +83,10 @@ def rank_regions(samples, regions, schedule, scratch, TILE: tl.constexpr, BINS: 
             step = (tl.maximum(task - region_count, 0) // runs).to(tl.int32)
             run = regions.runs + tl.maximum(task - region_count, 0) % runs * 2
             number = task if task < region_count else tl.load(run)
-            region = regions.table + number * 9
+            region = regions.table + number * 10
             state = scratch.state + number * 8
             histogram = scratch.histograms + (number * 4 + step) * BINS
-            if is_due(regions.counters + tl.load(region) * 4, schedule.interval, schedule.GEOMETRIC):
+            if is_due(regions.counters + tl.load(region) * 5, schedule.interval, schedule.GEOMETRIC, schedule.HOLD):
                 if task < region_count:
                     for digit in range(0, 4):
                         tl.store(histogram + digit * BINS + tl.arange(0, BINS), tl.zeros([BINS], dtype=tl.int64))
@@ -110,6 +111,7 @@ def rank_kernel(  # type: ignore[no-untyped-def]
     state_ptr,
     ticket_ptr,
     GEOMETRIC: tl.constexpr,
+    HOLD: tl.constexpr,
     GRAD: tl.constexpr,
     TILE: tl.constexpr,
     RUN: tl.constexpr,
@@ -121,7 +123,7 @@ def rank_kernel(  # type: ignore[no-untyped-def]
     rank_regions(
         named("Samples")(grad_ptr, residual_ptr, RUN, GRAD, FEEDBACK),
         named("Regions")(counters_ptr, regions_ptr, runs_ptr, threshold_ptr),
-        named("Schedule")(interval, GEOMETRIC),
+        named("Schedule")(interval, GEOMETRIC, HOLD),
         named("RankScratch")(region_count, run_count, histograms_ptr, state_ptr, ticket_ptr),
         TILE,
         BINS,
@@ -134,8 +136,8 @@ def mean_of_run(samples, regions, schedule, factors_ptr, sums_ptr, arrived_ptr, 
     """threshold = mean magnitude times a factor; the order of the summation is fixed. Every sum of a NaN or an infinity is one, too."""
     run = tl.program_id(0).to(tl.int64)
     number = tl.load(regions.runs + run * 2)
-    region = regions.table + number * 9
-    if is_due(regions.counters + tl.load(region) * 4, schedule.interval, schedule.GEOMETRIC):
+    region = regions.table + number * 10
+    if is_due(regions.counters + tl.load(region) * 5, schedule.interval, schedule.GEOMETRIC, schedule.HOLD):
         lanes = tl.arange(0, PART)
         total = tl.zeros([PART], dtype=tl.float64)
         for part in range(0, samples.RUN, PART):
@@ -165,6 +167,7 @@ def mean_kernel(  # type: ignore[no-untyped-def]
     sums_ptr,  # float64 [runs]: scratch
     arrived_ptr,  # int64 [regions]: zero before
     GEOMETRIC: tl.constexpr,
+    HOLD: tl.constexpr,
     GRAD: tl.constexpr,
     PART: tl.constexpr,
     RUN: tl.constexpr,
@@ -174,7 +177,7 @@ def mean_kernel(  # type: ignore[no-untyped-def]
     mean_of_run(
         named("Samples")(grad_ptr, residual_ptr, RUN, GRAD, FEEDBACK),
         named("Regions")(counters_ptr, regions_ptr, runs_ptr, threshold_ptr),
-        named("Schedule")(interval, GEOMETRIC),
+        named("Schedule")(interval, GEOMETRIC, HOLD),
         factors_ptr,
         sums_ptr,
         arrived_ptr,
@@ -185,4 +188,19 @@ def mean_kernel(  # type: ignore[no-untyped-def]
 @jit
 def constant_kernel(regions_ptr, threshold_ptr, constant):  # type: ignore[no-untyped-def]
     """threshold = constant."""
-    tl.store(threshold_ptr + tl.load(regions_ptr + tl.program_id(0).to(tl.int64) * 9), constant)
+    tl.store(threshold_ptr + tl.load(regions_ptr + tl.program_id(0).to(tl.int64) * 10), constant)
+
+
+@jit
+def hold_kernel(counters_ptr, regions_ptr, threshold_ptr, interval, GEOMETRIC: tl.constexpr, FEWEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """threshold = `schedule.held_threshold`, where it is not due."""
+    region = regions_ptr + tl.program_id(0).to(tl.int64) * 10
+    counters = counters_ptr + tl.load(region) * 5
+    kept = tl.load(counters + 4)
+    target = tl.load(region + 9)
+    if (kept > 0) & (target >= FEWEST) & (is_due(counters, interval, GEOMETRIC, True) == 0):
+        numel = tl.load(region + 3)
+        factor = numel - target + tl.minimum(kept + tl.load(counters + 3), 2 * target)
+        threshold = threshold_ptr + tl.load(region)
+        held = tl.load(threshold).to(tl.float64) * factor.to(tl.float64) / numel.to(tl.float64)
+        tl.store(threshold, held.to(tl.float32))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.layout import GradientLayout, Selection
-from dct_compile.triton_kernels.schedule import is_refresh_step
+from dct_compile.triton_kernels.schedule import held_threshold, is_refresh_step
 
 SAMPLE_GROUP = 16
 """Neighbours that are sampled together: memory moves whole lines."""
@@ -20,7 +20,10 @@ STRIDES = (31, 13)
 
 @dataclass(frozen=True)
 class Region:
-    """The elements of one parameter that are looked at, every ``stride``-th group, and the rank of the threshold among their magnitudes."""
+    """The elements of one parameter that are looked at, every ``stride``-th group, and the rank of the threshold among their magnitudes.
+
+    ``target``: how many of all elements are to be kept.
+    """
 
     segment: int
     grad_offset: int
@@ -28,6 +31,7 @@ class Region:
     numel: int
     stride: int
     rank: int
+    target: int
 
 
 def sample_stride(numel: int) -> int:
@@ -59,8 +63,8 @@ def regions(layout: GradientLayout, selection: Selection) -> tuple[Region, ...]:
         if numel:
             stride = sample_stride(numel) if selection.method == "sampled" else 1
             sampled = sample_numel(numel, stride)
-            rank = min(max(ceil(selection.density * sampled), 1), sampled)
-            found.append(Region(segment, grad_offset, state_offset, numel, stride, rank))
+            rank, target = (min(max(ceil(selection.density * count), 1), count) for count in (sampled, numel))
+            found.append(Region(segment, grad_offset, state_offset, numel, stride, rank, target))
         state_offset += numel
     return tuple(found)
 
@@ -85,21 +89,23 @@ def select_threshold_reference(
     """Choose the thresholds that are due at this step ([Gupta21] Alg. 1: every ``refresh_interval`` steps).
 
     ``grad`` [numel] float32, bfloat16 or float16; ``residual`` [state_numel] float32; ``threshold`` [S] float32, mutated; ``counters``
-    [S, 4] int64 (see ``layout.COUNTERS``), read. With W = grad + residual (grad alone without error feedback), over each parameter:
+    [S, COUNTERS] int64 (see ``layout.COUNTERS``), read. With W = grad + residual (grad alone without error feedback), over each parameter:
 
     - "exact": the ceil(density * n)-th largest abs(W);
     - "sampled": the same over every ``sample_stride(n)``-th group of 16 neighbours;
     - "laplace": -mean(abs(W)) * ln(density), the quantile of a zero-mean Laplace distribution with that mean;
     - "fixed": ``fixed``, at every step.
 
-    A density of 1 or more gives 0 at every step. Where one of the elements that are looked at is not finite the threshold stays.
+    A density of 1 or more gives 0 at every step. Where one of the elements that are looked at is not finite the threshold stays. At other
+    steps ``hold`` lets it follow the number of candidates of the step before, see `schedule.held_threshold`.
     """
     constant = constant_threshold(selection)
     for region in regions(layout, selection):
-        step, _, _, overflow = counters[region.segment].tolist()
+        step, _, _, overflow, kept = counters[region.segment].tolist()
+        overflowed = overflow > (kept if selection.hold else 0)
         if constant is not None:
             threshold.data[region.segment] = constant
-        elif is_refresh_step(step, selection.refresh_interval, selection.refresh_warmup, overflow > 0):
+        elif is_refresh_step(step, selection.refresh_interval, selection.refresh_warmup, overflowed):
             w = grad[region.grad_offset : region.grad_offset + region.numel].float()
             if error_feedback:
                 w = w + residual[region.state_offset : region.state_offset + region.numel]
@@ -110,3 +116,6 @@ def select_threshold_reference(
                 threshold.data[region.segment] = -magnitudes.double().mean() * log(selection.density)
             else:
                 threshold.data[region.segment] = magnitudes.topk(region.rank, sorted=False).values.min()
+        elif selection.hold and kept:
+            own = float(threshold[region.segment])
+            threshold.data[region.segment] = held_threshold(own, kept + overflow, region.target, region.numel)

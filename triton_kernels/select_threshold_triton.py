@@ -1,4 +1,4 @@
-"""`select_threshold` on the device: one launch, which ends at once where no threshold is due."""
+"""`select_threshold` on the device: one launch holds what is not due, one chooses what is due, and ends at once where nothing is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dct_compile.triton_kernels.compat import launch
 from dct_compile.triton_kernels.gradient_tables import device_table
 from dct_compile.triton_kernels.layout import TILE, GradientLayout, Selection
 from dct_compile.triton_kernels.number_formats_triton import CODES, as_stored
-from dct_compile.triton_kernels.select_kernels_triton import constant_kernel, mean_kernel, rank_kernel
+from dct_compile.triton_kernels.schedule import FEWEST
+from dct_compile.triton_kernels.select_kernels_triton import constant_kernel, hold_kernel, mean_kernel, rank_kernel
 from dct_compile.triton_kernels.select_threshold import SAMPLE_GROUP, constant_threshold, regions, sample_numel
 
 PASSES = 4
@@ -26,7 +27,7 @@ PROGRAMS = 1024
 """About as many as a device runs at a time; each takes tasks until there are none."""
 LANES = 256
 WARPS = 8
-REGION_COLUMNS = 9
+REGION_COLUMNS = 10
 STATE_COLUMNS = 8
 """int64 of one region, zero before: whether a W is not finite, digits found so far, rank among what begins with them, whether its
 histograms are cleared, and the tasks of each pass that have arrived, plus one when the digit is found."""
@@ -34,7 +35,7 @@ histograms are cleared, and the tasks of each pass that have arrived, plus one w
 
 @device_table
 def _tables(layout: GradientLayout, selection: Selection, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """On the device: regions (segment, offsets, elements, those between groups, samples, first run, runs, rank), runs, factors."""
+    """On the device: regions (segment, offsets, elements, those between groups, samples, first run, runs, rank, target), runs, factors."""
     rows: list[list[int]] = []
     runs: list[Tensor] = []
     factors: list[float] = []
@@ -44,13 +45,21 @@ def _tables(layout: GradientLayout, selection: Selection, device: torch.device) 
         between = SAMPLE_GROUP * (region.stride - 1)
         starts = torch.arange(0, samples, RUN)
         extent = (region.segment, region.grad_offset, region.state_offset, region.numel)
-        rows.append([*extent, between, samples, first_run, starts.numel(), region.rank])
+        rows.append([*extent, between, samples, first_run, starts.numel(), region.rank, region.target])
         runs.append(torch.stack([torch.full_like(starts, number), starts], dim=1))
         first_run += starts.numel()
         factors.append(-log(selection.density) / samples)
     table = torch.tensor(rows, dtype=torch.int64).view(-1, REGION_COLUMNS)
     run_table = torch.cat(runs or [torch.empty(0, 2, dtype=torch.int64)])
     return table.to(device), run_table.to(device), torch.tensor(factors, dtype=torch.float64).to(device)
+
+
+def hold_thresholds(threshold: Tensor, counters: Tensor, layout: GradientLayout, selection: Selection) -> None:
+    """Lets the thresholds that are not due follow what the step before kept, if ``selection`` says so: one launch."""
+    table, _, _ = _tables(layout, selection, threshold.device)
+    if selection.hold and constant_threshold(selection) is None and table.shape[0]:
+        geometric = selection.refresh_warmup != "off"
+        launch(hold_kernel, (table.shape[0],))(counters, table, threshold, selection.refresh_interval, geometric, FEWEST)
 
 
 @torch.no_grad()
@@ -63,7 +72,21 @@ def select_threshold_triton(
     selection: Selection,
     error_feedback: bool,
 ) -> None:
-    """`select_threshold_reference` in one launch, without a host sync: whether a threshold is due is decided on the device."""
+    """`select_threshold_reference` without a host sync: whether a threshold is due is decided on the device."""
+    hold_thresholds(threshold, counters, layout, selection)
+    choose_thresholds(grad, residual, threshold, counters, layout, selection, error_feedback)
+
+
+def choose_thresholds(
+    grad: Tensor,
+    residual: Tensor,
+    threshold: Tensor,
+    counters: Tensor,
+    layout: GradientLayout,
+    selection: Selection,
+    error_feedback: bool,
+) -> None:
+    """Chooses the thresholds that are due, in one launch."""
     table, runs, factors = _tables(layout, selection, grad.device)
     count = table.shape[0]
     if count == 0:
@@ -73,7 +96,8 @@ def select_threshold_triton(
         launch(constant_kernel, (count,))(table, threshold, constant)
         return
     source = (as_stored(grad.contiguous()), residual, counters, table, runs, threshold, selection.refresh_interval)
-    options = {"GEOMETRIC": selection.refresh_warmup != "off", "GRAD": CODES[grad.dtype], "RUN": RUN, "FEEDBACK": error_feedback}
+    schedule = {"GEOMETRIC": selection.refresh_warmup != "off", "HOLD": selection.hold}
+    options = {**schedule, "GRAD": CODES[grad.dtype], "RUN": RUN, "FEEDBACK": error_feedback}
     if selection.method == "laplace":
         sums = torch.empty(runs.shape[0], dtype=torch.float64, device=grad.device)
         arrived = torch.zeros(count, dtype=torch.int64, device=grad.device)

@@ -116,13 +116,14 @@ def threshold_pack_reference(
     """Hard threshold with error feedback ([Gupta21] Alg. 1) into a payload of fixed size: uint8 [layout.payload_bytes].
 
     ``grad`` [numel] float32, bfloat16 or float16; ``residual`` [state_numel] float32, mutated; ``threshold`` [S] float32; ``counters``
-    [S, 4] int64 (see ``layout.COUNTERS``), mutated. With W = grad + residual (grad alone without error feedback) an element is a
+    [S, COUNTERS] int64 (see ``layout.COUNTERS``), mutated. With W = grad + residual (grad alone without error feedback) an element is a
     candidate if abs(W) >= threshold and W != 0. Candidates beyond what a block can count or a piece can hold are not sent but stay in
     the residual; which ones a full piece sends moves on with the step, so that each has its turn. After the call, for float32 W,
     ``float(sent) + residual == W`` exactly.
 
     If a W of the bucket is not finite the step is *held*: only such elements are sent, as they are, and counters and residual stay, the
-    latter but for one rounding of the sum: it becomes W - grad, wherever adding the gradient once more gives a finite number.
+    latter but for one rounding of the sum: it becomes W - grad, wherever adding the gradient once more gives a finite number. The column
+    of entries kept in the last step becomes 0, so that a threshold follows each step once.
     """
     payload = grad.new_zeros(layout.payload_bytes, dtype=torch.uint8)
     views = [chunk_view(payload[number * layout.chunk_bytes :][: layout.chunk_bytes], layout) for number in range(layout.payload_chunks)]
@@ -138,6 +139,7 @@ def threshold_pack_reference(
             candidates = ~again.isfinite()
             kept = window_mask(first_of_block(candidates, layout), piece.capacity, int(counters[piece.segment, 0]))
             bases[piece.chunk] += _write_piece(again, candidates, kept, piece, bases[piece.chunk], layout, views[piece.chunk]).numel()
+        counters.data[:, 4] = 0
         return payload
     kept_now, overflow_now = torch.zeros(2, len(layout.segments), dtype=torch.int64, device=counters.device)
     for piece, w in zip(layout.pieces, sums, strict=True):
@@ -149,5 +151,6 @@ def threshold_pack_reference(
         overflow_now[piece.segment] += candidates.sum() - sent.numel()
         if error_feedback:
             _state(residual, piece).copy_(w.masked_scatter(kept, w[kept] - sent))
-    counters.data += torch.stack([torch.ones_like(kept_now), kept_now, overflow_now, overflow_now - counters[:, 3]], dim=1)
+    counters.data[:, :3] += torch.stack([torch.ones_like(kept_now), kept_now, overflow_now], dim=1)
+    counters.data[:, 3:] = torch.stack([overflow_now, kept_now], dim=1)
     return payload

@@ -65,7 +65,7 @@ class Packer:
         options = {"GRAD": CODES[grad.dtype], "PART": PART, "TILE": TILE, "FEEDBACK": self.error_feedback, "num_warps": WARPS}
         return {**wire_arguments(self.layout), **options}
 
-    def pack(self, grad: Tensor, stages: int, interval: int = 1, geometric: bool = False) -> Tensor:
+    def pack(self, grad: Tensor, stages: int, interval: int = 1, geometric: bool = False, hold: bool = False) -> Tensor:
         """Stages the tiles that are left to stage, and does all that follows. Returns the payload."""
         count, device = self.tiles.shape[0], self.payload.device
         groups = max(triton.cdiv(count, GROUP), 1)
@@ -77,6 +77,7 @@ class Packer:
             *(self.pieces.shape[0], len(self.layout.segments), reached, sums, windows),
             STAGES=stages,
             GEOMETRIC=geometric,
+            HOLD=hold,
             GROUP=GROUP,
             LANES=LANES,
             STEP=STEP,

@@ -17,7 +17,7 @@ class State(NamedTuple):
 
     residual: Any  # float32 [state_numel]
     threshold: Any  # float32 [S]
-    counters: Any  # int64 [S, 4]
+    counters: Any  # int64 [S, 5]
 
 
 class Schedule(NamedTuple):
@@ -25,6 +25,7 @@ class Schedule(NamedTuple):
 
     interval: Any
     GEOMETRIC: Any
+    HOLD: Any
 
 
 class Tables(NamedTuple):
@@ -113,8 +114,8 @@ class Samples(NamedTuple):
 class Regions(NamedTuple):
     """The parameters whose thresholds are chosen, see `select_threshold_triton`."""
 
-    counters: Any  # int64 [S, 4]
-    table: Any  # int64 [regions, 9]
+    counters: Any  # int64 [S, 5]
+    table: Any  # int64 [regions, 10]
     runs: Any  # int64 [runs, 2]: region, first sample
     threshold: Any  # float32 [S]
 

@@ -28,6 +28,7 @@ from dct_compile.schemes.members import divide, said_too_large
 from dct_compile.schemes.offer import Declined, GradientOffer
 from dct_compile.state.spec import StateSpec, StateTensor, counters_of, end_to_end, residual_of
 from dct_compile.traffic import Traffic
+from dct_compile.triton_kernels.layout import COUNTERS
 
 dct = torch.ops.dct
 
@@ -58,7 +59,7 @@ class PowerSGD(GradientOffer):
         if self.error_feedback:
             dct.store(residual, torch.where(finite, total.sub(reduced, alpha=1 / copies), residual))
         dct.store(state["right_factor"], torch.where(finite, flat, state["right_factor"]))
-        dct.store(counters, torch.nn.functional.pad(counters[:, :1] + finite, (0, 3)))
+        dct.store(counters, torch.nn.functional.pad(counters[:, :1] + finite, (0, COUNTERS - 1)))
         return self.members.join(list(reduced.split(list(self.members.numels))), self.members.end_rest(rest, comm))
 
     def _factors(self, flat: Tensor, side: int) -> list[Tensor]:

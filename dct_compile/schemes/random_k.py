@@ -29,6 +29,7 @@ from dct_compile.schemes.offer import Declined, GradientOffer
 from dct_compile.schemes.threshold import divide_by_density, said
 from dct_compile.state.spec import StateSpec, StateTensor, counters_of, end_to_end, residual_of
 from dct_compile.traffic import Traffic
+from dct_compile.triton_kernels.layout import COUNTERS
 
 dct = torch.ops.dct
 
@@ -53,7 +54,7 @@ class RandomK(GradientOffer):
             left = total.index_fill(0, index, 0.0)
             dct.store(residual, torch.where(finite, left, residual))
         dct.store(draws, draws + finite)
-        dct.store(counters, torch.nn.functional.pad(counters[:, :1] + finite, (0, 3)))
+        dct.store(counters, torch.nn.functional.pad(counters[:, :1] + finite, (0, COUNTERS - 1)))
         mean = torch.zeros_like(total).index_copy(0, index, values).to(grad.dtype)
         return self.members.join(list(mean.split(list(self.members.numels))), self.members.end_rest(rest, comm))
 

@@ -32,7 +32,12 @@ class ThresholdCodec:
     def of(cls, exchange: Exchange, layout: GradientLayout, config: DCTConfig) -> "ThresholdCodec":
         """Returns the codec that the options ask for."""
         selection = Selection(
-            config.dp_density, config.threshold_method, config.fixed_threshold, config.refresh_interval, config.refresh_warmup
+            config.dp_density,
+            config.threshold_method,
+            config.fixed_threshold,
+            config.refresh_interval,
+            config.refresh_warmup,
+            config.hold_density,
         )
         return cls(layout, selection, config.error_feedback, exchange.label)
 
@@ -41,7 +46,7 @@ class ThresholdCodec:
         """The numbers on which all ranks must agree: those of the payload and of the choice of its entries."""
         wire, chosen = self.layout, self.selection
         rule = f"fixed at {chosen.fixed:g}" if chosen.method == "fixed" else f"{chosen.method} for density {chosen.density:g}"
-        refresh = f"every {chosen.refresh_interval} steps, warm-up {chosen.refresh_warmup}"
+        refresh = f"every {chosen.refresh_interval} steps, warm-up {chosen.refresh_warmup}{', held' if chosen.hold else ''}"
         feedback = "" if self.error_feedback else ", no error feedback"
         return (
             f"{len(wire.segments)} parameters, {wire.payload_bytes} bytes in {wire.chunks} chunks, blocks of {wire.block},"

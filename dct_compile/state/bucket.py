@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Segment
-from dct_compile.state.entry import Entry, copy_of, fold_share
+from dct_compile.state.entry import Entry, copy_of, fold_share, with_all_counters
 from dct_compile.state.gradient_use import Use
 from dct_compile.state.pending import Pending, view
 from dct_compile.state.spec import LOCAL, StateSpec, StateTensor
@@ -90,6 +90,7 @@ class BucketState:
             self._write_stage([item for item in self.spec.tensors if item.stage == stage], index, given)
 
     def _write_stage(self, items: Sequence[StateTensor], index: int, given: Entry) -> None:
+        given = with_all_counters(given)
         targets = {item: self._part(item, index) for item in items}
         fits = {item: item.name in given and given[item.name].shape == target.shape for item, target in targets.items()}
         whole = all(fit for item, fit in fits.items() if item.name != LOCAL)

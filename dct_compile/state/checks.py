@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dct_compile.state.entry import Entry, share_of
+from dct_compile.state.entry import EARLIER_COUNTERS, Entry, share_of
 from dct_compile.triton_kernels.layout import COUNTERS
 
 
@@ -65,7 +65,8 @@ def _check_tensors(where: str, given: Mapping[str, Any], numel: int) -> None:
         if not isinstance(value, Tensor):
             wanted = _words(*known[name]) if name in known else "a tensor"
             raise ValueError(f"{where}: {name} must be {wanted}, not {_described(value)}")
-        if name in known and (value.dtype, list(value.shape)) != known[name]:
+        earlier = name == "counters" and (value.dtype, list(value.shape)) == (torch.int64, [EARLIER_COUNTERS])
+        if name in known and (value.dtype, list(value.shape)) != known[name] and not earlier:
             raise ValueError(f"{where}: {name} must be {_words(*known[name])}, not {_words(value.dtype, list(value.shape))}")
         _check_values(f"{where}: {name}", name, value)
 

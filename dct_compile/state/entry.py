@@ -3,7 +3,7 @@
 ::
 
     residual     float32 [numel]   row-major, whatever the parameter's memory format
-    counters     int64 [4]
+    counters     int64 [5]         or [4], from a version that did not count what the last step kept
     threshold    float32 []        and other tensors that a scheme keeps
     owner        the same three of the share of the sum that the rank owns
     owner_share  [block, chunks, chunk]: which share that is, a range of the elements as they lie in the buffer
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from dct_compile.element_order import ElementOrder
-from dct_compile.triton_kernels.layout import piece_share
+from dct_compile.triton_kernels.layout import COUNTERS, piece_share
 
 Entry = dict[str, Any]
+EARLIER_COUNTERS = 4
+"""Columns of the counters that an earlier version saved: the first ones of today's."""
 _OWNER = ("owner", "owner_share", "owner_order")
 
 
@@ -32,6 +34,14 @@ def copy_of(entry: Entry, device: torch.device | None = None) -> Entry:
         return {key: copy(item) for key, item in value.items()} if isinstance(value, dict) else value
 
     return {key: copy(value) for key, value in entry.items()}
+
+
+def with_all_counters(entry: Entry) -> Entry:
+    """Returns ``entry``, without its stages, with zeros for the counters that an earlier version did not keep."""
+    counters = entry.get("counters")
+    if counters is None or counters.shape != (EARLIER_COUNTERS,):
+        return entry
+    return {**entry, "counters": torch.nn.functional.pad(counters, (0, COUNTERS - EARLIER_COUNTERS))}
 
 
 def share_of(numel: int, owner_share: Sequence[int]) -> slice:

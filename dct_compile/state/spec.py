@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 
 from dct_compile.element_order import ElementOrder
+from dct_compile.triton_kernels.layout import COUNTERS
 
 Part = int | tuple[int, int]
 """The part of a tensor that belongs to one parameter: a row, or the rows from a first one up to a last one, excluded."""
@@ -24,8 +25,8 @@ class StateTensor:
     distributed numbers that are the same on all ranks. ``stage``: "" for a rank's own gradient, "owner" for the sum that it owns.
 
     Four names have a meaning beyond their scheme. "residual" (float32 [numel]) was not sent: it is handed on when another scheme takes
-    over. "counters" (int64 [parameters, 4]) are read by the monitor: steps, elements sent, elements that found no room since the start, and
-    in the last step. "threshold" (float32 [parameters]) is read by the monitor. "local" (float32 [numel]) is read by the audit.
+    over. "counters" (int64 [parameters, COUNTERS], see ``layout.COUNTERS``) and "threshold" (float32 [parameters]) are read by the monitor.
+    "local" (float32 [numel]) is read by the audit.
     """
 
     name: str
@@ -72,4 +73,4 @@ def residual_of(parts: tuple[tuple[int, int], ...], stage: str = "") -> StateTen
 
 def counters_of(parameters: int, stage: str = "") -> StateTensor:
     """Describes the counters of ``parameters`` parameters."""
-    return StateTensor("counters", (parameters, 4), torch.int64, tuple(range(parameters)), stage=stage)
+    return StateTensor("counters", (parameters, COUNTERS), torch.int64, tuple(range(parameters)), stage=stage)

@@ -90,14 +90,14 @@ def test_density_is_measured_once_it_has_run() -> None:
 def test_measure_adds_up_buckets() -> None:
     bucket = BucketState([], state_spec([100, 300]), torch.device("cpu"))
     assert BucketMeasure([bucket])() is None
-    bucket.tensors["counters"][:] = torch.tensor([[2, 10, 1, 0], [2, 30, 4, 4]])
+    bucket.tensors["counters"][:] = torch.tensor([[2, 10, 1, 0, 5], [2, 30, 4, 4, 15]])
     assert BucketMeasure([bucket, bucket])() == (40 / 800, 10)
 
 
 def test_measure_counts_the_owners_overflow() -> None:
     bucket = BucketState([], state_spec([100], ranks=2), torch.device("cpu"))
-    bucket.tensors["counters"][0] = torch.tensor([1, 10, 2, 0])
-    bucket.tensors["owner_counters"][0] = torch.tensor([1, 5, 3, 0])
+    bucket.tensors["counters"][0] = torch.tensor([1, 10, 2, 0, 10])
+    bucket.tensors["owner_counters"][0] = torch.tensor([1, 5, 3, 0, 5])
     assert BucketMeasure([bucket])() == (0.1, 5)
 
 

@@ -161,7 +161,7 @@ def test_decisions_do_not_depend_on_the_rank() -> None:
     assert signature(0)[0] == "all_reduce gradient float32 [64,4096] avg training"
     assert signature(0)[1] == (
         "owner: 1 parameters, 160 bytes in 4 chunks, blocks of 256, bfloat16 values; "
-        "threshold exact for density 0.01, every 1000 steps, warm-up geometric"
+        "threshold exact for density 0.01, every 1000 steps, warm-up geometric, held"
     )
 
 

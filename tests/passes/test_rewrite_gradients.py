@@ -36,7 +36,7 @@ def test_state_enters_as_inputs(synchronise: type[torch.autograd.Function]) -> N
     state = placeholders(traced.after)[len(traced.inputs) :][:3]
     assert [argument(select, name) for name in ("residual", "threshold", "counters")] == state
     assert [argument(pack, name) for name in ("residual", "threshold", "counters")] == state
-    assert [tuple(node.meta["val"].shape) for node in state] == [(4096,), (1,), (1, 4)]
+    assert [tuple(node.meta["val"].shape) for node in state] == [(4096,), (1,), (1, 5)]
 
 
 def test_operators_carry_the_options() -> None:
@@ -53,7 +53,7 @@ def test_operators_carry_the_options() -> None:
         capacity_factor=1.5,
     )
     select, pack = nodes_of(traced.after, SELECT)[0], nodes_of(traced.after, PACK)[0]
-    assert argument(select, "selection") == Selection(0.02, "fixed", 0.25, 7, "off")
+    assert argument(select, "selection") == Selection(0.02, "fixed", 0.25, 7, "off", True)
     layout = argument(pack, "layout")
     assert argument(select, "layout") == layout
     assert (layout.segments, layout.block, layout.chunks, layout.chunk) == (((0, 4096),), 256, 1, -1)

@@ -10,6 +10,7 @@ namespace dct {
 
 constexpr int64_t kTile = 4096;                    // layout.TILE
 constexpr int64_t kWholePiece = int64_t(1) << 31;  // layout.WHOLE_PIECE
+constexpr int64_t kCounters = 5;                   // layout.COUNTERS
 constexpr int64_t kInt8 = 3;                       // dtype code of values that are multiples of their tile's scale
 
 struct Piece {

@@ -49,7 +49,7 @@ def _range_table(layout: GradientLayout, numel: int) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _selecting(layout: GradientLayout, selection: Selection) -> Selecting:
-    rows = [[r.segment, r.grad_offset, r.state_offset, r.numel, r.stride, r.rank] for r in regions(layout, selection)]
+    rows = [[r.segment, r.grad_offset, r.state_offset, r.numel, r.stride, r.rank, r.target] for r in regions(layout, selection)]
     table = torch.tensor(rows, dtype=torch.int64)
     constant = constant_threshold(selection)
     if constant is not None:
@@ -57,7 +57,7 @@ def _selecting(layout: GradientLayout, selection: Selection) -> Selecting:
     else:
         method, factor = (_MEAN, -log(selection.density)) if selection.method == "laplace" else (_RANK, 0.0)
     geometric = selection.refresh_warmup != "off"
-    found = Selecting(table.data_ptr(), table.shape[0], method, factor, selection.refresh_interval, geometric)
+    found = Selecting(table.data_ptr(), table.shape[0], method, factor, selection.refresh_interval, geometric, selection.hold)
     found.table = table
     return found
 

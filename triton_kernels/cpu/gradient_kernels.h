@@ -30,7 +30,7 @@ struct Uncovered {
 
 // As in select_threshold.py. The other structs: as in structs.py.
 struct Region {
-  int64_t segment, grad_offset, state_offset, numel, stride, rank;
+  int64_t segment, grad_offset, state_offset, numel, stride, rank, target;
 };
 
 enum Method : int64_t { kRank = 0, kMean = 1, kConstant = 2 };
@@ -42,6 +42,7 @@ struct Selecting {
   double factor;  // of the mean (kMean), or the threshold itself (kConstant)
   int64_t interval;
   int64_t geometric;  // whether refreshes are so spaced at first
+  int64_t hold;       // whether thresholds follow what steps keep
 };
 
 struct State {

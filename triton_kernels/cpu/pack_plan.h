@@ -133,7 +133,7 @@ inline void set_windows(const Job& job, const std::vector<Worker*>& workers, std
   for (int64_t p = 0; p < layout.pieces; ++p) {
     const Piece& piece = layout.piece[p];
     Total& total = totals[size_t(p)];
-    total.window = Window::at_step(job.state.counters[4 * piece.segment], piece.capacity, total.entries);
+    total.window = Window::at_step(job.state.counters[kCounters * piece.segment], piece.capacity, total.entries);
     if (piece.chunk != chunk) slot = 0;
     chunk = piece.chunk;
     total.slot = slot;
@@ -143,16 +143,17 @@ inline void set_windows(const Job& job, const std::vector<Worker*>& workers, std
 
 inline void count_step(const Job& job, const std::vector<Total>& totals) {
   for (int64_t s = 0; s < job.layout.segments; ++s) {
-    job.state.counters[4 * s] += 1;
-    job.state.counters[4 * s + 3] = 0;
+    job.state.counters[kCounters * s] += 1;
+    job.state.counters[kCounters * s + 3] = 0;
   }
   for (int64_t p = 0; p < job.layout.pieces; ++p) {
     const Total& total = totals[size_t(p)];
     const int64_t overflow = total.entries + total.cut - total.window.capacity;
-    int64_t* counters = job.state.counters + 4 * job.layout.piece[p].segment;
+    int64_t* counters = job.state.counters + kCounters * job.layout.piece[p].segment;
     counters[1] += total.window.capacity;
     counters[2] += overflow;
     counters[3] += overflow;
+    counters[4] += total.window.capacity;
   }
 }
 
@@ -177,11 +178,12 @@ inline void clear_unused(const Job& job, const std::vector<Total>& totals) {
   }
 }
 
-// Between the passes, on the thread that ends the first one last. A held step leaves the counters.
+// Between the passes, on the thread that ends the first one last. A held step counts nothing.
 inline void settle(const Job& job, std::vector<Worker*>& workers, std::vector<Total>& totals, bool held) {
   while (workers.back() == nullptr) workers.pop_back();  // fewer threads than asked for
   set_windows(job, workers, totals);
   if (!job.layout.blocks_in_tiles()) set_large_counts(job, workers, totals);
+  for (int64_t s = 0; s < job.layout.segments; ++s) job.state.counters[kCounters * s + 4] = 0;
   if (!held) count_step(job, totals);
   clear_unused(job, totals);
 }

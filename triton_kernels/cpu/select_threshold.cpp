@@ -12,6 +12,8 @@
 namespace dct {
 namespace {
 
+constexpr int64_t kFewest = 4;  // schedule.FEWEST
+
 // What is not finite has magnitude bits of kInfinityBits or above.
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 
@@ -25,8 +27,16 @@ bool is_refresh_step(int64_t step, int64_t interval, bool geometric, bool overfl
 }
 
 bool is_due(const Selecting& selecting, const State& state, int64_t s) {
-  const int64_t* counters = state.counters + 4 * selecting.regions[s].segment;
-  return selecting.method == kConstant || is_refresh_step(counters[0], selecting.interval, selecting.geometric != 0, counters[3] > 0);
+  const int64_t* counters = state.counters + kCounters * selecting.regions[s].segment;
+  const bool overflowed = counters[3] > (selecting.hold != 0 ? counters[4] : 0);
+  return selecting.method == kConstant || is_refresh_step(counters[0], selecting.interval, selecting.geometric != 0, overflowed);
+}
+
+// schedule.held_threshold
+float held_threshold(float threshold, int64_t candidates, const Region& region) {
+  if (candidates == 0 || region.target < kFewest) return threshold;
+  const int64_t factor = region.numel - region.target + std::min(candidates, 2 * region.target);
+  return float(double(threshold) * double(factor) / double(region.numel));
 }
 
 constexpr int64_t kSampleGroup = 16;  // select_threshold.SAMPLE_GROUP
@@ -297,9 +307,13 @@ bool reads_gradient(const Selecting& selecting, const State& state) {
 
 void select_threshold(const Selecting& selecting, const Bucket& grad, const State& state, int64_t threads) {
   for (int64_t s = 0; s < selecting.count; ++s) {
-    if (!is_due(selecting, state, s)) continue;
     const Region& region = selecting.regions[s];
     float& threshold = state.threshold[region.segment];
+    if (!is_due(selecting, state, s)) {
+      const int64_t* counters = state.counters + kCounters * region.segment;
+      if (selecting.hold != 0 && counters[4] > 0) threshold = held_threshold(threshold, counters[3] + counters[4], region);
+      continue;
+    }
     if (selecting.method == kConstant) {
       threshold = float(selecting.factor);
       continue;

@@ -56,6 +56,7 @@ class Selecting(Structure):
         ("factor", c_double),
         ("interval", c_int64),
         ("geometric", c_int64),
+        ("hold", c_int64),
     )
 
 
