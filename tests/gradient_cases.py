@@ -86,9 +86,9 @@ class Bucket:
         return GradientLayout(self.segments, self.block, self.chunks, self.chunk, self.capacity, self.value_dtype)
 
     def compressed(self, bucket: Tensor) -> Tensor:
-        """The elements of the pieces, in the order of the residual."""
-        order = sorted(self.layout.pieces, key=lambda piece: piece.state_offset)
-        return torch.cat([bucket[piece.grad_offset : piece.grad_offset + piece.numel] for piece in order] or [bucket[:0]])
+        """The elements of the segments, or of the owner's pieces, in the order of the residual."""
+        ranges = self.segments if self.chunk < 0 else [(piece.grad_offset, piece.numel) for piece in self.layout.pieces]
+        return torch.cat([bucket[offset : offset + numel] for offset, numel in ranges] or [bucket[:0]])
 
     def select(self, implementation: Implementation, grad: Tensor, density: float, method: str = "exact", **options: Any) -> None:
         state = self._state_on(implementation.device)

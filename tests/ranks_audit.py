@@ -57,8 +57,8 @@ class Auditor:
         for name in sorted(self.compressed):  # the same order on all ranks
             pending, expected = state[name]["residual"].double(), self.totals[name].clone()
             if "owner" in state[name]:
-                start, residual = owner_range(state[name])
-                pending[start : start + residual.numel()] += residual.double()
+                elements, residual = owned(state[name])
+                pending[elements] += residual.double()
             dist.all_reduce(expected, group=self.group)
             dist.all_reduce(pending, group=self.group)
             received = self.received[name] * dist.get_world_size(self.group)
@@ -118,11 +118,11 @@ class Auditor:
 
     def _check_owners(self, name: str, total: Tensor, before: dict[str, Any] | None, after: dict[str, Any]) -> Tensor:
         """Checks the owners' stage, where each thresholds the sum of its share once more. Returns what all owners sent together."""
-        start, residual = owner_range(after)
+        elements, residual = owned(after)
         held = before["owner"]["residual"] if before is not None else torch.zeros_like(residual)
         mine = torch.zeros_like(total)
         if residual.numel():
-            mine[start : start + residual.numel()] = self._check_stage(name, total[start : start + residual.numel()] + held, after["owner"])
+            mine[elements] = self._check_stage(name, total[elements] + held, after["owner"])
         dist.all_reduce(mine, group=self.group)
         return mine
 
@@ -134,6 +134,6 @@ class Auditor:
             torch.testing.assert_close(averaged.double(), total / dist.get_world_size(self.group), rtol=tolerance, atol=1e-12)
 
 
-def owner_range(entry: dict[str, Any]) -> tuple[int, Tensor]:
-    """Returns where this rank's share starts in the parameter, and its residual."""
-    return share_of(entry["residual"].numel(), entry["owner_share"]).start, entry["owner"]["residual"]
+def owned(entry: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Returns which elements of the parameter this rank's share holds, and their residual."""
+    return share_of(entry["residual"].numel(), entry["owner_share"]), entry["owner"]["residual"]

@@ -11,7 +11,7 @@ from dct_compile.config import DCTConfig
 from dct_compile.integrations.ddp import DDPIntegration
 from dct_compile.runtime import RUNTIME
 from tests.ranks import digest
-from tests.ranks_audit import owner_range
+from tests.ranks_audit import owned
 from tests.ranks_ddp import Options, batch, loss_of
 
 
@@ -50,8 +50,8 @@ class Balance:
             if name in state:
                 total = total.sub(state[name]["residual"].view(local.shape).double())
             if name in state and "owner" in state[name]:
-                start, owned = owner_range(state[name])
-                total.view(-1)[start : start + owned.numel()] -= owned.double()
+                elements, held = owned(state[name])
+                total.view(-1)[elements] -= held.double()
             dist.all_reduce(total)
             missing = max(missing, float((total / dist.get_world_size() - self.applied[name]).abs().max()))
         return missing

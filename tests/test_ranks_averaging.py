@@ -12,7 +12,7 @@ import dct_compile
 from dct_compile.backend import dct
 from dct_compile.reasons import Reason
 from tests.rank_pool import Ranks
-from tests.ranks_audit import owner_range
+from tests.ranks_audit import owned
 from tests.tracing import fake_group, trace
 
 
@@ -132,8 +132,8 @@ def pending(entry: dict[str, Any]) -> Tensor:
     """Returns what was not sent yet."""
     residual = entry["residual"].double()
     if "owner" in entry:
-        start, held = owner_range(entry)
-        residual[start : start + held.numel()] += held.double()
+        elements, held = owned(entry)
+        residual[elements] += held.double()
     return residual
 
 

@@ -13,7 +13,7 @@ import dct_compile
 from dct_compile.reasons import Reason
 from tests.rank_pool import Ranks
 from tests.ranks import digest, fresh_compiler
-from tests.ranks_audit import owner_range
+from tests.ranks_audit import owned
 from tests.ranks_ddp import ddp_of
 
 pytestmark = pytest.mark.distributed
@@ -92,8 +92,8 @@ def trained(
             if name in state:
                 waiting = state[name]["residual"].double()
                 if "owner" in state[name]:
-                    start, owned = owner_range(state[name])
-                    waiting[start : start + owned.numel()] += owned
+                    elements, held = owned(state[name])
+                    waiting[elements] += held
                 torch.distributed.all_reduce(waiting)
                 total = found.double() + waiting.view(found.shape) / world_size
                 tolerance = 8 * torch.finfo(found.dtype).eps * float(expected.abs().max())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dct_compile.schemes.threshold import Gather
 from dct_compile.state.bucket import BucketState
+from dct_compile.state.entry import share_of
 from dct_compile.state.store import StateStore
 from tests.hand_made_sites import decide, make_gradient
 from tests.states import assert_same, fill, make_model, state_spec
@@ -26,9 +27,9 @@ def test_owner_has_a_second_stage_for_its_share() -> None:
     bucket = BucketState([], state_spec([1000, 300], ranks=2, rank=1), torch.device("cpu"))
     own = ["residual", "threshold", "counters"]
     assert list(bucket.tensors) == own + [f"owner_{name}" for name in own]
-    assert bucket.tensors["owner_residual"].numel() == (1000 - 512) + (300 - 256)
+    assert bucket.tensors["owner_residual"].numel() == 512 + (300 - 256)
     assert bucket.entry(1)["owner"]["residual"].numel() == 44
-    assert bucket.entry(1)["owner_share"] == [256, 2, 1]
+    assert bucket.entry(1)["owner_share"] == [256, 2, 1, 256]
 
 
 def test_the_same_parameters_find_the_same_bucket() -> None:
@@ -147,8 +148,11 @@ def total_waiting(buckets: Sequence[BucketState], segment: int, numel: int) -> T
     entries = [bucket.entry(segment) for bucket in buckets]
     total = torch.stack([entry["residual"].double() for entry in entries]).sum(0)
     owned = [entry["owner"]["residual"].double() for entry in entries if "owner" in entry]
-    assert not owned or torch.cat(owned).numel() == numel, "the shares of all ranks are the parameter"
-    return total + torch.cat(owned) if owned else total
+    if not owned:
+        return total
+    elements = torch.cat([share_of(numel, entry["owner_share"]) for entry in entries])
+    assert torch.equal(elements.sort().values, torch.arange(numel)), "the shares of all ranks are the parameter"
+    return total.index_add(0, elements, torch.cat(owned))
 
 
 @pytest.mark.parametrize(
@@ -173,6 +177,21 @@ def test_owned_share_is_folded_into_the_residual_when_the_geometry_changes(old: 
                 entry = bucket.entry(segment)["owner"]
                 assert float(entry["residual"].abs().sum()) == 0
                 assert float(entry["threshold"]) == float("inf")
+
+
+@pytest.mark.parametrize("ranks", [0, 4], ids=["to gather", "to the same ranks"])
+def test_a_share_that_was_saved_as_one_run_is_folded_into_its_elements(ranks: int) -> None:
+    """As states were saved before the units of a parameter went to the owners in turn: 5000 elements in runs of 5 blocks of 256."""
+    device = torch.device("cpu")
+    source = fill(BucketState([], state_spec([5000]), device)).saved(0)
+    for chunk, held in enumerate((1280, 1280, 1280, 1160)):
+        owner = {**source, "residual": torch.full((held,), 10.0)}
+        target = BucketState([], state_spec([5000], ranks, chunk if ranks else 0), device)
+        target.write(0, {**source, "owner": owner, "owner_share": [256, 4, chunk]})
+        expected = source["residual"].clone()
+        expected[1280 * chunk : 1280 * chunk + held] += 10
+        assert torch.equal(target.entry(0)["residual"], expected)
+        assert not ranks or not target.tensors["owner_residual"].any()
 
 
 def test_same_geometry_keeps_the_owned_share() -> None:

@@ -16,7 +16,9 @@ from dct_compile.triton_kernels.layout_checks import ROW_DTYPES, check_integer, 
 @lru_cache(maxsize=4096)
 def grad_extent(layout: GradientLayout) -> int:
     """Returns the least number of elements of a gradient buffer that holds all pieces."""
-    return max((piece.grad_offset + piece.numel for piece in layout.pieces), default=0)
+    if layout.chunk >= 0:
+        return layout.state_numel
+    return max((offset + numel for offset, numel in layout.segments), default=0)
 
 
 def check_select_threshold(

@@ -39,12 +39,16 @@ def _on_another_thread(make: Callable[..., _T], *args: Any) -> _T:
 
 @device_table
 def tile_table(layout: GradientLayout, device: torch.device) -> Tensor:
-    """int64 [tiles of all pieces, TILE_COLUMNS]: grad offset, state offset, elements, piece. On the device once, not in every step."""
+    """int64 [tiles of all pieces, TILE_COLUMNS]: grad offset, state offset, elements, piece. On the device once, not in every step.
+
+    The offsets are those of the first of the rounds in which the tile's units lie, see `shares.py`.
+    """
     rows = []
     for number, piece in enumerate(layout.pieces):
         starts = torch.arange(piece.tiles) * TILE
         sizes = (piece.numel - starts).clamp(max=TILE)
-        rows.append(torch.stack([piece.grad_offset + starts, piece.state_offset + starts, sizes, torch.full_like(starts, number)], dim=1))
+        rounds = starts * layout.payload_chunks
+        rows.append(torch.stack([piece.grad_offset + rounds, piece.state_offset + rounds, sizes, torch.full_like(starts, number)], dim=1))
     return torch.cat(rows or [torch.empty(0, TILE_COLUMNS, dtype=torch.int64)]).to(device)
 
 

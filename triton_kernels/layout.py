@@ -3,8 +3,8 @@
 A *bucket* is a flat gradient buffer; its compressed parameters are *segments* ``(offset, numel)`` of it. Each segment is cut into
 *blocks*; a kept entry is known by its index in its block, which needs one byte (block 256), two (block 4096) or four (a block that is
 the whole piece). For the "owner" scheme every segment is split over ``chunks`` ranks; the part of one segment in one chunk is a *piece*.
-Pieces are cut segment by segment, never across them, so what a parameter sends does not depend on its neighbours in the bucket. Kernels
-work on *tiles*: `TILE` elements of a piece, counted from its start.
+Pieces are cut segment by segment, never across them, so what a parameter sends does not depend on its neighbours in the bucket. Which
+elements of its segment a piece has: `shares.py`. Blocks and *tiles*, `TILE` elements that kernels work on, are counted along the piece.
 
 One chunk of a payload (int8 values are multiples of a scale of their tile)::
 
@@ -25,13 +25,14 @@ from math import ceil, prod
 import torch
 
 from dct_compile.triton_kernels.layout_checks import check_gradient_layout, check_row_layout, check_selection
+from dct_compile.triton_kernels.shares import share_numel
 from dct_compile.triton_kernels.values import Value
 
 SMALL_BLOCK = 256
 LARGE_BLOCK = 4096
 WHOLE_PIECE = 1 << 31
 TILE = 4096
-"""Elements that share a scale, that one program of a kernel works on, and in multiples of which a whole-piece block may be cut."""
+"""Elements that share a scale, and that one program of a kernel works on. A tile of a piece is `TILE` // `UNIT` units of its segment."""
 COUNTERS = 5
 """Columns of a parameter's counters: step, entries kept and overflowed so far, overflowed and kept in the last step (0 if held)."""
 
@@ -47,15 +48,13 @@ def choose_block(density: float, largest_numel: int) -> int:
     return min(metadata_bytes, key=lambda block: metadata_bytes[block])
 
 
-def piece_share(numel: int, block: int, chunks: int) -> int:
-    """Elements of one segment that each chunk gets (the last ones may get fewer): whole blocks (or tiles), evenly split."""
-    unit = min(block, TILE)
-    return ceil(ceil(numel / unit) / chunks) * unit
-
-
 @dataclass(frozen=True)
 class Piece:
-    """The part of one segment that lies in one chunk. Offsets and sizes in elements, blocks and tiles counted within the chunk."""
+    """The part of one segment that lies in one chunk. Offsets and sizes in elements, blocks and tiles counted within the chunk.
+
+    The offsets are those of the whole segment, in which `shares.place_of` finds the piece's elements. In the owner's buffer the piece lies
+    in one run, from its own offsets on.
+    """
 
     segment: int
     chunk: int
@@ -111,13 +110,10 @@ class GradientLayout(Value):
         for chunk in range(self.chunks):
             first_block = first_tile = state_offset = 0
             for segment, (offset, numel) in enumerate(self.segments):
-                share = piece_share(numel, self.block, self.chunks)
-                start = min(chunk * share, numel)
-                size = min((chunk + 1) * share, numel) - start
+                size = share_numel(numel, self.chunks, chunk)
                 blocks, tiles = ceil(size / self.block), ceil(size / TILE)
                 capacity = min(size, ceil(size * self.capacity_fraction))
-                extent = (offset + start, state_offset + start, size)
-                pieces.append(Piece(segment, chunk, *extent, first_block, blocks, first_tile, tiles, capacity))
+                pieces.append(Piece(segment, chunk, offset, state_offset, size, first_block, blocks, first_tile, tiles, capacity))
                 first_block += blocks
                 first_tile += tiles
                 state_offset += numel

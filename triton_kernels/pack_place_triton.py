@@ -8,7 +8,7 @@ from __future__ import annotations  # `tl.constexpr` is not evaluated: there may
 from dct_compile.triton_kernels.compat import jit, tl
 from dct_compile.triton_kernels.gradient_tables import is_nonfinite
 from dct_compile.triton_kernels.pack_stage_triton import encode
-from dct_compile.triton_kernels.wire_triton import as_indices, as_values, scale_pointer
+from dct_compile.triton_kernels.wire_triton import as_indices, as_values, place_of, scale_pointer
 
 
 @jit
@@ -146,4 +146,5 @@ def place_group(group, residual_ptr, tables, staging, tally, payload, wire, form
         tl.store(values[:, None] + slot, code.to(values.dtype.element_ty), mask=sent)
         tl.store(indices[:, None] + slot, index.to(indices.dtype.element_ty), mask=sent)
         if form.FEEDBACK:
-            tl.store(residual[:, None] + in_tile, w, mask=staged & (sent == 0) & (is_nonfinite(w) == 0))
+            place = place_of(in_tile, (tile - first_row)[:, None], chunk[:, None], wire)
+            tl.store(residual[:, None] + place, w, mask=staged & (sent == 0) & (is_nonfinite(w) == 0))

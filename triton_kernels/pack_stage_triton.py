@@ -9,7 +9,7 @@ from __future__ import annotations  # `tl.constexpr` is not evaluated: there may
 from dct_compile.triton_kernels.compat import jit, tl
 from dct_compile.triton_kernels.gradient_tables import is_nonfinite
 from dct_compile.triton_kernels.number_formats_triton import as_float, float_of_bits, rounded_bits, rounded_product
-from dct_compile.triton_kernels.wire_triton import scale_pointer
+from dct_compile.triton_kernels.wire_triton import place_of, scale_pointer
 
 
 @jit
@@ -59,8 +59,10 @@ def stage_tile(tile, grad_ptr, state, tables, staging, payload, wire, form):  # 
     grad = grad_ptr + tl.load(tables.tiles + tile * 4)
     residual = state.residual + tl.load(tables.tiles + tile * 4 + 1)
     size = tl.load(tables.tiles + tile * 4 + 2).to(tl.int32)
-    piece = tl.load(tables.tiles + tile * 4 + 3)
-    tau = tl.load(state.threshold + tl.load(tables.pieces + piece * 7))
+    row = tables.pieces + tl.load(tables.tiles + tile * 4 + 3) * 7
+    chunk = tl.load(row + 1)
+    number = tile - tl.load(row + 5)
+    tau = tl.load(state.threshold + tl.load(row))
     ROW: tl.constexpr = min(wire.BLOCK, form.PART)
     lanes = tl.arange(0, form.PART // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
     scale = 0.0
@@ -68,9 +70,10 @@ def stage_tile(tile, grad_ptr, state, tables, staging, payload, wire, form):  # 
         largest = tl.zeros([form.PART // ROW, ROW], dtype=tl.float32)
         for part in range(0, size, form.PART):
             inside = part + lanes < size
-            w = as_float(tl.load(grad + part + lanes, mask=inside, other=0), form.GRAD)
+            place = place_of(part + lanes, number, chunk, wire)
+            w = as_float(tl.load(grad + place, mask=inside, other=0), form.GRAD)
             if form.FEEDBACK:
-                w += tl.load(residual + part + lanes, mask=inside, other=0.0)
+                w += tl.load(residual + place, mask=inside, other=0.0)
             largest = tl.where(tl.abs(w) >= tau, tl.maximum(largest, tl.abs(w)), largest)
         scale = tl.max(tl.max(largest, axis=1), axis=0) * (1.0 / 127)  # threshold_pack.LARGEST_CODE
         store_scale(scale, tile, tables, payload, wire)
@@ -79,9 +82,10 @@ def stage_tile(tile, grad_ptr, state, tables, staging, payload, wire, form):  # 
     nonfinite = tl.zeros([form.PART // ROW, ROW], dtype=tl.int32)
     for part in range(0, size, form.PART):
         inside = part + lanes < size
-        w = as_float(tl.load(grad + part + lanes, mask=inside, other=0), form.GRAD)
+        place = place_of(part + lanes, number, chunk, wire)
+        w = as_float(tl.load(grad + place, mask=inside, other=0), form.GRAD)
         if form.FEEDBACK:
-            w += tl.load(residual + part + lanes, mask=inside, other=0.0)
+            w += tl.load(residual + place, mask=inside, other=0.0)
         nonfinite |= is_nonfinite(w).to(tl.int32)
         candidate = ((tl.abs(w) >= tau) & (w != 0.0) & inside).to(tl.int32)
         counts = staging.counts + tile * (form.TILE // wire.BLOCK) + part // wire.BLOCK
@@ -91,7 +95,7 @@ def stage_tile(tile, grad_ptr, state, tables, staging, payload, wire, form):  # 
         found += tl.sum(tl.sum(candidate, axis=1), axis=0)
         if form.FEEDBACK:
             _, sent = encode(w, scale, wire.VALUE)
-            tl.store(residual + part + lanes, tl.where(staged, w - sent, w), mask=inside & (is_nonfinite(w) == 0))
+            tl.store(residual + place, tl.where(staged, w - sent, w), mask=inside & (is_nonfinite(w) == 0))
     if wire.BLOCK > form.PART:
         tl.store(staging.counts + tile, entries)
     tl.store(staging.found + tile, entries)
@@ -106,6 +110,9 @@ def undo_tile(tile, grad_ptr, state, tables, staging, payload, wire, form):  # t
     grad = grad_ptr + tl.load(tables.tiles + tile * 4)
     residual = state.residual + tl.load(tables.tiles + tile * 4 + 1)
     size = tl.load(tables.tiles + tile * 4 + 2).to(tl.int32)
+    row = tables.pieces + tl.load(tables.tiles + tile * 4 + 3) * 7
+    chunk = tl.load(row + 1)
+    number = tile - tl.load(row + 5)
     values, indices = staging.staged + tile * form.TILE, staging.indices + tile * form.TILE
     if form.FEEDBACK:
         count = tl.load(staging.found + tile)
@@ -113,7 +120,7 @@ def undo_tile(tile, grad_ptr, state, tables, staging, payload, wire, form):  # t
             entry = first + tl.arange(0, form.PART)
             w = tl.load(values + entry, mask=entry < count, other=0.0)
             index = tl.load(indices + entry, mask=entry < count, other=0).to(tl.int32)
-            tl.store(residual + index, w, mask=(entry < count) & (is_nonfinite(w) == 0))
+            tl.store(residual + place_of(index, number, chunk, wire), w, mask=(entry < count) & (is_nonfinite(w) == 0))
         tl.debug_barrier()
     ROW: tl.constexpr = min(wire.BLOCK, form.PART)
     lanes = tl.arange(0, form.PART // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
@@ -121,12 +128,13 @@ def undo_tile(tile, grad_ptr, state, tables, staging, payload, wire, form):  # t
     found = 0
     for part in range(0, size, form.PART):
         inside = part + lanes < size
-        g = as_float(tl.load(grad + part + lanes, mask=inside, other=0), form.GRAD)
+        place = place_of(part + lanes, number, chunk, wire)
+        g = as_float(tl.load(grad + place, mask=inside, other=0), form.GRAD)
         again = g
         if form.FEEDBACK:
-            w = tl.load(residual + part + lanes, mask=inside, other=0.0)
+            w = tl.load(residual + place, mask=inside, other=0.0)
             again = g + w
-            tl.store(residual + part + lanes, w - g, mask=inside & (is_nonfinite(again) == 0))
+            tl.store(residual + place, w - g, mask=inside & (is_nonfinite(again) == 0))
         candidate = (inside & is_nonfinite(again)).to(tl.int32)
         counts = staging.counts + tile * (form.TILE // wire.BLOCK) + part // wire.BLOCK
         _, more = stage_part(again, candidate, part + lanes, entries, values, indices, counts, wire)

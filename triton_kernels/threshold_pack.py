@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.layout import TILE, GradientLayout, Piece
+from dct_compile.triton_kernels.shares import place_of
 
 INDEX_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 LARGEST_CODE = 127
@@ -101,12 +102,23 @@ def _write_piece(w: Tensor, candidates: Tensor, kept: Tensor, piece: Piece, base
     return sent
 
 
-def _gradient(grad: Tensor, piece: Piece) -> Tensor:
-    return grad[piece.grad_offset : piece.grad_offset + piece.numel].float()
+def _places(piece: Piece, layout: GradientLayout, device: torch.device) -> slice | Tensor:
+    """Returns where the elements of a piece lie, counted from its offset."""
+    if layout.payload_chunks == 1:
+        return slice(piece.numel)
+    return place_of(torch.arange(piece.numel, device=device), layout.chunks, piece.chunk)
 
 
-def _state(residual: Tensor, piece: Piece) -> Tensor:
-    return residual.data[piece.state_offset : piece.state_offset + piece.numel]
+def _gradient(grad: Tensor, piece: Piece, layout: GradientLayout) -> Tensor:
+    return grad[piece.grad_offset :][_places(piece, layout, grad.device)].float()
+
+
+def _state(residual: Tensor, piece: Piece, layout: GradientLayout) -> Tensor:
+    return residual[piece.state_offset :][_places(piece, layout, residual.device)]
+
+
+def _set_state(residual: Tensor, piece: Piece, layout: GradientLayout, state: Tensor) -> None:
+    residual.data[piece.state_offset :][_places(piece, layout, residual.device)] = state
 
 
 @torch.no_grad()
@@ -127,15 +139,15 @@ def threshold_pack_reference(
     """
     payload = grad.new_zeros(layout.payload_bytes, dtype=torch.uint8)
     views = [chunk_view(payload[number * layout.chunk_bytes :][: layout.chunk_bytes], layout) for number in range(layout.payload_chunks)]
-    sums = [_gradient(grad, piece) + (_state(residual, piece) if error_feedback else 0.0) for piece in layout.pieces]
+    sums = [_gradient(grad, piece, layout) + (_state(residual, piece, layout) if error_feedback else 0.0) for piece in layout.pieces]
     bases = [0] * layout.payload_chunks
     if not all(bool(w.isfinite().all()) for w in sums):
         for piece, w in zip(layout.pieces, sums, strict=True):
             again = w
             if error_feedback:
-                state = torch.where(w.isfinite(), w, _state(residual, piece))
-                again = _gradient(grad, piece) + state
-                _state(residual, piece).copy_(torch.where(again.isfinite(), state - _gradient(grad, piece), state))
+                state, gradient = torch.where(w.isfinite(), w, _state(residual, piece, layout)), _gradient(grad, piece, layout)
+                again = gradient + state
+                _set_state(residual, piece, layout, torch.where(again.isfinite(), state - gradient, state))
             candidates = ~again.isfinite()
             kept = window_mask(first_of_block(candidates, layout), piece.capacity, int(counters[piece.segment, 0]))
             bases[piece.chunk] += _write_piece(again, candidates, kept, piece, bases[piece.chunk], layout, views[piece.chunk]).numel()
@@ -150,7 +162,7 @@ def threshold_pack_reference(
         kept_now[piece.segment] += sent.numel()
         overflow_now[piece.segment] += candidates.sum() - sent.numel()
         if error_feedback:
-            _state(residual, piece).copy_(w.masked_scatter(kept, w[kept] - sent))
+            _set_state(residual, piece, layout, w.masked_scatter(kept, w[kept] - sent))
     counters.data[:, :3] += torch.stack([torch.ones_like(kept_now), kept_now, overflow_now], dim=1)
     counters.data[:, 3:] = torch.stack([overflow_now, kept_now], dim=1)
     return payload

@@ -48,6 +48,7 @@ class Wire(NamedTuple):
     MAX_COUNT: Any  # at most TILE
     WHOLE: Any  # whether a block is a whole piece
     BLOCK: Any  # elements of a block within a tile
+    CHUNKS: Any  # over which the units of a parameter are spread; 1 in the owner's buffer
 
 
 class Gathered(NamedTuple):

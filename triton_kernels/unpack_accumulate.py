@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.layout import TILE, GradientLayout
+from dct_compile.triton_kernels.shares import place_of
 from dct_compile.triton_kernels.threshold_pack import chunk_view, unsigned
 
 
@@ -30,12 +31,13 @@ def _add_chunk(total: Tensor, payload: Tensor, layout: GradientLayout, chunk: in
     view = chunk_view(payload, layout)
     ends = unsigned(view.counts, layout).cumsum(0).clamp(max=layout.capacity)
     in_block = ends.diff(prepend=ends.new_zeros(1))
-    starts, first_tiles, sizes = torch.zeros(3, *in_block.shape, dtype=torch.int64, device=in_block.device)
+    segments, starts, first_tiles, sizes = torch.zeros(4, *in_block.shape, dtype=torch.int64, device=in_block.device)
     for piece in layout.pieces:
         if piece.chunk == chunk:
             blocks = slice(piece.first_block, piece.first_block + piece.blocks)
             offsets = torch.arange(piece.blocks, device=starts.device) * layout.block
-            starts[blocks] = offsets + piece.grad_offset
+            segments[blocks] = piece.grad_offset
+            starts[blocks] = offsets
             first_tiles[blocks] = piece.first_tile + offsets // TILE
             sizes[blocks] = (piece.numel - offsets).clamp(max=layout.block)
     block = torch.arange(in_block.numel(), device=in_block.device).repeat_interleave(in_block)
@@ -44,7 +46,8 @@ def _add_chunk(total: Tensor, payload: Tensor, layout: GradientLayout, chunk: in
     block, indices, values = block[inside], indices[inside], view.values[: inside.numel()][inside].float()
     if layout.value_dtype == torch.int8:
         values = values * view.scales[first_tiles[block] + indices // TILE]
-    total[starts[block] + indices] += values  # an index occurs once in a payload
+    places = place_of(starts[block] + indices, layout.payload_chunks, chunk)
+    total[segments[block] + places] += values  # an index occurs once in a payload
 
 
 def finish(total: Tensor, dense: Tensor | None, dtype: torch.dtype, layout: GradientLayout, divisor: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations  # `tl.constexpr` is not evaluated: there may
 from dct_compile.triton_kernels.compat import jit, tl
 from dct_compile.triton_kernels.number_formats_triton import as_float, float_of_bits, rounded_bits, rounded_product
 from dct_compile.triton_kernels.tuples_triton import named
-from dct_compile.triton_kernels.wire_triton import as_indices, as_values
+from dct_compile.triton_kernels.wire_triton import as_indices, as_values, place_of
 
 
 @jit
@@ -34,7 +34,8 @@ def accumulate_tile(gathered, tables, total_ptr, wire, PART: tl.constexpr, TILE:
     chunk_block = tl.load(row + 3) + (0 if wire.WHOLE else number * (TILE // wire.BLOCK))
     lanes = tl.arange(0, PART)
     for part in range(0, size, PART):
-        tl.store(total + part + lanes, tl.zeros([PART], dtype=tl.float32), mask=part + lanes < size)
+        place = place_of(part + lanes, number, chunk, wire)
+        tl.store(total + place, tl.zeros([PART], dtype=tl.float32), mask=part + lanes < size)
     blocks = tl.arange(0, TILE // wire.BLOCK)
     for round in range(0, gathered.rounds):
         payload = round * gathered.chunks + chunk
@@ -68,7 +69,8 @@ def accumulate_tile(gathered, tables, total_ptr, wire, PART: tl.constexpr, TILE:
             value = float_of_bits(tl.load(values + entry, mask=valid, other=0).to(tl.int32), wire.VALUE)
             if wire.VALUE == 3:  # int8
                 value = rounded_product(value, tl.load(start.to(tl.pointer_type(tl.float32)) + tl.load(row + 4) + number))
-            tl.store(total + in_tile, tl.load(total + in_tile, mask=valid, other=0.0) + value, mask=valid)
+            place = place_of(in_tile, number, chunk, wire)
+            tl.store(total + place, tl.load(total + place, mask=valid, other=0.0) + value, mask=valid)
     tl.debug_barrier()
 
 
@@ -82,12 +84,16 @@ def unpack_tile(gathered, tables, total_ptr, out_ptr, divisor, wire, form, STEP:
     accumulate_tile(gathered, tables, total_ptr, wire, form.PART, form.TILE, STEP)
     start = tl.load(tables.tiles + tile * 4)
     size = tl.load(tables.tiles + tile * 4 + 2).to(tl.int32)
+    row = tables.pieces + tl.load(tables.tiles + tile * 4 + 3) * 7
+    chunk = tl.load(row + 1)
+    number = tile - tl.load(row + 5)
     lanes = tl.arange(0, form.PART)
     for part in range(0, size, form.PART):
         inside = part + lanes < size
-        total = tl.load(total_ptr + start + part + lanes, mask=inside, other=0.0)
+        place = start + place_of(part + lanes, number, chunk, wire)
+        total = tl.load(total_ptr + place, mask=inside, other=0.0)
         mean = tl.div_rn(total, tl.full([form.PART], divisor, tl.float32))
-        tl.store(out_ptr + start + part + lanes, rounded_bits(mean, form.OUT, False).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + place, rounded_bits(mean, form.OUT, False).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -113,6 +119,7 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
     MAX_COUNT: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     PART: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
@@ -125,7 +132,7 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
         total_ptr,
         out_ptr,
         divisor,
-        named("Wire")(chunk_bytes, values_offset, counts_offset, indices_offset, VALUE, INDEX_BYTES, MAX_COUNT, WHOLE, BLOCK),
+        named("Wire")(chunk_bytes, values_offset, counts_offset, indices_offset, VALUE, INDEX_BYTES, MAX_COUNT, WHOLE, BLOCK, CHUNKS),
         named("OutputFormat")(OUT, PART, TILE),
         STEP,
     )

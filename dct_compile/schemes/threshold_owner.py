@@ -26,6 +26,7 @@ from dct_compile.schemes.threshold import divide_by_density, said
 from dct_compile.schemes.threshold_codec import ThresholdCodec, gradient_layout_of
 from dct_compile.state.spec import StateSpec
 from dct_compile.traffic import Traffic, one_share_to_each, to_all
+from dct_compile.triton_kernels.shares import UNIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> Owner | Declined | None:
         state=StateSpec(
             members.numels,
             codec.state() + owner_codec.state(),
-            (codec.layout.block, codec.layout.chunks, owner_codec.layout.chunk),
+            (codec.layout.block, codec.layout.chunks, owner_codec.layout.chunk, UNIT),
             orders=members.orders,
         ),
         codec=codec,

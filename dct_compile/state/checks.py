@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dct_compile.state.entry import EARLIER_COUNTERS, Entry, share_of
 from dct_compile.triton_kernels.layout import COUNTERS
+from dct_compile.triton_kernels.shares import UNIT
 
 
 def check_entry(name: str, entry: Entry, numel: int) -> None:
@@ -44,16 +45,16 @@ def check_entry(name: str, entry: Entry, numel: int) -> None:
 def _check_owner(where: str, entry: Entry, numel: int) -> None:
     for key in ("owner", "owner_share"):
         if key not in entry:
-            raise ValueError(f"{where} lacks {key}: the stage 'owner' comes with its owner_share [block, chunks, chunk]")
+            raise ValueError(f"{where} lacks {key}: the stage 'owner' comes with its owner_share [block, chunks, chunk, {UNIT}]")
     owner, share = entry["owner"], entry["owner_share"]
     if not isinstance(owner, dict):
         raise ValueError(f"{where}: owner must be a dict of tensors, not {_described(owner)}")
-    if not _are_whole(share, 3) or share[0] < 1 or not 0 <= share[2] < share[1]:
-        raise ValueError(f"{where}: owner_share must be [block, chunks, chunk], with a chunk below chunks, not {share!r}")
+    known = _are_whole(share, 3) or (_are_whole(share, 4) and share[3] == UNIT)
+    if not known or share[0] < 1 or not 0 <= share[2] < share[1]:
+        raise ValueError(f"{where}: owner_share must be [block, chunks, chunk, {UNIT}], with a chunk below chunks, not {share!r}")
     if "owner_order" in entry and not _is_order(entry["owner_order"], numel):
         raise ValueError(f"{where}: owner_order must be [shape, dims] of {numel} elements, not {entry['owner_order']!r}")
-    own = share_of(numel, share)
-    _check_tensors(f"{where}, owner", owner, own.stop - own.start)
+    _check_tensors(f"{where}, owner", owner, share_of(numel, share).numel())
 
 
 def _check_tensors(where: str, given: Mapping[str, Any], numel: int) -> None:

@@ -6,18 +6,21 @@
     counters     int64 [5]         or [4], from a version that did not count what the last step kept
     threshold    float32 []        and other tensors that a scheme keeps
     owner        the same three of the share of the sum that the rank owns
-    owner_share  [block, chunks, chunk]: which share that is, a range of the elements as they lie in the buffer
+    owner_share  [block, chunks, chunk, unit]: which share that is of the elements as they lie in the buffer. Older states have no unit:
+                 their shares are runs of whole blocks
     owner_order  [shape, dims]: that order, where it is not row-major
 """
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dct_compile.element_order import ElementOrder
-from dct_compile.triton_kernels.layout import COUNTERS, piece_share
+from dct_compile.triton_kernels.layout import COUNTERS, TILE
+from dct_compile.triton_kernels.shares import place_of, share_numel
 
 Entry = dict[str, Any]
 EARLIER_COUNTERS = 4
@@ -44,11 +47,14 @@ def with_all_counters(entry: Entry) -> Entry:
     return {**entry, "counters": torch.nn.functional.pad(counters, (0, COUNTERS - EARLIER_COUNTERS))}
 
 
-def share_of(numel: int, owner_share: Sequence[int]) -> slice:
-    """Returns the elements of a parameter of ``numel`` elements that the share [block, chunks, chunk] holds, as they lie in the buffer."""
-    block, chunks, chunk = owner_share
-    share = piece_share(numel, block, chunks)
-    return slice(min(chunk * share, numel), min((chunk + 1) * share, numel))
+def share_of(numel: int, owner_share: Sequence[int]) -> Tensor:
+    """Returns which of a parameter's ``numel`` elements, as they lie in the buffer, a share holds: int64 [elements], in its order."""
+    block, chunks, chunk, *unit = owner_share
+    if unit:
+        return place_of(torch.arange(share_numel(numel, chunks, chunk)), chunks, chunk)
+    block = min(block, TILE)
+    run = ceil(ceil(numel / block) / chunks) * block
+    return torch.arange(min(chunk * run, numel), min((chunk + 1) * run, numel))
 
 
 def fold_share(entry: Entry) -> Entry:
@@ -61,6 +67,6 @@ def fold_share(entry: Entry) -> Entry:
     residual = entry["residual"]
     order = ElementOrder(*map(tuple, entry["owner_order"])) if "owner_order" in entry else None
     laid_out = residual.clone() if order is None else order.to_buffer(residual)
-    laid_out[share_of(residual.numel(), entry["owner_share"])] += entry["owner"]["residual"].to(residual.device)
+    laid_out[share_of(residual.numel(), entry["owner_share"]).to(residual.device)] += entry["owner"]["residual"].to(residual.device)
     kept = {name: value for name, value in entry.items() if name not in _OWNER}
     return {**kept, "residual": laid_out if order is None else order.to_row_major(laid_out)}

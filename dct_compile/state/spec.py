@@ -46,15 +46,15 @@ class StateTensor:
 class StateSpec:
     """The state of one bucket: for parameters of ``numels`` elements, these ``tensors``.
 
-    ``owner_share``: block, chunks and chunk of the share that this rank owns, where the state has an owner's stage. ``sent``: elements that
-    a step sends for each parameter, where that number is fixed; the counters tell it otherwise. ``orders``: the order of the elements
-    of each residual, for a scheme that works on the buffer as it is; empty where all residuals are row-major. ``waits``: whether an element
-    is sent once in many steps, with all that has added up.
+    ``owner_share``: block, chunks, chunk and unit of the share that this rank owns, where the state has an owner's stage. ``sent``:
+    elements that a step sends for each parameter, where that number is fixed; the counters tell it otherwise. ``orders``: the order of the
+    elements of each residual, for a scheme that works on the buffer as it is; empty where all residuals are row-major. ``waits``: whether
+    an element is sent once in many steps, with all that has added up.
     """
 
     numels: tuple[int, ...]
     tensors: tuple[StateTensor, ...]
-    owner_share: tuple[int, int, int] | None = None
+    owner_share: tuple[int, int, int, int] | None = None
     sent: tuple[int, ...] | None = None
     orders: tuple[ElementOrder | None, ...] = ()
     waits: bool = True

@@ -11,6 +11,8 @@ namespace dct {
 constexpr int64_t kTile = 4096;                    // layout.TILE
 constexpr int64_t kWholePiece = int64_t(1) << 31;  // layout.WHOLE_PIECE
 constexpr int64_t kCounters = 5;                   // layout.COUNTERS
+constexpr int64_t kUnit = 256;                     // shares.UNIT
+constexpr int64_t kTurn = 40503;                   // shares.TURN
 constexpr int64_t kInt8 = 3;                       // dtype code of values that are multiples of their tile's scale
 
 struct Piece {
@@ -30,6 +32,23 @@ struct Layout {
   bool blocks_in_tiles() const { return block <= kTile; }
   int64_t block_of(int64_t element) const { return element >> __builtin_ctzll(uint64_t(block)); }
   int64_t index_of(int64_t element) const { return element & (block - 1); }
+};
+
+// Where the elements of a tile lie in the piece's segment, or in the owner's buffer: unit by unit, as shares.py says.
+class Places {
+ public:
+  Places(const Layout& layout, const Piece& piece, int64_t tile) {
+    const int64_t chunks = layout.payload_chunks;
+    for (int64_t i = 0; i < kTile / kUnit; ++i) {
+      const int64_t number = tile * (kTile / kUnit) + i;
+      const int64_t turned = ((number * kTurn & 0xffff) * chunks >> 16) + piece.chunk;
+      unit_[i] = (number * chunks + (turned < chunks ? turned : turned - chunks)) * kUnit;
+    }
+  }
+  int64_t of(int64_t element) const { return unit_[element / kUnit] + element % kUnit; }
+
+ private:
+  int64_t unit_[kTile / kUnit];
 };
 
 struct Int8 {

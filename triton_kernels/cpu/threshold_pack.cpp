@@ -10,14 +10,17 @@
 namespace dct {
 namespace {
 
-// Where the passes get the gradient from: `seek` to a tile of a piece, then ask for that tile and those that follow.
+// Where the passes get the gradient from: `seek` to a tile of a piece, then `take` that tile and those that follow. `at` an element of it
+// the rest of its group lies behind it.
 template <typename G>
 struct MemorySource {
   using Element = G;
   const G* grad;
+  const G* segment = nullptr;
 
-  void seek(const Piece&, int64_t) {}
-  const G* tile(const Piece& piece, int64_t tile) { return grad + piece.grad_offset + tile * kTile; }
+  void seek(const Piece& piece, int64_t) { segment = grad + piece.grad_offset; }
+  void take(const Piece&, int64_t) {}
+  const G* at(int64_t, int64_t place) const { return segment + place; }
 };
 
 struct SumSource {
@@ -26,11 +29,11 @@ struct SumSource {
   alignas(64) Float32 total[kSumSize];
 
   void seek(const Piece& piece, int64_t tile) { sum.seek(piece, tile); }
-  const Float32* tile(const Piece& piece, int64_t tile) {
+  void take(const Piece& piece, int64_t tile) {
     clear_sum(&total[0].raw, kTile);
     sum.add_tile(piece, tile, &total[0].raw);
-    return total;
   }
+  const Float32* at(int64_t element, int64_t) const { return total + element; }
 };
 
 // What a pass needs to know of the run that it goes over.
@@ -46,8 +49,8 @@ struct RunView {
         residual_(job.state.residual) {
     if (held || tau != tau) tau = kInfinity;  // a threshold that is NaN is reached by nothing
   }
-  // Of a tile of the piece; null without error feedback.
-  float* state(int64_t tile) const { return kFeedback ? residual_ + piece.state_offset + tile * kTile : nullptr; }
+  // Of the element at a place of the piece's segment; null without error feedback.
+  float* state(int64_t place) const { return kFeedback ? residual_ + piece.state_offset + place : nullptr; }
 
  private:
   float* residual_;
@@ -81,7 +84,7 @@ inline uint64_t take_group(const G* grad, float* state, int n, float tau, float*
 }
 
 // What is sent of the candidates of a tile, listed from `first` on, goes out of the residual.
-inline void take_listed(const Layout& layout, const Worker& worker, size_t first, float scale, float* state) {
+inline void take_listed(const Layout& layout, const Worker& worker, size_t first, float scale, const Places& places, float* state) {
   with_value_dtype(layout.value_dtype, [&](auto type) {
     for (size_t start = first; start < worker.used; start += kGroup) {
       const uint16_t* indices = worker.indices.data() + start;
@@ -89,7 +92,7 @@ inline void take_listed(const Layout& layout, const Worker& worker, size_t first
       float rest[kGroup];
       for (int i = 0; i < kGroup; ++i) rest[i] = w[i] - decode(encode<decltype(type)>(w[i], scale), scale);  // of whole groups: by vectors
       const size_t n = std::min<size_t>(kGroup, worker.used - start);
-      for (size_t i = 0; i < n; ++i) state[indices[i]] = rest[i];
+      for (size_t i = 0; i < n; ++i) state[places.of(indices[i])] = rest[i];
     }
   });
 }
@@ -106,8 +109,8 @@ bool scan(const Job& job, Source& source, Worker& worker, Run& run) {
   alignas(64) float w[kGroup];
   source.seek(at.piece, run.first);
   for (int64_t tile = run.first; tile < run.last; ++tile) {
-    const auto* grad = source.tile(at.piece, tile);
-    float* state = at.state(tile);
+    const Places places(layout, at.piece, tile);
+    source.take(at.piece, tile);
     const size_t first_listed = worker.used;
     Largest<float> largest;
     worker.reserve_tile();
@@ -115,7 +118,8 @@ bool scan(const Job& job, Source& source, Worker& worker, Run& run) {
       int64_t count = 0;
       for (int64_t i = start; i < end; i += kGroup) {
         const int n = int(std::min<int64_t>(kGroup, end - i));
-        const uint64_t mask = take_group<kFeedback>(grad + i, kFeedback ? state + i : nullptr, n, at.tau, w, held);
+        const int64_t place = places.of(i);
+        const uint64_t mask = take_group<kFeedback>(source.at(i, place), at.state(place), n, at.tau, w, held);
         if (scaled) largest.add(w);
         const uint64_t counted = lowest_bits(mask, layout.max_count - count);
         run.cut += bit_count(mask ^ counted);
@@ -128,7 +132,7 @@ bool scan(const Job& job, Source& source, Worker& worker, Run& run) {
     const float most = float_of(largest.bits());  // a candidate's, where the tile has one
     const float scale = most >= at.tau ? scale_of(most) : 0.0f;
     at.chunk.set_scale(at.piece.first_tile + tile, scale);
-    if (kFeedback) take_listed(layout, worker, first_listed, scale, state);
+    if (kFeedback) take_listed(layout, worker, first_listed, scale, places, at.state(0));
     worker.counts.push_back(uint16_t(worker.used - first_listed));
     listing = int64_t(worker.used - run.list_start) <= at.piece.capacity;
   }
@@ -137,9 +141,11 @@ bool scan(const Job& job, Source& source, Worker& worker, Run& run) {
 
 // Puts back into the residual what the first pass took out of it.
 void restore(const Job& job, const Worker& worker, const Run& run) {
-  float* residual = job.state.residual + job.layout.piece[run.piece].state_offset;
+  const Piece& piece = job.layout.piece[run.piece];
+  float* residual = job.state.residual + piece.state_offset;
   worker.each_tile(run, [&](int64_t tile, int64_t n, const uint16_t* indices, const float* w) {
-    for (int64_t i = 0; i < n; ++i) residual[tile * kTile + indices[i]] = w[i];
+    const Places places(job.layout, piece, tile);
+    for (int64_t i = 0; i < n; ++i) residual[places.of(indices[i])] = w[i];
   });
 }
 
@@ -151,13 +157,14 @@ void recount(const Job& job, Source& source, Run& run) {
   run.entries = 0;
   source.seek(at.piece, run.first);
   for (int64_t tile = run.first; tile < run.last; ++tile) {
-    const auto* grad = source.tile(at.piece, tile);
-    const float* state = at.state(tile);
+    const Places places(job.layout, at.piece, tile);
+    source.take(at.piece, tile);
     bool any = false;
     each_block(job.layout, at.piece, at.chunk, tile, [&](int64_t start, int64_t end) {
       int64_t count = 0;
       for (int64_t i = start; i < end; i += kGroup) {
-        load_group<kFeedback>(grad + i, kFeedback ? state + i : nullptr, int(std::min<int64_t>(kGroup, end - i)), w);
+        const int64_t place = places.of(i);
+        load_group<kFeedback>(source.at(i, place), at.state(place), int(std::min<int64_t>(kGroup, end - i)), w);
         count += bit_count(reaching(w, at.tau));
       }
       any |= count > 0;
@@ -182,20 +189,23 @@ void write_window(const Job& job, Source& source, const Run& run, const Window& 
   alignas(64) float w[kGroup];
   if (kReadsGradient) source.seek(at.piece, run.first);
   for (int64_t tile = run.first; tile < run.last; ++tile) {
-    const typename Source::Element* grad = kReadsGradient ? source.tile(at.piece, tile) : nullptr;
-    float* state = at.state(tile);
+    const Places places(layout, at.piece, tile);
+    if (kReadsGradient) source.take(at.piece, tile);
     const float scale = at.chunk.scale(at.piece.first_tile + tile);
     each_block(layout, at.piece, at.chunk, tile, [&](int64_t start, int64_t end) {
       int64_t count = 0, kept = 0;
       for (int64_t i = start; i < end; i += kGroup) {
         const int n = int(std::min<int64_t>(kGroup, end - i));
+        const int64_t place = places.of(i);
+        const auto* grad = source.at(i, place);
+        float* state = at.state(place);
         if constexpr (kReadsGradient) {
-          load_group<kFeedback>(grad + i, kFeedback ? state + i : nullptr, n, w);
+          load_group<kFeedback>(grad, state, n, w);
         } else {
-          load_group<false>(reinterpret_cast<const Float32*>(state + i), nullptr, n, w);
+          load_group<false>(reinterpret_cast<const Float32*>(state), nullptr, n, w);
         }
         if constexpr (kHeld && kFeedback) {
-          for (int k = 0; k < n; ++k) state[i + k] = is_finite(w[k]) ? state[i + k] - Source::Element::load(grad[i + k]) : state[i + k];
+          for (int k = 0; k < n; ++k) state[k] = is_finite(w[k]) ? state[k] - Source::Element::load(grad[k]) : state[k];
         }
         const uint64_t counted = lowest_bits(reaching(w, at.tau), layout.max_count - count);
         count += bit_count(counted);
@@ -204,7 +214,7 @@ void write_window(const Job& job, Source& source, const Run& run, const Window& 
           with_value_dtype(layout.value_dtype, [&](auto type) {
             const auto value = encode<decltype(type)>(w[bit], scale);
             write_at(at.chunk.values(), slot, value);
-            if (kFeedback && !kHeld) state[i + bit] = w[bit] - decode(value, scale);
+            if (kFeedback && !kHeld) state[bit] = w[bit] - decode(value, scale);
           });
           with_index_bytes(layout.index_bytes, [&](auto type) {
             write_at(at.chunk.indices(), slot, decltype(type)(layout.index_of(tile * kTile + i + bit)));

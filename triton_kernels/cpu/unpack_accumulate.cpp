@@ -34,7 +34,7 @@ void divide(float* total, int64_t n, float divisor) {
 
 // A tile is written, and cleared for the next one, in parts so short that stores to the cache come between the streamed lines: many of
 // these in a row fill the store buffer, and the core stands still.
-constexpr int64_t kPart = 256;
+constexpr int64_t kPart = kUnit;  // what lies together in the output
 
 // Rounds a part of a sum, and clears it. Apart: inlined, the constants of the rounding would be read from memory again and again.
 template <typename T>
@@ -58,13 +58,13 @@ void unpack_share(const Layout& layout, PayloadSum sum, T* out, float divisor, b
     for (int64_t tile = first; tile < last; ++tile) {
       const int64_t n = piece.tile_numel(tile);
       const bool divided = sum.add_tile(piece, tile, total) && divisor != 1.0f;
-      T* const place = out + piece.grad_offset + tile * kTile;
+      const Places places(layout, piece, tile);
       for (int64_t i = 0; i < n; i += kPart) {
         const int64_t count = std::min(kPart, n - i);
         float* const part = total + i;
         if (divided) divide(part, count, divisor);
         take(part, taken);
-        copy_out(place + i, taken, count * int64_t(sizeof(T)), streamed);
+        copy_out(out + piece.grad_offset + places.of(i), taken, count * int64_t(sizeof(T)), streamed);
       }
       if (n < kTile) clear_sum(total, kTile);  // also of what lies behind the elements
     }
