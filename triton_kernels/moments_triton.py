@@ -41,7 +41,7 @@ def prepare_moments_kernel(  # type: ignore[no-untyped-def]
 ):
     """Prepares the elements of a block."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = (offsets < numel) & (tl.load(scalars_ptr + 4) == 0.0)
+    inside = offsets < tl.where(tl.load(scalars_ptr + 4) == 0.0, numel, 0)  # nothing where the step is left out
     grad = as_float(tl.load(grad_ptr + offsets, mask=inside, other=0), CODE)
     unscale = tl.load(scalars_ptr + 1)
     if DECAYS:
