@@ -1,6 +1,7 @@
-"""Every launch of the kernels of gradients and moments passes Triton's compiler for CUDA, which needs no device; the interpreter accepts more than it does.
+"""Every launch of the kernels of gradients and moments passes Triton's compiler for CUDA, which needs no device.
 
-The tensors are fake ones on a CUDA device: an op that reads a value on the host, and so could not be part of a CUDA graph, fails here.
+The interpreter accepts more than that compiler. The tensors are fake ones on a CUDA device: an op that reads a value on the host, and so
+could not be part of a CUDA graph, fails here.
 """
 
 import os
