@@ -17,7 +17,7 @@ optimizer adds to the gradient.
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,9 @@ from torch import Tensor
 from torch.optim import ASGD, LBFGS, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from dct_compile.moments import Factor, Group, Preparation
 from dct_compile.state.gradient_use import GradientUse
 
-Factor = float | Tensor
-Group = Mapping[str, Any]
 State = dict[str, Any]
 
 
@@ -172,7 +171,7 @@ class Bypass:
         moment = first_moment_of(optimizer) if self._use else None
         if moment is None:
             return
-        scale, count = getattr(optimizer, "grad_scale", None), 0  # a fused optimizer divides by it
+        preparation, count = Preparation(optimizer), 0
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 use = self._use.find(parameter)
@@ -181,12 +180,17 @@ class Bypass:
                 use.adapted = True
                 state = optimizer.state[parameter]
                 factor = moment.factor(group, state)
-                unscale = 1.0 if scale is None else scale.to(parameter.device)
                 count += factor is not None
-                if factor is not None:
-                    _set(moment.name, parameter, group, state, factor, unscale)
-                if moment.second in state and use.gap > 1 / (1 - group["betas"][1]):
-                    _spread(state[moment.second], parameter, group, state, unscale)
+                first = None if factor is None else (_first(moment.name, parameter, state), factor)
+                second: tuple[Tensor, Tensor] | None = None
+                step: Factor = 0.0
+                # A second moment that keeps nothing of itself (beta2 = 0) can hold no share for later steps.
+                if moment.second in state and group["betas"][1] > 0 and use.gap > 1 / (1 - group["betas"][1]):
+                    step = _number(state["step"]) + 1
+                    second = (state[moment.second], _last(parameter, state, step))
+                if first is not None or second is not None:
+                    preparation.add(parameter, group, step, first, second)
+        preparation.run()
         if count:
             self._tell_once(optimizer, count)
 
@@ -196,37 +200,23 @@ class Bypass:
             self._tell(optimizer, count)
 
 
-def _set(name: str, parameter: Tensor, group: Group, state: State, factor: Factor, scale: Factor) -> None:
-    """Sets the first moment ``name`` of ``parameter`` to ``factor`` times its gradient of an unscaled loss."""
-    gradient, sign = parameter.grad, -1 if group.get("maximize") else 1
-    assert gradient is not None
-    held = state.get(name)
+def _first(name: str, parameter: Tensor, state: State) -> Tensor:
+    """Returns the first moment ``name`` of ``parameter``; an optimizer that has not made it yet takes this one."""
+    held: Tensor | None = state.get(name)
     if held is None:
         held = state[name] = torch.empty_like(parameter, memory_format=torch.preserve_format)
-    decay = group.get("weight_decay", 0)
-    is_added = not group.get("decoupled_weight_decay", False)
-    torch.mul(gradient, sign * factor / scale, out=held)
-    if is_added and decay != 0:
-        held.add_(parameter * factor, alpha=decay)
+    return held
 
 
-def _spread(moment: Tensor, parameter: Tensor, group: Group, state: State, scale: Factor) -> None:
-    """Changes the second ``moment`` so that the step spreads the squares of those elements that arrive over the steps they have waited."""
-    beta2, step, gradient = group["betas"][1], _number(state["step"]) + 1, parameter.grad
-    assert gradient is not None
-    last = state.get(LAST)
+def _last(parameter: Tensor, state: State, step: Factor) -> Tensor:
+    """Returns the steps at which the elements of ``parameter`` arrived last: before ``step``, where that is not known."""
+    last: Tensor | None = state.get(LAST)
     if last is None:
-        last = state[LAST] = torch.full_like(parameter, 0.0, memory_format=torch.preserve_format).add_(step - 1)
-    # On a CPU only the elements that arrive are looked at. To list them would make a GPU wait.
-    index = gradient.nonzero(as_tuple=True) if gradient.device.type == "cpu" else (...,)
-    arrived = gradient[index] != 0
-    added = gradient[index] / scale * (-1 if group.get("maximize") else 1)
-    if not group.get("decoupled_weight_decay", False) and group.get("weight_decay", 0) != 0:
-        added = added.add(parameter[index], alpha=group["weight_decay"])
-    gap = step - last[index]
-    share = (1 - beta2**gap) / gap - (1 - beta2)
-    moment[index] = moment[index] + torch.where(arrived, share * added.square() / beta2, 0.0)
-    last[index] = torch.where(arrived, step, last[index])
+        last = torch.empty_like(parameter, dtype=torch.int32, memory_format=torch.preserve_format).fill_(step - 1)
+    elif last.dtype != torch.int32:  # an optimizer that loads a state gives it the dtype of the parameter
+        last = last.float().clamp_(0, 2**24).round_().to(torch.int32)
+    state[LAST] = last
+    return last
 
 
 def _number(step: Factor) -> Factor:

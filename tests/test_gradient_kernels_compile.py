@@ -1,6 +1,7 @@
-"""Every launch of the gradient kernels passes Triton's compiler for CUDA, which needs no device; the interpreter accepts more than it does.
+"""Every launch of the kernels of gradients and moments passes Triton's compiler for CUDA, which needs no device.
 
-The tensors are fake ones on a CUDA device: an op that reads a value on the host, and so could not be part of a CUDA graph, fails here.
+The interpreter accepts more than that compiler. The tensors are fake ones on a CUDA device: an op that reads a value on the host, and so
+could not be part of a CUDA graph, fails here.
 """
 
 import os
@@ -21,6 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from dct_compile.triton_kernels.layout import WHOLE_PIECE, GradientLayout, Selection
+from dct_compile.triton_kernels.moments_triton import prepare_moments_triton
 from dct_compile.triton_kernels.repack_triton import repack_triton
 from dct_compile.triton_kernels.select_threshold_triton import select_threshold_triton
 from dct_compile.triton_kernels.threshold_pack_triton import threshold_pack_triton
@@ -74,12 +76,21 @@ def run(block, grad_dtype, value_dtype, chunks, chunk):
             repack_triton(payload.repeat(3), *state, layout, Selection(0.05, method, 0.0, 10, "off"), True)
 
 
+def run_moments(dtype):
+    grad, last = torch.zeros(3, 700, dtype=dtype), torch.zeros(3, 700, dtype=torch.int32)
+    for decays in (False, True):
+        prepare_moments_triton(torch.zeros(5), torch.zeros(9), [grad], [grad] * decays, [grad.clone()], [grad.clone()], [last])
+    prepare_moments_triton(torch.zeros(5), None, [grad, grad.t()], [], [grad.clone(), grad.t()], [], [])
+
+
 mode = FakeTensorMode()
 with fake_tables(mode), mode, torch.device("cuda"):
     run(256, torch.float32, torch.bfloat16, 1, -1)
     run(256, torch.bfloat16, torch.int8, 4, 1)
     run(4096, torch.float16, torch.float16, 4, -1)
     run(WHOLE_PIECE, torch.float32, torch.int8, 4, 1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        run_moments(dtype)
 print("compiled", " ".join(sorted({key[0] for key in compiled})))
 """
 
@@ -90,5 +101,5 @@ def test_the_kernels_compile_for_cuda() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
-    kernels = "constant fill mean pack rank repack unpack"
+    kernels = "constant fill mean pack prepare_moments rank repack unpack"
     assert done.stdout.split() == ["compiled", *(f"{name}_kernel" for name in kernels.split())], done.stderr
