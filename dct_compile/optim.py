@@ -15,103 +15,26 @@ The kernels of the optimizer stay as they are: for-loop, foreach, fused, captura
 optimizer adds to the gradient.
 """
 
-import inspect
+import sys
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, LBFGS, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop, Rprop
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from dct_compile.state.gradient_use import GradientUse
+from dct_compile.first_moment import Factor, FirstMoment, Group, State, first_moment_of, has_no_first_moment, number, register_first_moment
+from dct_compile.state.gradient_use import GradientUse, Use
 
-Factor = float | Tensor
-Group = Mapping[str, Any]
-State = dict[str, Any]
-
+__all__ = ["Bypass", "FirstMoment", "first_moment_of", "register_first_moment"]
 
 LAST = "dct_last"
 """The key in an optimizer's state of the step at which each element arrived last. The optimizer saves and loads it with its own tensors."""
 
-
-@dataclass(frozen=True)
-class FirstMoment:
-    """The first moment of an optimizer.
-
-    ``name``: its key in the state of a parameter. ``factor``: returns the multiple of the gradient to which it is set before a step, by the
-    parameter's group and state; ``None`` where it plays no part. ``second``: the key of a second moment that forgets by ``betas[1]``, if
-    the optimizer has one.
-    """
-
-    name: str
-    factor: Callable[[Group, State], Factor | None]
-    second: str = ""
-
-
-def _of_adam(group: Group, state: State) -> Factor | None:
-    beta1: Factor = group["betas"][0]
-    if not state or beta1 == 0:
-        return None
-    factor: Factor = 1 - beta1 ** _number(state["step"])
-    return factor
-
-
-def _of_nadam(group: Group, state: State) -> Factor | None:
-    beta1: Factor = group["betas"][0]
-    decay = group["momentum_decay"]
-    if not state or beta1 == 0:  # the first step makes its state itself, and keeps its first moment
-        return None
-    step = _number(state["step"]) + 1
-    now, following = (beta1 * (1.0 - 0.5 * 0.96 ** (count * decay)) for count in (step, step + 1))
-    product = _number(state["mu_product"]) * now
-    # The step applies  following / (1 - product * following) * exp_avg + (1 - now) / (1 - product) * g.
-    after = (1 - (1 - now) / (1 - product)) * (1 - product * following) / following
-    factor: Factor = (after - (1 - beta1)) / beta1
-    return factor
-
-
-def _of_sgd(group: Group, state: State) -> Factor | None:
-    momentum, dampening = group["momentum"], group["dampening"]
-    if momentum == 0:
-        return None
-    # The step makes  momentum * buffer + (1 - dampening) * g  of it, and with nesterov applies  g + momentum * that.
-    wanted = (1 - dampening) / (1 - momentum)
-    factor: Factor = (wanted - (1 - dampening)) / momentum
-    return factor
-
-
-_ADAM = FirstMoment("exp_avg", _of_adam, "exp_avg_sq")
-_KNOWN: dict[type[Optimizer], FirstMoment] = {
-    Adam: _ADAM,
-    RAdam: _ADAM,
-    Adamax: FirstMoment("exp_avg", _of_adam),
-    NAdam: FirstMoment("exp_avg", _of_nadam, "exp_avg_sq"),
-    SGD: FirstMoment("momentum_buffer", _of_sgd),
-}
-_WITHOUT = (Adadelta, Adafactor, Adagrad, ASGD, LBFGS, Rprop)
-"""The optimizers of torch that have no first moment. RMSprop has one where its momentum is not zero."""
-
-
-def register_first_moment(optimizer: type[Optimizer], moment: FirstMoment) -> None:
-    """Declares the first moment of an optimizer class, so that it can be bypassed.
-
-    For example ``register_first_moment(Lion, FirstMoment("exp_avg", lambda group, state: 1.0))``: Lion applies the sign of a mean of its
-    moment and the gradient, which is the sign of the gradient where both are the same.
-
-    Args:
-        optimizer: The class. Classes that inherit its ``step`` are covered as well.
-        moment: Where it is, and the multiple of the gradient that it is set to before a step.
-    """
-    _KNOWN[optimizer] = moment
-
-
-def first_moment_of(optimizer: Optimizer) -> FirstMoment | None:
-    """Returns the first moment of ``optimizer``, if it is known. A class that inherits the step of a known one is known, too."""
-    step = inspect.unwrap(type(optimizer).step)
-    return next((moment for known, moment in _KNOWN.items() if inspect.unwrap(known.step) is step), None)
+AS_EVER = "as ever"
+"""How a parameter is stepped whose optimizer adapts nothing; see :attr:`dct_compile.state.gradient_use.Use.stepped`."""
 
 
 class Bypass:
@@ -127,10 +50,13 @@ class Bypass:
         self._told: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.adapted: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
+        # A compiled step calls the hooks as they are: what they decide changes from step to step.
+        @torch._disable_dynamo
         def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             found = ours()
             return found.before_step(optimizer, args, kwargs) if found is not None else None
 
+        @torch._disable_dynamo
         def after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found = ours()
             if found is not None:
@@ -142,6 +68,9 @@ class Bypass:
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sets the first moments; where a closure makes the gradients, when it has done so."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        for _, parameter, use in self._uses(optimizer):
+            if closure is not None or parameter.grad is not None:
+                use.stepped = ""
         if closure is None:
             self.apply(optimizer)
             return None
@@ -158,13 +87,17 @@ class Bypass:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Looks for parameters that neither ``optimizer`` nor another one inside of its step has adapted to."""
-        if not self._use or first_moment_of(optimizer) is not None or isinstance(optimizer, _WITHOUT):
-            return
-        if isinstance(optimizer, RMSprop) and all(group["momentum"] == 0 for group in optimizer.param_groups):
-            return
-        uses = [use for group in optimizer.param_groups for parameter in group["params"] if (use := self._use.find(parameter)) is not None]
-        if any(use.waits and not use.adapted for use in uses):
-            self._tell_once(optimizer, 0)
+        has_none = has_no_first_moment(optimizer)
+        for _, parameter, use in self._uses(optimizer):
+            if use.stepped or parameter.grad is None:
+                continue
+            if has_none or not use.waits:
+                use.stepped = AS_EVER
+            elif _is_stepped_elsewhere(optimizer, parameter):
+                use.stepped = "by another rank"
+            else:
+                use.stepped = f"unknown optimizer {type(optimizer).__name__}"
+                self._tell_once(optimizer, 0)
 
     @torch.no_grad()
     def apply(self, optimizer: Optimizer) -> None:
@@ -173,22 +106,36 @@ class Bypass:
         if moment is None:
             return
         scale, count = getattr(optimizer, "grad_scale", None), 0  # a fused optimizer divides by it
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                use = self._use.find(parameter)
-                if use is None or parameter.grad is None or not (use.waits or (use.late and optimizer in self.adapted)):
-                    continue
-                use.adapted = True
-                state = optimizer.state[parameter]
-                factor = moment.factor(group, state)
-                unscale = 1.0 if scale is None else scale.to(parameter.device)
-                count += factor is not None
-                if factor is not None:
-                    _set(moment.name, parameter, group, state, factor, unscale)
-                if moment.second in state and use.gap > 1 / (1 - group["betas"][1]):
-                    _spread(state[moment.second], parameter, group, state, unscale)
+        skipped = getattr(optimizer, "found_inf", None)  # where that is not zero, a fused optimizer leaves out the step
+        for group, parameter, use in self._uses(optimizer):
+            if parameter.grad is None:
+                continue
+            use.stepped = AS_EVER
+            if not (use.waits or (use.late and optimizer in self.adapted)):
+                continue
+            state = optimizer.state[parameter]
+            if not state and moment.start is not None:
+                moment.start(optimizer, group)
+            factor = moment.factor(group, state)
+            unscale = 1.0 if scale is None else scale.to(parameter.device)
+            gradient = parameter.grad if skipped is None else torch.where(skipped.to(parameter.device) != 0, 0.0, parameter.grad)
+            count += factor is not None
+            if factor is not None and (state or isinstance(factor, Tensor) or factor != 0):
+                _set(moment.name, parameter, gradient, group, state, factor, unscale)
+            has_gaps = bool(moment.second) and use.gap > 1 / (1 - group["betas"][1])
+            if has_gaps and moment.second in state:
+                _spread(state[moment.second], parameter, gradient, group, state, unscale)
+            ways = ["bypass"] * (factor is not None) + ["gaps"] * has_gaps
+            use.stepped = " + ".join(ways) or AS_EVER
         if count:
             self._tell_once(optimizer, count)
+
+    def _uses(self, optimizer: Optimizer) -> Iterator[tuple[Group, Tensor, Use]]:
+        """Returns the group, the parameter and its record for every compressed parameter of ``optimizer``."""
+        for group in optimizer.param_groups if self._use else ():
+            for parameter in group["params"]:
+                if (use := self._use.find(parameter)) is not None:
+                    yield group, parameter, use
 
     def _tell_once(self, optimizer: Optimizer, count: int) -> None:
         if optimizer not in self._told:
@@ -196,10 +143,9 @@ class Bypass:
             self._tell(optimizer, count)
 
 
-def _set(name: str, parameter: Tensor, group: Group, state: State, factor: Factor, scale: Factor) -> None:
+def _set(name: str, parameter: Tensor, gradient: Tensor, group: Group, state: State, factor: Factor, scale: Factor) -> None:
     """Sets the first moment ``name`` of ``parameter`` to ``factor`` times its gradient of an unscaled loss."""
-    gradient, sign = parameter.grad, -1 if group.get("maximize") else 1
-    assert gradient is not None
+    sign = -1 if group.get("maximize") else 1
     held = state.get(name)
     if held is None:
         held = state[name] = torch.empty_like(parameter, memory_format=torch.preserve_format)
@@ -210,25 +156,39 @@ def _set(name: str, parameter: Tensor, group: Group, state: State, factor: Facto
         held.add_(parameter * factor, alpha=decay)
 
 
-def _spread(moment: Tensor, parameter: Tensor, group: Group, state: State, scale: Factor) -> None:
+def _spread(moment: Tensor, parameter: Tensor, gradient: Tensor, group: Group, state: State, scale: Factor) -> None:
     """Changes the second ``moment`` so that the step spreads the squares of those elements that arrive over the steps they have waited."""
-    beta2, step, gradient = group["betas"][1], _number(state["step"]) + 1, parameter.grad
-    assert gradient is not None
-    last = state.get(LAST)
-    if last is None:
-        last = state[LAST] = torch.full_like(parameter, 0.0, memory_format=torch.preserve_format).add_(step - 1)
+    beta2, step = group["betas"][1], number(state["step"]) + 1
+    last = _last_arrivals(state, parameter, step - 1)
     # On a CPU only the elements that arrive are looked at. To list them would make a GPU wait.
     index = gradient.nonzero(as_tuple=True) if gradient.device.type == "cpu" else (...,)
     arrived = gradient[index] != 0
     added = gradient[index] / scale * (-1 if group.get("maximize") else 1)
     if not group.get("decoupled_weight_decay", False) and group.get("weight_decay", 0) != 0:
         added = added.add(parameter[index], alpha=group["weight_decay"])
-    gap = step - last[index]
+    gap = (step - last[index]).to(torch.promote_types(parameter.dtype, torch.float32))
     share = (1 - beta2**gap) / gap - (1 - beta2)
-    moment[index] = moment[index] + torch.where(arrived, share * added.square() / beta2, 0.0)
-    last[index] = torch.where(arrived, step, last[index])
+    moment[index] = moment[index] + torch.where(arrived, share * added.square() / beta2, 0.0).to(moment.dtype)
+    last[index] = torch.where(arrived, step, last[index]).to(last.dtype)
 
 
-def _number(step: Factor) -> Factor:
-    """Returns a step count as a number where that needs no wait for a device."""
-    return step.item() if isinstance(step, Tensor) and step.device.type == "cpu" else step
+def _last_arrivals(state: State, parameter: Tensor, start: Factor) -> Tensor:
+    """Returns the step at which each element arrived last, ``start`` for all if nobody knows: int32, a view of the optimizer's state.
+
+    The state holds its bytes. On load, torch casts all state to the dtype of the parameter: bfloat16 is exact up to 256 only.
+    """
+    held = state.get(LAST)
+    if held is None:
+        steps = torch.empty_like(parameter, dtype=torch.int32, memory_format=torch.preserve_format).fill_(start)
+        held = state[LAST] = steps.unsqueeze(-1).view(torch.uint8)
+    elif held.dtype != torch.uint8:
+        held = state[LAST] = held.to(torch.uint8)
+    return held.view(torch.int32).squeeze(-1)
+
+
+def _is_stepped_elsewhere(optimizer: Optimizer, parameter: Tensor) -> bool:
+    """Returns whether ``optimizer`` is a ``ZeroRedundancyOptimizer`` that leaves ``parameter`` to another rank."""
+    found = sys.modules.get("torch.distributed.optim")  # no import, which takes time, where nobody has one
+    if found is None or not isinstance(optimizer, found.ZeroRedundancyOptimizer):
+        return False
+    return bool(optimizer._param_to_rank[parameter] != optimizer.rank)

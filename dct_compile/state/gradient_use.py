@@ -33,7 +33,8 @@ class Use:
 
     For :mod:`dct_compile.optim`. ``late``: whether an element of its gradient arrives once in many steps, with all that has added up.
     ``waits``: whether its optimizer is to adapt to that. ``gap``: the steps that an element waits, as far as the second moment is to know.
-    ``adapted``: whether an optimizer has adapted.
+    ``stepped``: how the last step has treated it: "bypass", "gaps", "bypass + gaps", "as ever", "by another rank", or "unknown optimizer"
+    with its name. Empty before the first step.
     """
 
     parameter: "weakref.ref[Tensor]"
@@ -48,7 +49,7 @@ class Use:
     late: bool = False
     waits: bool = False
     gap: float = 0.0
-    adapted: bool = False
+    stepped: str = ""
 
     @property
     def has_optimizer(self) -> bool:
@@ -189,6 +190,7 @@ class GradientUse:
         return forget
 
 
+@torch._disable_dynamo
 def _forward(ours: "weakref.ref[GradientUse]", method: Callable[..., None], *step: Any) -> None:
     found = ours()
     if found is not None:
