@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.optim import ASGD, LBFGS, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop, Rprop
+from torch.optim import ASGD, LBFGS, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, Muon, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 Factor = float | Tensor
 Group = Mapping[str, Any]
@@ -48,7 +48,7 @@ def _of_nadam(group: Group, state: State) -> Factor | None:
         return None
     step = number(state["step"]) + 1
     now, following = (beta1 * (1.0 - 0.5 * 0.96 ** (count * decay)) for count in (step, step + 1))
-    product = number(state["mu_product"]) * now
+    product = number(state["mu_product"] * now)  # rounded as the step does
     # The step applies  following / (1 - product * following) * exp_avg + (1 - now) / (1 - product) * g.
     after = (1 - (1 - now) / (1 - product)) * (1 - product * following) / following
     factor: Factor = (after - (1 - beta1)) / beta1
@@ -78,9 +78,10 @@ _KNOWN: dict[type[Optimizer], FirstMoment] = {
     NAdam: FirstMoment("exp_avg", _of_nadam, "exp_avg_sq", _start_nadam),
     SGD: FirstMoment("momentum_buffer", _of_sgd),
 }
-_WITHOUT = (Adadelta, Adafactor, Adagrad, ASGD, LBFGS, Rprop)
-"""The optimizers of torch that have no first moment. RMSprop has one where its momentum is not zero. SparseAdam takes sparse gradients
-alone, which are never compressed."""
+_AS_EVER = (Adadelta, Adafactor, Adagrad, ASGD, LBFGS, Muon, Rprop)
+"""The optimizers of torch that have no first moment, and Muon: it applies the orthogonal factor of its momentum, to which many sparse
+gradients contribute more than one. RMSprop has a first moment where its momentum is not zero. SparseAdam takes sparse gradients alone,
+which are never compressed."""
 
 
 def register_first_moment(optimizer: type[Optimizer], moment: FirstMoment) -> None:
@@ -102,11 +103,11 @@ def first_moment_of(optimizer: Optimizer) -> FirstMoment | None:
     return next((moment for known, moment in _KNOWN.items() if inspect.unwrap(known.step) is step), None)
 
 
-def has_no_first_moment(optimizer: Optimizer) -> bool:
-    """Returns whether ``optimizer`` is known to have none."""
+def steps_as_ever(optimizer: Optimizer) -> bool:
+    """Returns whether ``optimizer`` is known to have no first moment, or one that is better kept."""
     if isinstance(optimizer, RMSprop):
         return all(group["momentum"] == 0 for group in optimizer.param_groups)
-    return isinstance(optimizer, _WITHOUT)
+    return isinstance(optimizer, _AS_EVER)
 
 
 def number(step: Factor) -> Factor:

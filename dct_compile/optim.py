@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from dct_compile.first_moment import Factor, FirstMoment, Group, State, first_moment_of, has_no_first_moment, number, register_first_moment
+from dct_compile.first_moment import Factor, FirstMoment, Group, State, first_moment_of, number, register_first_moment, steps_as_ever
 from dct_compile.state.gradient_use import GradientUse, Use
 
 __all__ = ["Bypass", "FirstMoment", "first_moment_of", "register_first_moment"]
@@ -87,11 +87,11 @@ class Bypass:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Looks for parameters that neither ``optimizer`` nor another one inside of its step has adapted to."""
-        has_none = has_no_first_moment(optimizer)
+        as_ever = steps_as_ever(optimizer)
         for _, parameter, use in self._uses(optimizer):
             if use.stepped or parameter.grad is None:
                 continue
-            if has_none or not use.waits:
+            if as_ever or not use.waits:
                 use.stepped = AS_EVER
             elif _is_stepped_elsewhere(optimizer, parameter):
                 use.stepped = "by another rank"
