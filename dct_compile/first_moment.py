@@ -1,8 +1,4 @@
-"""The first moments of optimizers: where they are, and the value from which a step comes out as if there was none.
-
-Adam's step makes ``(1 - beta1^t) * g`` of ``(1 - beta1^(t-1)) * g``, and applies ``g`` of that. SGD's step applies ``g / (1 - momentum)``
-of the same: the sum of all that momentum makes of one gradient.
-"""
+"""The first moments of optimizers: where they are, and the value from which a step comes out as if there was none."""
 
 import inspect
 from collections.abc import Callable, Mapping

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -51,12 +52,12 @@ class Bypass:
         self.adapted: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
         # A compiled step calls the hooks as they are: what they decide changes from step to step.
-        @torch._disable_dynamo
+        @_disable_dynamo
         def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             found = ours()
             return found.before_step(optimizer, args, kwargs) if found is not None else None
 
-        @torch._disable_dynamo
+        @_disable_dynamo
         def after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found = ours()
             if found is not None:

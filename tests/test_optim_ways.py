@@ -82,3 +82,11 @@ def test_the_last_optimizer_counts(use: GradientUse) -> None:
     AdamW(held).step()
     RMSprop(held, momentum=0.9).step()
     assert [item.stepped for item in use.of(held)] == ["unknown optimizer RMSprop"] * 2
+
+
+def test_a_disabled_gradient_scaler_is_none(use: GradientUse) -> None:
+    held = parameters(use)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    set_gradients(held, 0)
+    scaler.step(AdamW(held))
+    assert use.scale(use.of(held)) == 1.0
