@@ -22,8 +22,8 @@ FEW: Options = {"dp_density": 0.002}
 STEPS = 5
 
 
-def adamw(parameters: Any, beta1: float = 0.9) -> Optimizer:
-    return AdamW(parameters, lr=0.01, betas=(beta1, 0.99))
+def adamw(parameters: Any) -> Optimizer:
+    return AdamW(parameters, lr=0.01, betas=(0.9, 0.99))
 
 
 def train(
@@ -86,8 +86,8 @@ def sharded(rank: int, world_size: int, wrapping: str, optimizer_class: Any, vie
         For each parameter, whether it is that of a training by an optimizer without a first moment; how the report says that parameters
         are stepped; the number of notes about unknown optimizers.
     """
-    choice = {AdamW: {"betas": (0.9, 0.99)}, SGD: {"momentum": 0.9}}[optimizer_class]
-    plain = {AdamW: {"betas": (0.0, 0.99)}, SGD: {}}[optimizer_class]
+    choice = {AdamW: {"betas": (0.9, 0.999)}, SGD: {"momentum": 0.9}}[optimizer_class]
+    plain = {AdamW: {"betas": (0.0, 0.999)}, SGD: {}}[optimizer_class]
     setting, net = setting_and_net(rank, wrapping, {})
     twin = copy.deepcopy(net)
     trainee = setting.wrap(net)
@@ -173,7 +173,7 @@ def reported(rank: int, world_size: int, wrapping: str, options: Options) -> lis
     setting, net = setting_and_net(rank, wrapping, options)
     trainee, found = setting.wrap(net), []
     monitor = dct_compile.monitor(every=1)
-    for optimizer in (None, adamw(net.parameters()), RMSprop(net.parameters(), momentum=0.9)):
+    for optimizer in (None, AdamW(net.parameters()), RMSprop(net.parameters(), momentum=0.9)):
         loss_of(trainee.call(setting.batch(0))).backward()
         if optimizer is not None:
             optimizer.step()
