@@ -1,5 +1,6 @@
 """Reads the counters of a gradient site's buckets: at once for the report, or without waiting for the device for a monitor."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,25 @@ class BucketMeasure:
 
     buckets: list[BucketState]
 
-    def __call__(self) -> tuple[float, int] | None:
-        """Achieved density and entries overflowed since the start, over all parameters; ``None`` before the first step. Waits."""
+    def __call__(self) -> tuple[float, int, str | None] | None:
+        """Achieved density and entries overflowed since the start, over all parameters, and how these are stepped. Waits for the device.
+
+        ``None`` before the first exchange.
+        """
         totals = [Reading(bucket).totals() for bucket in self.buckets]
         seen = sum(item.seen for item in totals)
-        return (sum(item.kept for item in totals) / seen, sum(item.overflow for item in totals)) if seen else None
+        return (sum(item.kept for item in totals) / seen, sum(item.overflow for item in totals), self.stepped()) if seen else None
+
+    def stepped(self) -> str | None:
+        """Returns how the last optimizer step has treated the parameters; with the number of parameters where they differ."""
+        found = [
+            use.stepped or "not stepped yet"
+            for bucket in self.buckets
+            for ref, use in zip(bucket.parameters, bucket.pending.uses, strict=False)  # a state that is only looked at has no uses
+            if ref() is use.parameter()  # another bucket may have taken it over; a model that is gone stays in the report
+        ]
+        ways = Counter(found).most_common()
+        return ", ".join(f"{way} ({count})" if len(ways) > 1 else way for way, count in ways) or None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Prepares the moments of an optimizer for its step by few calls of one operator, whatever the number of parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dct_compile.first_moment import Factor, Group, number
 from dct_compile.ops import prepare_moments
 from dct_compile.triton_kernels.moments import spread_shares
-
-Factor = float | Tensor
-Group = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,8 @@ def _added_decay(group: Group) -> Factor:
 
 def _tensor(numbers: Sequence[Factor], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns the numbers as one tensor on ``device``. Those that are on a GPU already stay there, and none makes the host wait."""
-    known = [number.item() if isinstance(number, Tensor) and number.device.type == "cpu" else number for number in numbers]
+    known = [number(held) for held in numbers]
     if device.type == "cpu":
         return torch.tensor(known, dtype=dtype)
-    made = [number if isinstance(number, Tensor) else torch.full((), number, dtype=dtype, device=device) for number in known]
-    return torch.stack([number.to(device, dtype).reshape(()) for number in made])
+    made = [held if isinstance(held, Tensor) else torch.full((), held, dtype=dtype, device=device) for held in known]
+    return torch.stack([held.to(device, dtype).reshape(()) for held in made])

@@ -32,7 +32,8 @@ class SiteStats:
 
     ``steps``: the number of its runs. ``density``: fraction of the elements sent. ``overflow``: entries that found no room.
     ``threshold``: its present value, mean over the site's parameters. ``residual_norm``: L2 norm of the elements that are not sent yet.
-    ``bytes_sent``: ``steps`` times ``wire_bytes``.
+    ``bytes_sent``: ``steps`` times ``wire_bytes``. ``stepped``: how the optimizer treats the parameters, see
+    :class:`dct_compile.SiteReport`.
     """
 
     label: str
@@ -46,6 +47,7 @@ class SiteStats:
     threshold: float | None = None
     residual_norm: float | None = None
     bytes_sent: int | None = None
+    stepped: str | None = None
 
 
 SCALARS = ("density", "overflow", "threshold", "residual_norm", "bytes_sent", "wire_bytes")
@@ -78,6 +80,7 @@ class _Site:
             threshold=_mean([found for bucket in known if (found := totals[bucket].threshold) is not None]),
             residual_norm=sum(totals[bucket].residual_norm ** 2 for bucket in known) ** 0.5,
             bytes_sent=steps * self.wire_bytes,
+            stepped=BucketMeasure(known).stepped(),
         )
 
 

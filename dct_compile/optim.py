@@ -15,102 +15,28 @@ The kernels of the optimizer stay as they are: for-loop, foreach, fused, captura
 optimizer adds to the gradient.
 """
 
-import inspect
+import sys
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, LBFGS, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop, Rprop
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from dct_compile.moments import Factor, Group, Preparation
-from dct_compile.state.gradient_use import GradientUse
+from dct_compile.first_moment import Factor, FirstMoment, Group, State, first_moment_of, number, register_first_moment, steps_as_ever
+from dct_compile.moments import Preparation
+from dct_compile.state.gradient_use import GradientUse, Use
 
-State = dict[str, Any]
-
+__all__ = ["Bypass", "FirstMoment", "first_moment_of", "register_first_moment"]
 
 LAST = "dct_last"
 """The key in an optimizer's state of the step at which each element arrived last. The optimizer saves and loads it with its own tensors."""
 
-
-@dataclass(frozen=True)
-class FirstMoment:
-    """The first moment of an optimizer.
-
-    ``name``: its key in the state of a parameter. ``factor``: returns the multiple of the gradient to which it is set before a step, by the
-    parameter's group and state; ``None`` where it plays no part. ``second``: the key of a second moment that forgets by ``betas[1]``, if
-    the optimizer has one.
-    """
-
-    name: str
-    factor: Callable[[Group, State], Factor | None]
-    second: str = ""
-
-
-def _of_adam(group: Group, state: State) -> Factor | None:
-    beta1: Factor = group["betas"][0]
-    if not state or beta1 == 0:
-        return None
-    factor: Factor = 1 - beta1 ** _number(state["step"])
-    return factor
-
-
-def _of_nadam(group: Group, state: State) -> Factor | None:
-    beta1: Factor = group["betas"][0]
-    decay = group["momentum_decay"]
-    if not state or beta1 == 0:  # the first step makes its state itself, and keeps its first moment
-        return None
-    step = _number(state["step"]) + 1
-    now, following = (beta1 * (1.0 - 0.5 * 0.96 ** (count * decay)) for count in (step, step + 1))
-    product = _number(state["mu_product"]) * now
-    # The step applies  following / (1 - product * following) * exp_avg + (1 - now) / (1 - product) * g.
-    after = (1 - (1 - now) / (1 - product)) * (1 - product * following) / following
-    factor: Factor = (after - (1 - beta1)) / beta1
-    return factor
-
-
-def _of_sgd(group: Group, state: State) -> Factor | None:
-    momentum, dampening = group["momentum"], group["dampening"]
-    if momentum == 0:
-        return None
-    # The step makes  momentum * buffer + (1 - dampening) * g  of it, and with nesterov applies  g + momentum * that.
-    wanted = (1 - dampening) / (1 - momentum)
-    factor: Factor = (wanted - (1 - dampening)) / momentum
-    return factor
-
-
-_ADAM = FirstMoment("exp_avg", _of_adam, "exp_avg_sq")
-_KNOWN: dict[type[Optimizer], FirstMoment] = {
-    Adam: _ADAM,
-    RAdam: _ADAM,
-    Adamax: FirstMoment("exp_avg", _of_adam),
-    NAdam: FirstMoment("exp_avg", _of_nadam, "exp_avg_sq"),
-    SGD: FirstMoment("momentum_buffer", _of_sgd),
-}
-_WITHOUT = (Adadelta, Adafactor, Adagrad, ASGD, LBFGS, Rprop)
-"""The optimizers of torch that have no first moment. RMSprop has one where its momentum is not zero."""
-
-
-def register_first_moment(optimizer: type[Optimizer], moment: FirstMoment) -> None:
-    """Declares the first moment of an optimizer class, so that it can be bypassed.
-
-    For example ``register_first_moment(Lion, FirstMoment("exp_avg", lambda group, state: 1.0))``: Lion applies the sign of a mean of its
-    moment and the gradient, which is the sign of the gradient where both are the same.
-
-    Args:
-        optimizer: The class. Classes that inherit its ``step`` are covered as well.
-        moment: Where it is, and the multiple of the gradient that it is set to before a step.
-    """
-    _KNOWN[optimizer] = moment
-
-
-def first_moment_of(optimizer: Optimizer) -> FirstMoment | None:
-    """Returns the first moment of ``optimizer``, if it is known. A class that inherits the step of a known one is known, too."""
-    step = inspect.unwrap(type(optimizer).step)
-    return next((moment for known, moment in _KNOWN.items() if inspect.unwrap(known.step) is step), None)
+AS_EVER = "as ever"
+"""How a parameter is stepped whose optimizer adapts nothing; see :attr:`dct_compile.state.gradient_use.Use.stepped`."""
 
 
 class Bypass:
@@ -126,10 +52,13 @@ class Bypass:
         self._told: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.adapted: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
+        # A compiled step calls the hooks as they are: what they decide changes from step to step.
+        @_disable_dynamo
         def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             found = ours()
             return found.before_step(optimizer, args, kwargs) if found is not None else None
 
+        @_disable_dynamo
         def after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found = ours()
             if found is not None:
@@ -141,6 +70,9 @@ class Bypass:
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sets the first moments; where a closure makes the gradients, when it has done so."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        for _, parameter, use in self._uses(optimizer):
+            if closure is not None or parameter.grad is not None:
+                use.stepped = ""
         if closure is None:
             self.apply(optimizer)
             return None
@@ -157,13 +89,17 @@ class Bypass:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Looks for parameters that neither ``optimizer`` nor another one inside of its step has adapted to."""
-        if not self._use or first_moment_of(optimizer) is not None or isinstance(optimizer, _WITHOUT):
-            return
-        if isinstance(optimizer, RMSprop) and all(group["momentum"] == 0 for group in optimizer.param_groups):
-            return
-        uses = [use for group in optimizer.param_groups for parameter in group["params"] if (use := self._use.find(parameter)) is not None]
-        if any(use.waits and not use.adapted for use in uses):
-            self._tell_once(optimizer, 0)
+        as_ever = steps_as_ever(optimizer)
+        for _, parameter, use in self._uses(optimizer):
+            if use.stepped or parameter.grad is None:
+                continue
+            if as_ever or not use.waits:
+                use.stepped = AS_EVER
+            elif _is_stepped_elsewhere(optimizer, parameter):
+                use.stepped = "by another rank"
+            else:
+                use.stepped = f"unknown optimizer {type(optimizer).__name__}"
+                self._tell_once(optimizer, 0)
 
     @torch.no_grad()
     def apply(self, optimizer: Optimizer) -> None:
@@ -172,27 +108,41 @@ class Bypass:
         if moment is None:
             return
         preparation, count = Preparation(optimizer), 0
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                use = self._use.find(parameter)
-                if use is None or parameter.grad is None or not (use.waits or (use.late and optimizer in self.adapted)):
-                    continue
-                use.adapted = True
-                state = optimizer.state[parameter]
-                factor = moment.factor(group, state)
-                count += factor is not None
-                first = None if factor is None else (_first(moment.name, parameter, state), factor)
-                second: tuple[Tensor, Tensor] | None = None
-                step: Factor = 0.0
-                # A second moment that keeps nothing of itself (beta2 = 0) can hold no share for later steps.
-                if moment.second in state and group["betas"][1] > 0 and use.gap > 1 / (1 - group["betas"][1]):
-                    step = _number(state["step"]) + 1
-                    second = (state[moment.second], _last(parameter, state, step))
-                if first is not None or second is not None:
-                    preparation.add(parameter, group, step, first, second)
+        for group, parameter, use in self._uses(optimizer):
+            if parameter.grad is None:
+                continue
+            use.stepped = AS_EVER
+            if not (use.waits or (use.late and optimizer in self.adapted)):
+                continue
+            state = optimizer.state[parameter]
+            if not state and moment.start is not None:
+                moment.start(optimizer, group)
+            factor = moment.factor(group, state)
+            count += factor is not None
+            first: tuple[Tensor, Factor] | None = None
+            if factor is not None and (state or isinstance(factor, Tensor) or factor != 0):
+                first = (_first(moment.name, parameter, state), factor)
+            # A second moment that keeps nothing of itself (beta2 = 0) can hold no share for later steps.
+            has_gaps = bool(moment.second) and group["betas"][1] > 0 and use.gap > 1 / (1 - group["betas"][1])
+            step: Factor = 0.0
+            second: tuple[Tensor, Tensor] | None = None
+            if has_gaps and moment.second in state:
+                step = number(state["step"]) + 1
+                second = (state[moment.second], _last_arrivals(state, parameter, step - 1))
+            if first is not None or second is not None:
+                preparation.add(parameter, group, step, first, second)
+            ways = ["bypass"] * (factor is not None) + ["gaps"] * has_gaps
+            use.stepped = " + ".join(ways) or AS_EVER
         preparation.run()
         if count:
             self._tell_once(optimizer, count)
+
+    def _uses(self, optimizer: Optimizer) -> Iterator[tuple[Group, Tensor, Use]]:
+        """Returns the group, the parameter and its record for every compressed parameter of ``optimizer``."""
+        for group in optimizer.param_groups if self._use else ():
+            for parameter in group["params"]:
+                if (use := self._use.find(parameter)) is not None:
+                    yield group, parameter, use
 
     def _tell_once(self, optimizer: Optimizer, count: int) -> None:
         if optimizer not in self._told:
@@ -204,21 +154,27 @@ def _first(name: str, parameter: Tensor, state: State) -> Tensor:
     """Returns the first moment ``name`` of ``parameter``; an optimizer that has not made it yet takes this one."""
     held: Tensor | None = state.get(name)
     if held is None:
-        held = state[name] = torch.empty_like(parameter, memory_format=torch.preserve_format)
+        held = state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return held
 
 
-def _last(parameter: Tensor, state: State, step: Factor) -> Tensor:
-    """Returns the steps at which the elements of ``parameter`` arrived last: before ``step``, where that is not known."""
-    last: Tensor | None = state.get(LAST)
-    if last is None:
-        last = torch.empty_like(parameter, dtype=torch.int32, memory_format=torch.preserve_format).fill_(step - 1)
-    elif last.dtype != torch.int32:  # an optimizer that loads a state gives it the dtype of the parameter
-        last = last.float().clamp_(0, 2**24).round_().to(torch.int32)
-    state[LAST] = last
-    return last
+def _last_arrivals(state: State, parameter: Tensor, start: Factor) -> Tensor:
+    """Returns the step at which each element arrived last, ``start`` for all if nobody knows: int32, a view of the optimizer's state.
+
+    The state holds its bytes. On load, torch casts all state to the dtype of the parameter: bfloat16 is exact up to 256 only.
+    """
+    held = state.get(LAST)
+    if held is None:
+        steps = torch.empty_like(parameter, dtype=torch.int32, memory_format=torch.preserve_format).fill_(start)
+        held = state[LAST] = steps.unsqueeze(-1).view(torch.uint8)
+    elif held.dtype != torch.uint8:
+        held = state[LAST] = held.to(torch.uint8)
+    return held.view(torch.int32).squeeze(-1)
 
 
-def _number(step: Factor) -> Factor:
-    """Returns a step count as a number where that needs no wait for a device."""
-    return step.item() if isinstance(step, Tensor) and step.device.type == "cpu" else step
+def _is_stepped_elsewhere(optimizer: Optimizer, parameter: Tensor) -> bool:
+    """Returns whether ``optimizer`` is a ``ZeroRedundancyOptimizer`` that leaves ``parameter`` to another rank."""
+    found = sys.modules.get("torch.distributed.optim")  # no import, which takes time, where nobody has one
+    if found is None or not isinstance(optimizer, found.ZeroRedundancyOptimizer):
+        return False
+    return bool(optimizer._param_to_rank[parameter] != optimizer.rank)

@@ -131,15 +131,15 @@ def test_registry_collects_in_order() -> None:
 
 
 def test_counters_are_read_when_the_report_is_asked_for() -> None:
-    measured: list[tuple[float, int]] = []
+    measured: list[tuple[float, int, str]] = []
     registry = ReportRegistry()
     registry.add(GRAPH, [(MASKED, lambda: measured[-1] if measured else None)])
     assert registry.snapshot().sites == (MASKED,)
-    measured.append((0.011, 3))
+    measured.append((0.011, 3, "not stepped yet"))
     early = registry.snapshot()
-    measured.append((0.012, 4))
-    assert (early.sites[0].density, early.sites[0].overflow) == (0.011, 3)
-    assert registry.snapshot().sites[0].overflow == 4
+    measured.append((0.012, 4, "bypass"))
+    assert (early.sites[0].density, early.sites[0].overflow, early.sites[0].stepped) == (0.011, 3, "not stepped yet")
+    assert (registry.snapshot().sites[0].overflow, registry.snapshot().sites[0].stepped) == (4, "bypass")
 
 
 def test_removed_entries_are_gone() -> None:

@@ -13,7 +13,9 @@ class SiteReport:
     the parameters or buffers that it is about, else the source line. ``decision``: "compressed" or "dense", for ``reason``.
     ``dense_bytes``, ``wire_bytes``: sent per rank and call before and after, metadata and padding included. ``density``: fraction of the
     elements sent so far (for row thresholds: of a row's elements that its payload holds). ``overflow``: entries above the threshold that
-    found no room in a payload so far; error feedback keeps them in the residual.
+    found no room in a payload so far; error feedback keeps them in the residual. ``stepped``: how the last optimizer step has treated the
+    parameters of a compressed gradient, see :attr:`dct_compile.state.gradient_use.Use.stepped`, or "not stepped yet"; each way with the
+    number of its parameters where there are several. ``None`` before the first exchange, and elsewhere.
 
     ``offers``: what each scheme would send, in bytes; empty where no offer was turned down. ``source``: the user's line as ``path:line``,
     empty where the trace holds none. ``graph``: the position in the report's ``graphs``; ``number``: the place among the sites of that
@@ -41,6 +43,7 @@ class SiteReport:
     pair: int | None = None
     calls: int = 1
     training: bool = True
+    stepped: str | None = None
 
     @property
     def ratio(self) -> float | None:

@@ -12,8 +12,8 @@ from dct_compile.reasons import Note, abbreviated
 from dct_compile.report.data import DeferredGraph, GraphReport, SiteReport
 from dct_compile.report.report import Report
 
-Measure = Callable[[], tuple[float, int] | None]
-"""Reads a site's achieved density and overflow from its counters; ``None`` before its first step."""
+Measure = Callable[[], tuple[float, int, str | None] | None]
+"""Reads a site's achieved density and overflow from its counters, and how its parameters are stepped; ``None`` before its first step."""
 
 
 NOTHING_COMPILED = (
@@ -244,4 +244,7 @@ def _sites_of(entries: Sequence[tuple[ReportEntry, int]], measured: bool) -> lis
 
 def _measured(site: SiteReport, measure: Measure | None) -> SiteReport:
     measured = measure() if measure is not None else None
-    return replace(site, density=measured[0], overflow=measured[1]) if measured is not None else site
+    if measured is None:
+        return site
+    density, overflow, stepped = measured
+    return replace(site, density=density, overflow=overflow, stepped=stepped)

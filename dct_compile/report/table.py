@@ -22,13 +22,14 @@ _COLUMNS: Columns = {
     "ratio": (lambda site: site.ratio, ".1f"),
     "density": (lambda site: site.density, ".4f"),
     "overflow": (lambda site: site.overflow, "g"),
+    "stepped": (lambda site: site.stepped, "g"),
     "reason": (lambda site: site.reason, "g"),
 }
 """The value of each column and the format of its numbers."""
-_WIDTHS = {"name": 44, "reason": 60}
+_WIDTHS = {"name": 44, "stepped": 40, "reason": 60}
 """Longer texts are shortened."""
 COVERED = "counted: collectives of compiled graphs and of DDP; not of FSDP, pipelines and the training loop"
-_STACKED = ("graph", "collective", "kind", "name", "shape", "dtype", "decision", "reason")
+_STACKED = ("graph", "collective", "kind", "name", "shape", "dtype", "decision", "stepped", "reason")
 """The columns that become one, where lines would be too long."""
 
 
@@ -47,7 +48,8 @@ def sites_table(sites: Sequence[SiteReport], graphs: Sequence[GraphReport], widt
     if len(graphs) > 1:
         columns = {"graph": [graphs[site.graph].name for site in sites], **columns}
     columns = {header: values for header, values in columns.items() if any(value is not None for value in values)}
-    short = {header: [shorten(text, limit) for text in columns[header]] for header, limit in _WIDTHS.items()}
+    limits = {header: limit for header, limit in _WIDTHS.items() if header in columns}
+    short = {header: [shorten(text or "", limit) for text in columns[header]] for header, limit in limits.items()}
     table = _tabulate({**columns, **short}, "html" if html else "simple")
     if width is None or len(table.partition("\n")[0]) <= width:
         return table
@@ -76,7 +78,8 @@ def _offered(scheme: str, site: SiteReport) -> int | None:
 
 def _stacked(graph: str, site: SiteReport, width: int) -> str:
     tensor = f"{'x'.join(map(str, site.shape))} {site.dtype}"
-    lines = (graph, f"{site.kind}: {site.collective} {tensor}", site.name, f"{site.decision}: {site.reason}")
+    stepped = f"stepped: {site.stepped}" if site.stepped is not None else ""
+    lines = (graph, f"{site.kind}: {site.collective} {tensor}", site.name, f"{site.decision}: {site.reason}", stepped)
     return "\n".join(shorten(line, width) for line in lines if line)
 
 

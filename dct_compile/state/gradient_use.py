@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -33,7 +34,8 @@ class Use:
 
     For :mod:`dct_compile.optim`. ``late``: whether an element of its gradient arrives once in many steps, with all that has added up.
     ``waits``: whether its optimizer is to adapt to that. ``gap``: the steps that an element waits, as far as the second moment is to know.
-    ``adapted``: whether an optimizer has adapted.
+    ``stepped``: how the last step has treated it: "bypass", "gaps", "bypass + gaps", "as ever", "by another rank", or "unknown optimizer"
+    with its name. Empty before the first step.
     """
 
     parameter: "weakref.ref[Tensor]"
@@ -48,7 +50,7 @@ class Use:
     late: bool = False
     waits: bool = False
     gap: float = 0.0
-    adapted: bool = False
+    stepped: str = ""
 
     @property
     def has_optimizer(self) -> bool:
@@ -189,6 +191,7 @@ class GradientUse:
         return forget
 
 
+@_disable_dynamo
 def _forward(ours: "weakref.ref[GradientUse]", method: Callable[..., None], *step: Any) -> None:
     found = ours()
     if found is not None:
@@ -220,10 +223,10 @@ def _alive() -> tuple[list[Optimizer], list[GradScaler]]:
 
 
 def _running_scaler() -> "weakref.ref[GradScaler] | None":
-    """Returns the gradient scaler whose ``step`` calls, if there is one."""
+    """Returns the gradient scaler whose ``step`` calls, if there is one. One that is disabled has no scale."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "step" and isinstance(found := frame.f_locals.get("self"), GradScaler):
-            return weakref.ref(found)
+            return weakref.ref(found) if found.is_enabled() else None
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -1,0 +1,92 @@
+"""Which way a parameter was stepped: known of every optimizer of torch, and of every parameter after every step."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer, RMSprop
+
+from dct_compile.optim import Bypass
+from dct_compile.state.gradient_use import GradientUse
+from tests.test_optim import Make, Wrapper, parameters, set_gradients
+
+
+@pytest.fixture(scope="module")
+def use() -> Iterator[GradientUse]:
+    found = GradientUse()
+    bypass = Bypass(found, lambda optimizer, count: None)
+    yield found
+    del bypass
+
+
+DECISIONS = {
+    **dict.fromkeys(("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD"), "bypass"),
+    **dict.fromkeys(("ASGD", "Adadelta", "Adafactor", "Adagrad", "LBFGS", "Muon", "Rprop"), "as ever"),
+    "RMSprop": "unknown optimizer RMSprop",
+}
+"""What becomes of each optimizer of torch. SparseAdam is not here: it takes sparse gradients, which are never compressed."""
+
+
+def test_every_optimizer_of_torch_is_decided(use: GradientUse) -> None:
+    found = {}
+    for name in torch.optim.__all__:
+        item = getattr(torch.optim, name)
+        if not isinstance(item, type) or not issubclass(item, Optimizer) or name in ("Optimizer", "SparseAdam"):
+            continue
+        held = nn.Parameter(torch.randn(5, 5))
+        (record,) = use.of([held])
+        record.waits = True
+        options = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+        optimizer = item([held], **options)
+        held.grad = torch.randn(5, 5)
+        assert record.stepped == ""
+        optimizer.step((lambda: 1.0) if name == "LBFGS" else None)
+        found[name] = record.stepped
+    assert found == DECISIONS
+
+
+@pytest.mark.parametrize(
+    ("make", "waits", "gap", "stepped"),
+    [
+        (AdamW, True, 0.0, "bypass"),
+        (AdamW, True, 2000.0, "bypass + gaps"),
+        (lambda held: AdamW(held, betas=(0.0, 0.9)), True, 20.0, "gaps"),
+        (lambda held: AdamW(held, betas=(0.0, 0.9)), True, 5.0, "as ever"),
+        (AdamW, False, 2000.0, "as ever"),
+        (lambda held: SGD(held, momentum=0.9), True, 2000.0, "bypass"),
+        (SGD, True, 2000.0, "as ever"),
+        (lambda held: Wrapper(AdamW(held)), True, 0.0, "bypass"),
+        (RMSprop, True, 0.0, "as ever"),
+        (lambda held: RMSprop(held, momentum=0.9), True, 0.0, "unknown optimizer RMSprop"),
+        (lambda held: RMSprop(held, momentum=0.9), False, 0.0, "as ever"),
+    ],
+)
+def test_it_is_known_how_a_parameter_was_stepped(use: GradientUse, make: Make, waits: bool, gap: float, stepped: str) -> None:
+    held = parameters(use)
+    for item in use.of(held):
+        item.waits, item.gap = waits, gap
+    optimizer = make(held)
+    for step in range(2):  # the first step, which makes the states, and another one
+        set_gradients(held, step)
+        optimizer.step()
+        assert [item.stepped for item in use.of(held)] == [stepped] * 2
+    AdamW(held).zero_grad()
+    optimizer.step()  # applies nothing
+    assert [item.stepped for item in use.of(held)] == [stepped] * 2
+
+
+def test_the_last_optimizer_counts(use: GradientUse) -> None:
+    held = parameters(use)
+    set_gradients(held, 0)
+    AdamW(held).step()
+    RMSprop(held, momentum=0.9).step()
+    assert [item.stepped for item in use.of(held)] == ["unknown optimizer RMSprop"] * 2
+
+
+def test_a_disabled_gradient_scaler_is_none(use: GradientUse) -> None:
+    held = parameters(use)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    set_gradients(held, 0)
+    scaler.step(AdamW(held))
+    assert use.scale(use.of(held)) == 1.0
