@@ -8,6 +8,8 @@
     owner        the same three of the share of the sum that the rank owns
     owner_share  [block, chunks, chunk]: which share that is, a range of the elements as they lie in the buffer
     owner_order  [shape, dims]: that order, where it is not row-major
+    density      float             of the last exchange, for which the threshold was chosen
+    exchanges    int               of the parameter's gradient so far, in a training with phases; it may be all that there is
 """
 
 from collections.abc import Sequence
@@ -20,6 +22,8 @@ from dct_compile.element_order import ElementOrder
 from dct_compile.triton_kernels.layout import piece_share
 
 Entry = dict[str, Any]
+NUMBER = "exchanges"
+"""The key of the number of exchanges."""
 _OWNER = ("owner", "owner_share", "owner_order")
 
 

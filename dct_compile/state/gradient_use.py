@@ -34,6 +34,9 @@ class Use:
     For :mod:`dct_compile.optim`. ``late``: whether an element of its gradient arrives once in many steps, with all that has added up.
     ``waits``: whether its optimizer is to adapt to that. ``gap``: the steps that an element waits, as far as the second moment is to know.
     ``adapted``: whether an optimizer has adapted.
+
+    For :mod:`dct_compile.state.exchanges`. ``exchanges``: how often the gradient was exchanged, ``None`` where nobody counts. ``agreed``:
+    whether the ranks have compared that number.
     """
 
     parameter: "weakref.ref[Tensor]"
@@ -49,6 +52,8 @@ class Use:
     waits: bool = False
     gap: float = 0.0
     adapted: bool = False
+    exchanges: int | None = None
+    agreed: bool = False
 
     @property
     def has_optimizer(self) -> bool:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dct_compile.state.bucket import BucketState
 from dct_compile.state.checks import check_entry
 from dct_compile.state.entry import Entry, copy_of
+from dct_compile.state.exchanges import default_number, restore_number, with_number
 from dct_compile.state.gradient_use import GradientUse
 from dct_compile.state.keys import by_parameter, key_of
 from dct_compile.state.spec import StateSpec
@@ -89,6 +90,7 @@ class StateStore:
             for name, parameter in named_parameters(model):
                 found = [bucket.saved(index) for bucket, index in self.entries(parameter)]
                 found += [copy_of(entry) for ref, waiting in self._pending if ref() is parameter for entry in waiting]
+                found = with_number(found, self.use.find(parameter))
                 saved.update({key_of(name, ordinal): entry for ordinal, entry in enumerate(found)})
         return saved
 
@@ -107,9 +109,11 @@ class StateStore:
         for name, entries in states.items():
             for entry in entries:
                 check_entry(name, entry, local_tensor(names[name]).numel())
+        default = default_number(states.values())
         for name, parameter in names.items():
             with self._lock:
-                self._load(parameter, states[name])
+                (use,) = self.use.of([parameter])
+                self._load(parameter, restore_number(use, states[name], default))
 
     def _load(self, parameter: Tensor, given: Sequence[Entry]) -> None:
         """Overwrites the states of ``parameter``, and keeps those that no bucket holds yet."""
