@@ -19,8 +19,8 @@ from dct_compile.runtime import Runtime
 def dry_run(options: Mapping[str, Any] | None, runtime: Runtime) -> Compiled:
     """Returns a backend that compiles up to the graphs that Inductor would generate code from.
 
-    Its findings about the last phase of a training are reported to ``runtime``. A compiled graph computes nothing: outputs are zeros of the right shape. Nothing is attached
-    to a wrapper such as DDP, and nothing is exchanged with other ranks. Needs a process group.
+    Its findings about the last phase of a training are reported to ``runtime``. A compiled graph computes nothing: outputs are zeros of the
+    right shape. Nothing is attached to a wrapper such as DDP, and nothing is exchanged with other ranks. Needs a process group.
 
     Raises:
         ValueError: An option is unknown, or its value is not allowed.

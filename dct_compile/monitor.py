@@ -192,7 +192,7 @@ def _sites(reports: ReportRegistry) -> list[_Site]:
                 held.dense_bytes += site.dense_bytes
                 held.wire_bytes += site.wire_bytes
             if isinstance(measure, BucketMeasure):
-                held.buckets += [bucket for bucket in measure.buckets if bucket.lives and bucket not in held.buckets]
+                held.buckets += [bucket for bucket in measure.buckets if not bucket.is_given_up and bucket not in held.buckets]
     return list(found.values())
 
 

@@ -28,7 +28,7 @@ def before_exchanges(compiled: Compiled, requests: Sequence[StateRequest], confi
         known = {_address(bucket): bucket for request in requests for bucket in request.buckets}
         given = {item.data_ptr() for item in args if isinstance(item, Tensor)}
         buckets = [bucket for address, bucket in known.items() if address in given]
-        if not all(bucket.lives for bucket in buckets):
+        if any(bucket.is_given_up for bucket in buckets):
             raise RuntimeError(
                 "a backward runs after a forward of the next phase, which has taken over its residuals (options 'start_iter',"
                 " 'density_warmup'): run the backwards of all earlier forwards before the first exchange of a phase"

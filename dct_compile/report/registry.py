@@ -49,8 +49,8 @@ class ReportEntry:
 
     ``training``: whether the graph has a backward. ``model``: the name of the DDP module that it belongs to, if it does. ``owner``: the
     object that runs it; when that is gone, so is the entry. An entry without an owner stays. ``uses``: by the parameters' identities.
-    ``backwards``: the number of backwards that followed each other without a forward: those of one step. ``of_phase``: whether it is for one
-    phase of a training: then the report has it while that phase runs.
+    ``backwards``: the number of backwards that followed each other without a forward: those of one step. ``of_phase``: whether it is for
+    one phase of a training, and left out of the report while another one runs.
     """
 
     graph: GraphReport | DeferredGraph

@@ -48,6 +48,11 @@ class BucketState:
         """Whether it holds the state of a parameter that lives."""
         return any(ref() is not None for ref in self.parameters)
 
+    @property
+    def is_given_up(self) -> bool:
+        """Whether other buckets have all of its parameters now, or none of them lives."""
+        return bool(self.parameters) and not self.lives
+
     def give_up(self, index: int) -> None:
         """Forgets the parameter at ``index``: another bucket has it now, and this one no longer :meth:`holds` its parameters."""
         self.parameters[index] = weakref.ref(torch.empty(0))  # dead at once
