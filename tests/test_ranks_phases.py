@@ -1,6 +1,7 @@
 """Trainings on two ranks that begin dense, and then send ever less: under DDP in both wrapping orders, and under data_parallel."""
 
 import io
+import re
 from typing import Any, NamedTuple
 
 import pytest
@@ -104,7 +105,7 @@ def course(rank: int, world_size: int, wrapping: str) -> Course:
 def test_the_report_shows_the_phase_that_runs(ranks2_once: Ranks, wrapping: str) -> None:
     for found in ranks2_once(course, wrapping):
         assert [len(rows) for rows in found.rows] == [1] * STEPS
-        rows = [row.partition("; dense: ")[0] + row.partition(".bias")[2][7:] for (row,) in found.rows]
+        rows = [re.sub(r"; dense: [^;]*", "", row) for (row,) in found.rows]
         dense = "dense until exchange 2, as start_iter or density_warmup asks"
         assert rows == [dense] * 2 + ["gather, density 0.25; until exchange 4"] * 2 + ["gather, density 0.05"] * 2
 
@@ -187,10 +188,10 @@ def differing(rank: int, world_size: int, wrapping: str, loads: tuple[int | None
 @pytest.mark.parametrize("wrapping", ["inside", "data_parallel"])
 @pytest.mark.parametrize(
     ("loads", "first", "named"),
-    [((1, 3), False, "'1' on rank 0 and '3' on rank 1"), ((None, 3), True, "'0' on rank 0 and '3' on rank 1")],
+    [((1, 3), False, ("'1' on rank 0", "'3' on rank 1")), ((None, 3), True, ("'0' on rank 0", "'3' on rank 1"))],
     ids=["later", "first"],
 )
-def test_ranks_that_load_states_of_different_steps_stop(ranks2: Ranks, wrapping: str, loads: Any, first: bool, named: str) -> None:
+def test_ranks_that_load_states_of_different_steps_stop(ranks2: Ranks, wrapping: str, loads: Any, first: bool, named: Any) -> None:
     for error in ranks2(differing, wrapping, loads, first):
         assert "(exchanges of 4 parameters so far), is " in error
-        assert named in error
+        assert all(part in error for part in named)
