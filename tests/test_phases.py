@@ -146,3 +146,27 @@ def test_damaged_numbers_are_refused(key: str, value: Any, allowed: str) -> None
     saved["p0"][key] = value
     with pytest.raises(ValueError, match=f"the state of p0: {key} must be {allowed}, not"):
         dct_compile.load_state_dict(make_model(1000, 300), saved)
+
+
+@pytest.mark.parametrize("discarded", [True, False])
+def test_a_gradient_that_is_discarded_after_its_state_has_moved_leaves_it(discarded: bool) -> None:
+    store, model = StateStore(), make_model(1000, 300)
+    parameters = list(model.values())
+    specs = [decide(make_gradient(1000, 300), gradient_scheme="random_k", dp_density=density).offer.state for density in (0.25, 0.1)]  # type: ignore[union-attr]
+    first = fill(store.bucket(parameters, specs[0], "DDP"))
+    before = first.tensors["residual"].clone()
+    optimizer = torch.optim.SGD(parameters)
+    for spec in specs:  # the second exchange adds to gradients that wait for the optimizer
+        bucket = store.bucket(parameters, spec, "DDP")
+        store.use.look(parameters)
+        bucket.pending.begin(1.0, keep=True)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        bucket.tensors["residual"] += 1
+    moved = store.bucket(parameters, specs[1], "DDP")
+    if not discarded:
+        optimizer.step()
+    optimizer.zero_grad()
+    store.use.look(parameters)
+    moved.pending.settle()
+    assert torch.equal(moved.tensors["residual"], before if discarded else before + 1 + 1)

@@ -145,7 +145,7 @@ def test_the_last_phase_is_a_training_without_phases(ranks2_once: Ranks, wrappin
 
 
 def accumulated(rank: int, world_size: int, wrapping: str, scheme: str) -> tuple[int, list[str]]:
-    """Exchanges twice per step: phases change between two exchanges of one step, and after a discarded one."""
+    """Exchanges twice per step: phases change within a step, within a discarded one and after it."""
     options = {**PLAIN, "gradient_scheme": scheme, "start_iter": 1, "density_warmup": {0: 0.25, 2: 0.1, 5: DENSITY}}
     training = Training(rank, wrapping, options)
     with dct_compile.audit(training.net) as audit:
@@ -153,7 +153,7 @@ def accumulated(rank: int, world_size: int, wrapping: str, scheme: str) -> tuple
             training.optimizer.zero_grad()
             for part in range(2):
                 loss_of(training.trainee.call(training.setting.batch(10 * step + part))).backward()
-            if step != 2:  # its second exchange is the last one of a phase
+            if step not in (1, 2):  # a phase begins within the one, and behind the other
                 training.optimizer.step()
             audit.check()
     return dct_compile.state_dict(training.net)["a.weight"]["exchanges"], [site.reason for site in dct_compile.report().sites]

@@ -57,6 +57,15 @@ class BucketState:
         """Forgets the parameter at ``index``: another bucket has it now, and this one no longer :meth:`holds` its parameters."""
         self.parameters[index] = weakref.ref(torch.empty(0))  # dead at once
 
+    def take_over(self, index: int, other: "BucketState", place: int) -> None:
+        """Moves the state of a parameter here from ``place`` in ``other``, with that of before an exchange that may be taken back."""
+        other.give_up(place)
+        now, steps = other.saved(place), other.pending.take_back(place)
+        if steps is not None:
+            self.write(index, other.saved(place))
+            self.pending.keep(index, steps)
+        self.write(index, now)
+
     def entry(self, index: int) -> Entry:
         """Returns the state of the parameter at ``index`` as views, with the residual in the order of the buffer."""
         entry: Entry = {}

@@ -91,6 +91,20 @@ class Pending:
         for index in range(len(self._steps)) if indices is None else indices:
             self._steps[index] = None
 
+    def take_back(self, index: int) -> int | None:
+        """Takes back a pending exchange of one parameter. Returns the steps of its optimizer at that exchange; ``None`` without one."""
+        steps, self._steps[index] = self._steps[index], None
+        if steps is None or not self._before:
+            return None
+        self._copy(self._before, self.tensors, [index])
+        return steps
+
+    def keep(self, index: int, steps: int) -> None:
+        """Keeps the state of one parameter as that of before a pending exchange. ``steps``: those of its optimizer at that exchange."""
+        self._before = self._before or {name: torch.empty_like(tensor) for name, tensor in self.tensors.items()}
+        self._copy(self.tensors, self._before, [index])
+        self._steps[index] = steps
+
     def rescale_to(self, scale: "float | Tensor") -> None:
         """Multiplies what waits, so that it fits gradients of a loss with the factor ``scale``."""
         if isinstance(scale, float) and isinstance(self.scale, float) and scale == self.scale:
