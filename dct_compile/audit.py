@@ -115,6 +115,7 @@ class Audit:
         """
         state = self._runtime.states.state_dict(self._model)
         failures, worst, compressed = [], 0.0, []
+        state = {key: entry for key, entry in state.items() if "residual" in entry}
         for name, account in self._accounts.items():
             account.begin()
             entries = [entry for key, entry in state.items() if key == name or key.startswith(f"{name}@")]

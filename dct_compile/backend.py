@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch._dynamo.output_graph import GraphCompileReason
 
-from dct_compile.compiler.graph import Compiled, GraphCompiler, Settings, compile_graph, parameter_positions
+from dct_compile.compiler.graph import Compiled, Settings, compile_graph, parameter_positions
 from dct_compile.compiler.options import gradient_group, read_options
+from dct_compile.compiler.phases import compile_phases
 from dct_compile.config import DCTConfig
 from dct_compile.integrations import INTEGRATIONS
 from dct_compile.integrations.unseen import note_unseen
@@ -57,7 +58,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], config: DCTConfi
     settings = Settings(config, patches, gradient_group(config, reduced_outside), RUNTIME)
     warn_of_graph_break(gm, settings, in_ddp=reduced_outside)
     note_unseen(example_inputs, RUNTIME)
-    return GraphCompiler(gm, example_inputs, settings, reduced_outside=reduced_outside).run()
+    return compile_phases(gm, example_inputs, settings, reduced_outside=reduced_outside)
 
 
 def warn_of_graph_break(gm: fx.GraphModule, settings: Settings, *, in_ddp: bool) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
+from dct_compile.warmup import Schedule, explicit
+
 MP_VALUE_DTYPES = ("float32", "bfloat16", "float16")
 SECOND_MOMENTS = ("auto", "gaps", "plain")
 FIRST_MOMENTS = ("auto", "bypass", "keep")
@@ -21,6 +23,7 @@ _LATE = 0.1
 GRADIENT_SCHEMES = ("auto", "gather", "owner", "powersgd", "random_k")
 ROW_OPTIONS = ("mp_density", "mp_value_dtype", "mp_eval", "embedding_codec")
 """The options that say nothing about gradients."""
+WARMUPS = "an integer >= 0, or a mapping {first step: density} from step 0 on, whose densities in (0, 1] fall down to dp_density"
 EMBEDDING_CODECS = ("int8", "int4", "threshold", "dense")
 LARGEST_NUMBER = torch.finfo(torch.float32).max
 LARGEST_INTEGER = torch.iinfo(torch.int64).max
@@ -40,6 +43,12 @@ class DCTConfig:
 
     dp_density: float = 0.01
     """Fraction of a parameter's gradient that is sent per step, in (0, 1]; 1 leaves gradients dense."""
+    start_iter: int = 0
+    """Gradients are averaged dense for this many exchanges of a parameter, before they are compressed."""
+    density_warmup: int | Mapping[int, float] | Schedule = 0
+    """Exchanges after ``start_iter`` in which the density goes down to ``dp_density``, from 0.25 by factors of 4; or a schedule of its own,
+    {first exchange: density}, counted from ``start_iter`` on.
+    """
     mp_density: float = 0.05
     """Fraction of an activation's row that is sent, in (0, 1]; 1 leaves activations dense."""
     threshold: str | float = "exact"
@@ -99,6 +108,8 @@ class DCTConfig:
 
     def __post_init__(self) -> None:
         self._keep("dp_density", _fraction("dp_density", self.dp_density))
+        self._keep("start_iter", _integer("start_iter", self.start_iter, 0))
+        self._keep("density_warmup", _warmup(self.density_warmup, self.dp_density))
         self._keep("mp_density", _fraction("mp_density", self.mp_density))
         if isinstance(self.threshold, str):
             _check_choice("threshold", self.threshold, THRESHOLDS, " or a float")
@@ -121,6 +132,8 @@ class DCTConfig:
         _check_bool("mp_eval", self.mp_eval)
         _check_bool("mp_outputs", self.mp_outputs)
         _check_choice("gradient_scheme", self.gradient_scheme, GRADIENT_SCHEMES)
+        if self.gradient_scheme == "powersgd" and self.density_warmup:
+            raise _error("density_warmup", self.density_warmup, "0 with gradient_scheme='powersgd', whose factors have no density")
         self._keep("rank", _integer("rank", self.rank, 1))
         _check_choice("embedding_codec", self.embedding_codec, EMBEDDING_CODECS)
         if not isinstance(self.data_parallel, bool | ProcessGroup):
@@ -178,6 +191,7 @@ class DCTConfig:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["data_parallel"] = self.data_parallel if isinstance(self.data_parallel, bool) else self.data_parallel.group_name
         values["exempt"] = list(self.exempt)
+        values["density_warmup"] = self.density_warmup if isinstance(self.density_warmup, int) else dict(self.density_warmup)
         return values
 
 
@@ -249,6 +263,15 @@ def _fraction(name: str, value: object) -> float:
     if not 0.0 < _float(value) <= 1.0:
         raise _error(name, value, "a number in (0, 1]: the fraction kept")
     return _float(value)
+
+
+def _warmup(value: Any, density: float) -> int | Schedule:
+    kept = explicit(value, density)
+    if kept is not None:
+        return kept
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) <= LARGEST_INTEGER:
+        raise _error("density_warmup", value, WARMUPS)
+    return int(value)
 
 
 def _integer(name: str, value: Any, low: int) -> int:

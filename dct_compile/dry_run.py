@@ -12,14 +12,15 @@ from dct_compile.compiler.state_inputs import blank_state
 from dct_compile.integrations import INTEGRATIONS
 from dct_compile.integrations.unseen import note_unseen
 from dct_compile.passes import graph_utils as gu
+from dct_compile.phases import phases_of
 from dct_compile.runtime import Runtime
 
 
 def dry_run(options: Mapping[str, Any] | None, runtime: Runtime) -> Compiled:
     """Returns a backend that compiles up to the graphs that Inductor would generate code from.
 
-    Its findings are reported to ``runtime``. A compiled graph computes nothing: outputs are zeros of the right shape. Nothing is attached
-    to a wrapper such as DDP, and nothing is exchanged with other ranks. Needs a process group.
+    Its findings about the last phase of a training are reported to ``runtime``. A compiled graph computes nothing: outputs are zeros of the
+    right shape. Nothing is attached to a wrapper such as DDP, and nothing is exchanged with other ranks. Needs a process group.
 
     Raises:
         ValueError: An option is unknown, or its value is not allowed.
@@ -34,7 +35,7 @@ def dry_run(options: Mapping[str, Any] | None, runtime: Runtime) -> Compiled:
             if target not in previewed:
                 integration.preview(target, config, runtime)
                 previewed.append(target)
-        settings = Settings(config, patches, group, runtime, _nothing_computed)
+        settings = Settings(phases_of(config)[-1].config, patches, group, runtime, _nothing_computed)
         note_unseen(example_inputs, runtime)
         compiler = GraphCompiler(gm, example_inputs, settings, reduced_outside=bool(active))
         compiled, requests = compiler.compile()

@@ -41,6 +41,7 @@ class Totals:
     """One bucket's numbers. ``kept`` of ``seen`` elements were sent in ``steps`` steps, ``overflow`` found no room (at the owner, too).
 
     ``threshold``: mean over the parameters, ``None`` for a scheme without one. ``residual_norm``: L2 norm of all that was not sent yet.
+    ``restarts``: how often the counters were reset.
     """
 
     steps: int = 0
@@ -49,13 +50,14 @@ class Totals:
     overflow: int = 0
     threshold: float | None = None
     residual_norm: float = 0.0
+    restarts: int = 0
 
 
 class Reading:
     """A bucket's numbers on their way to the host. Starting one does not wait for the device that computes them."""
 
     def __init__(self, bucket: BucketState) -> None:
-        self.numels, self.sent = bucket.spec.numels, bucket.spec.sent
+        self.numels, self.sent, self.restarts = bucket.spec.numels, bucket.spec.sent, bucket.pending.restarts
         named = {name: [bucket.tensors[item.input_name] for item in bucket.spec.tensors if item.name == name] for name in _READ}
         self.has_threshold = bool(named["threshold"])
         with torch.no_grad():
@@ -81,7 +83,8 @@ class Reading:
         seen = sum(int(own) * numel for own, numel in zip(steps, self.numels, strict=True))
         if self.sent is not None:
             kept = [own * sent for own, sent in zip(steps, self.sent, strict=True)]
-        return Totals(int(max(steps)), int(sum(kept)), seen, int(overflow), threshold if self.has_threshold else None, norm)
+        chosen = threshold if self.has_threshold else None
+        return Totals(int(max(steps)), int(sum(kept)), seen, int(overflow), chosen, norm, self.restarts)
 
 
 _READ = ("residual", "counters", "threshold")

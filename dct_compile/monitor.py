@@ -195,7 +195,7 @@ def _sites(reports: ReportRegistry) -> list[_Site]:
                 held.dense_bytes += site.dense_bytes
                 held.wire_bytes += site.wire_bytes
             if isinstance(measure, BucketMeasure):
-                held.buckets += [bucket for bucket in measure.buckets if bucket not in held.buckets]
+                held.buckets += [bucket for bucket in measure.buckets if not bucket.is_given_up and bucket not in held.buckets]
     return list(found.values())
 
 
@@ -205,7 +205,7 @@ def _mean(numbers: Sequence[float]) -> float | None:
 
 def _since(before: Totals, now: Totals) -> Totals:
     """Subtracts the counts of an earlier reading. A state that was reset or replaced in between counts from its start."""
-    if now.steps < before.steps:
+    if now.steps < before.steps or now.restarts != before.restarts:
         return now
     steps, kept = now.steps - before.steps, now.kept - before.kept
     return replace(now, steps=steps, kept=kept, seen=now.seen - before.seen, overflow=now.overflow - before.overflow)

@@ -68,6 +68,9 @@ class Reason(StrEnum):
     ROW_THRESHOLD = "row threshold, {capacity} of {width} kept"
     FOLLOWS_FORWARD = "the forward's mask, values only"
 
+    UNTIL = "{reason}; until exchange {number}"
+    DENSE_UNTIL = "dense until exchange {number}, as start_iter or density_warmup asks"
+
 
 @unique
 class Note(StrEnum):

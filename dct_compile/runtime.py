@@ -2,12 +2,13 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
@@ -16,9 +17,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dct_compile.agreement import Agreement
 from dct_compile.config import DCTConfig
 from dct_compile.optim import Bypass
+from dct_compile.phases import phases_of
+from dct_compile.posts import Signature
 from dct_compile.reasons import Note
 from dct_compile.report import Report, ReportRegistry, unreached_modules
 from dct_compile.state.bucket import BucketState
+from dct_compile.state.exchanges import signatures_of
 from dct_compile.state.store import StateStore
 from dct_compile.workers import Workers
 
@@ -60,9 +64,33 @@ class Runtime:
         late = bucket.spec.waits and config.error_feedback
         for use in bucket.pending.uses:
             use.late, use.waits, use.gap = late, late and config.bypasses, config.gap
+        bucket.follow(config.dp_density)
         scale = self.states.use.scale(bucket.pending.uses)
         if not bucket.pending.begin(scale, config.undo_discarded and config.error_feedback, final):
             self.warn_once(Note.NO_OPTIMIZER)
+
+    def agree_on_exchanges(self, group: ProcessGroup, config: DCTConfig, named: Sequence[tuple[str, Tensor]]) -> None:
+        """Compares with the other ranks how often the gradients of these parameters were exchanged: the phases follow from it.
+
+        Returns at once where that is known to be equal. It is not before the first exchange, nor after a state was loaded: then all ranks
+        make this call.
+
+        Args:
+            group: The ranks that average the gradients.
+            config: The options, with all phases.
+            named: The parameters by name.
+
+        Raises:
+            RuntimeError: The ranks have other numbers, as after loading files of different steps, or other phases.
+        """
+        uses = self.states.use.of(parameter for _, parameter in named)
+        if all(use.agreed for use in uses):
+            return
+        densities = ", ".join(f"{phase.config.dp_density:g} from exchange {phase.first} on" for phase in phases_of(config))
+        numbers = signatures_of([(name, use) for (name, _), use in zip(named, uses, strict=True)])
+        self.agreement.check(group, config.comparable(), [Signature("densities", densities, named[0][0]), *numbers], fresh=True)
+        for use in uses:
+            use.agreed = True
 
     def warn_once(self, note: str) -> None:
         """Adds a note to the report, once. The first rank that has it logs it as a warning, the others as information."""

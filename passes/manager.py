@@ -18,7 +18,7 @@ from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.context import has_descriptors, read_context
 from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.insert_gradient_sync import averaged_buckets, insert_gradient_sync
-from dct_compile.passes.plan import Decision, decide_in_graph, plan
+from dct_compile.passes.plan import Decision, decide_in_graph, held_until, plan
 from dct_compile.passes.record import Described, describe, describe_nodes, readable
 from dct_compile.passes.rewrite import rewrite
 from dct_compile.passes.sites import GraphContext, find_sites
@@ -65,6 +65,7 @@ class JointGraphPass(CustomGraphPass):
     """Inductor's hook for one Dynamo graph: gets the joint forward and backward graph (or the forward alone, in evaluation).
 
     ``requests`` are the state inputs appended to ``inputs``, in order. A call raises :class:`StateNeededError` when the graph needs others.
+    ``until``: the exchange at which another phase of the training follows, if one does.
     """
 
     def __init__(
@@ -77,9 +78,10 @@ class JointGraphPass(CustomGraphPass):
         runtime: Runtime,
         earlier: Sequence[Callable[[fx.Graph], None]],
         backward_only: bool = False,
+        until: int | None = None,
     ) -> None:
         self.name, self.config, self.inputs, self.requests, self.group = name, config, inputs, requests, group
-        self.runtime, self.earlier, self.backward_only = runtime, earlier, backward_only
+        self.runtime, self.earlier, self.backward_only, self.until = runtime, earlier, backward_only, until
         self.decisions: list[Decision] = []
         self.trains = False
         """True if the graph, in the last call, returned the gradient of a parameter."""
@@ -109,7 +111,7 @@ class JointGraphPass(CustomGraphPass):
             parameters = [parameter for parameter in context.parameters.values() if parameter.position not in self.reduced]
             insert_gradient_sync(graph, context, averaged_buckets(self.inputs, parameters), self.group)
         sites = [*find_sites(graph, context), *subgraph_sites(graph, context)]
-        self.decisions = plan(sites, self.config, context.training)
+        self.decisions = [held_until(decision, self.until) for decision in plan(sites, self.config, context.training)]
         self._check_state()
         # Describing a large graph takes a while: one without collectives is neither rewritten nor reported.
         if self.decisions:

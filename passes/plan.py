@@ -113,6 +113,16 @@ def dense(exchange: Exchange, reason: str) -> Decision:
     return Decision(exchange, None, str(reason), size, size)
 
 
+def held_until(decision: Decision, exchanges: int | None) -> Decision:
+    """Adds to the reason of a gradient's decision that another phase follows after ``exchanges`` exchanges, if one does."""
+    depends = isinstance(decision.offer, GradientOffer) or bool(decision.offers)
+    if exchanges is None or decision.exchange.kind != GRADIENT:
+        return decision
+    if decision.reason == Reason.DP_DENSITY_ONE:
+        return replace(decision, reason=Reason.DENSE_UNTIL.format(number=exchanges))
+    return replace(decision, reason=Reason.UNTIL.format(reason=decision.reason, number=exchanges)) if depends else decision
+
+
 def _pays(offer: Offer) -> bool:
     """Returns True if an offer sends fewer bytes than the dense collective."""
     return offer.traffic.wire < offer.exchange.dense_wire

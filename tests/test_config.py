@@ -1,7 +1,7 @@
 """Options: every bad value is refused with the key, the value and what is allowed."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from fractions import Fraction
 from typing import Any
 
@@ -19,6 +19,7 @@ FRACTION = "a number in (0, 1]: the fraction kept"
 DTYPES = "one of 'float32', 'bfloat16', 'float16'"
 THRESHOLDS = "one of 'exact', 'sampled', 'laplace' or a float"
 PATTERNS = "a list of patterns (strings) of parameters, modules or source lines"
+WARMUPS = "an integer >= 0, or a mapping {first step: density} from step 0 on, whose densities in (0, 1] fall down to dp_density"
 NAN = float("nan")
 INF = float("inf")
 
@@ -45,6 +46,10 @@ BAD: list[tuple[str, Any, str]] = [
     *[("undo_discarded", value, "True or False") for value in (0, "no", None)],
     *[("first_moment", value, "one of 'auto', 'bypass', 'keep'") for value in ("off", None, True)],
     *[("second_moment", value, "one of 'auto', 'gaps', 'plain'") for value in ("gap", None, 1)],
+    *[("start_iter", value, "an integer >= 0") for value in (-1, 1.0, "5", None, True, 2**63)],
+    *[("density_warmup", value, WARMUPS) for value in (-1, 1.0, "5", None, True, 2**63, {}, {1: 0.01}, {0: 0.25, 9: 0.02}, [0.25])],
+    *[("density_warmup", {0: value, 9: 0.01}, WARMUPS) for value in (0.01, 0.001, 1.5, NAN, "0.1", True)],
+    *[("density_warmup", {0: 0.25, value: 0.01}, WARMUPS) for value in (-1, 0.5, "9", True)],
     *[("audit", value, "True or False") for value in (1, "yes", None)],
     *[("dp_value_dtype", value, DTYPES) for value in ("float64", "bf16", torch.bfloat16, None)],
     *[("mp_value_dtype", value, DTYPES) for value in ("int8", "half", torch.float32, 16)],
@@ -98,6 +103,8 @@ GOOD: list[dict[str, Any]] = [
     {"refresh_interval": 1, "refresh_warmup": "off"},
     {"capacity_factor": 1},
     {"min_numel": 0},
+    {"start_iter": 0, "density_warmup": 0},
+    {"start_iter": 2**63 - 1, "density_warmup": 2**63 - 1},
     {"exempt": []},
     {"exempt": ("*.bias", "norm.*")},
     {"exempt": ["*.bias"]},
@@ -229,6 +236,14 @@ def test_comparable_is_plain_and_tells_options_apart() -> None:
     assert set(plain) == {item.name for item in fields(DCTConfig)}
     assert DCTConfig().comparable() == DCTConfig().comparable()
     assert DCTConfig().comparable() != DCTConfig(mp_density=0.1).comparable()
+
+
+def test_a_schedule_is_kept_in_order_and_compared_as_it_was_given() -> None:
+    config = DCTConfig(density_warmup={np.int64(9): np.float64(0.01), 0: 0.25})
+    assert config.density_warmup == ((0, 0.25), (9, 0.01))
+    assert replace(config, min_numel=0).density_warmup == config.density_warmup
+    assert config.comparable()["density_warmup"] == {0: 0.25, 9: 0.01}
+    assert isinstance(hash(config), int)
 
 
 def test_process_group_is_compared_by_name() -> None:

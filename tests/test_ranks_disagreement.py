@@ -52,6 +52,8 @@ CASES = {
     "dp_density": ("ddp", [{"dp_density": 0.01}, {"dp_density": 0.02}], (64, 64)),
     "refresh_interval": ("ddp", [{}, {"refresh_interval": 10}], (64, 64)),
     "mp_density": ("exchange", [{"mp_density": 0.05}, {"mp_density": 0.1}], (64, 64)),
+    "start_iter": ("ddp", [{"start_iter": 2}, {"start_iter": 3}], (64, 64)),
+    "density_warmup": ("data_parallel", [{"density_warmup": 2}, {"density_warmup": 20}], (64, 64)),
     "exempt": ("exchange", [{}, {"exempt": ["small_models.py:*"]}], (64, 64)),
     "mp_outputs": ("returned", [{}, {"mp_outputs": True}], (64, 64)),
     "dp_value_dtype": ("data_parallel", [{}, {"dp_value_dtype": "float32"}], (64, 64)),

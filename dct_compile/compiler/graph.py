@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from dct_compile.compiler.equal_start import with_equal_start
-from dct_compile.compiler.exchanges import before_exchanges
+from dct_compile.compiler.exchanges import before_exchanges, with_count
 from dct_compile.compiler.first_use import FirstUse
 from dct_compile.compiler.spread import Meshes, fsdp_meshes, spread_of, watchers
 from dct_compile.compiler.state_inputs import add_state_inputs, with_state
@@ -44,7 +44,8 @@ class Settings:
     """The settings of one compilation.
 
     ``patches``: Inductor's own options. ``group``: the ranks that average gradients, for ``data_parallel``. ``inner_compile``: what
-    generates code from the partitioned graphs.
+    generates code from the partitioned graphs. ``options``: the options with all phases, where ``config`` is one of several phases;
+    ``until``: the exchange at which the next phase follows.
     """
 
     config: DCTConfig
@@ -52,6 +53,8 @@ class Settings:
     group: ProcessGroup | None
     runtime: Runtime
     inner_compile: Compiled = compile_fx_inner
+    options: DCTConfig | None = None
+    until: int | None = None
 
 
 def compile_graph(
@@ -87,17 +90,21 @@ class GraphCompiler:
         self.name = f"graph {compile_id}" if compile_id is not None else "graph"
         self.trains_later = True
         """True if gradients are exchanged by a backward of its own, not by the graph itself."""
-        self.first_use = FirstUse(settings.config, settings.runtime)
+        self.requests: list[StateRequest] = []
+        self.decisions: list[Decision] = []
+        """The state that the graph needs and the decisions about it, once it is compiled."""
+        self.compared = settings.options or settings.config
+        self.first_use = FirstUse(self.compared, settings.runtime)
 
     def run(self) -> Compiled:
         """Returns the compiled graph, to be called with the graph's own inputs."""
-        compiled, requests = self.compile()
-        if requests:
+        compiled, self.requests = self.compile()
+        if self.requests:
             family = self.name.rpartition("/")[0]  # "graph 2/1" is the second compilation of one frame
-            compiled = with_state(compiled, requests, self.runtime, family, None if self.trains_later else self.config)
+            compiled = with_state(compiled, self.requests, self.runtime, family, None if self.trains_later else self.config)
         # One rank may evaluate alone: without gradients nothing waits for the others.
         if self.group is not None and torch.is_grad_enabled():
-            compiled = with_equal_start(compiled, self.inputs, self.group, self.config, self.runtime)
+            compiled = with_equal_start(compiled, self.inputs, self.group, self.compared, self.runtime)
         return self.first_use.before_forward(compiled, self.parameter_positions)
 
     def compile(self) -> tuple[Compiled, list[StateRequest]]:
@@ -120,12 +127,12 @@ class GraphCompiler:
         if self.config.inline_kernels:
             passes[_LAST_SLOT] = InlineKernels(self._custom_passes(_LAST_SLOT))
         watched = watchers(self.inputs, joint_pass.reduced)
-        gm, inputs = add_state_inputs(self.gm, self.example_inputs, requests, watched)
+        gm, inputs = add_state_inputs(self.gm, self.example_inputs, requests, watched, always_copied=self.settings.options is not None)
         # The autograd cache would skip the passes on a warm start, and with them the report; Inductor's own cache stays on.
         # aot_compile never looks into the cache, but its result is made by it.
         with functorch_config.patch(enable_autograd_cache=self.ahead_of_time):
             compiled = compile_graph(gm, inputs, {**self.settings.patches, **passes}, self._inner_compile(joint_pass))
-        self.trains_later = joint_pass.training
+        self.trains_later, self.decisions = joint_pass.training, joint_pass.decisions
         if not self.ahead_of_time:
             self.first_use.expect(joint_pass.decisions, joint_pass.training)
         if joint_pass.entry is not None:
@@ -155,13 +162,15 @@ class GraphCompiler:
 
     def _joint_pass(self, requests: list[StateRequest]) -> JointGraphPass:
         earlier = self._custom_passes(JOINT_SLOT)
-        return JointGraphPass(self.name, self.config, self.inputs, requests, self.group, self.runtime, earlier, self.backward_only)
+        return JointGraphPass(
+            self.name, self.config, self.inputs, requests, self.group, self.runtime, earlier, self.backward_only, self.settings.until
+        )
 
     def _inner_compile(self, joint_pass: JointGraphPass) -> Compiled:
         """Compiles a partitioned graph; a backward agrees with the other ranks before it runs for the first time."""
         # The function lives as long as the compiled graph. This object holds the parameters of the first call, which may die sooner.
         inner_compile, first_use, config, runtime = self.settings.inner_compile, self.first_use, self.config, self.runtime
-        ahead_of_time, averages = self.ahead_of_time, self.group is not None
+        ahead_of_time, averages, options = self.ahead_of_time, self.group is not None, self.settings.options
 
         def inner(gm: fx.GraphModule, inputs: Sequence[Any], **flags: Any) -> Any:
             if ahead_of_time:
@@ -172,7 +181,8 @@ class GraphCompiler:
                 return compiled
             if joint_pass.requests:
                 compiled = before_exchanges(compiled, joint_pass.requests, config, runtime)
-            return first_use.before_backward(compiled)
+            compiled = first_use.before_backward(compiled)
+            return compiled if options is None else with_count(compiled, joint_pass.decisions, options, runtime)
 
         return inner
 

@@ -23,6 +23,8 @@ def add_state_inputs(
     inputs: Sequence[Any],
     requests: Sequence[StateRequest],
     watchers: Mapping[int, Callable[[Any], Any]] = MappingProxyType({}),
+    *,
+    always_copied: bool = False,
 ) -> tuple[fx.GraphModule, list[Any]]:
     """Returns a copy of a Dynamo graph with placeholders for the state of ``requests`` behind its own, and example inputs to match.
 
@@ -33,8 +35,9 @@ def add_state_inputs(
         inputs: Its example inputs.
         requests: The state that it needs.
         watchers: Functions that are called, and return their argument, when the graph is traced: by position of that input.
+        always_copied: Whether it is a copy even where nothing is added: Inductor changes a graph before tracing it.
     """
-    if not requests and not watchers:
+    if not requests and not watchers and not always_copied:
         return gm, list(inputs)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

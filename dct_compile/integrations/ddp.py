@@ -15,9 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from dct_compile.config import DCTConfig
 from dct_compile.integrations.ddp_calls import parts_of_compiled_model, running_modules
-from dct_compile.integrations.ddp_reducer import BucketPlan, GradientCompressor
+from dct_compile.integrations.ddp_plan import BucketPlan
+from dct_compile.integrations.ddp_reducer import GradientCompressor
 from dct_compile.integrations.ddp_report import bucket_name, publish_module, title_of
 from dct_compile.integrations.interface import Compiled
+from dct_compile.phases import Phase, phases_of
 from dct_compile.posts import Signature
 from dct_compile.reasons import Note, Reason
 from dct_compile.report import wrapped_class
@@ -47,8 +49,9 @@ class DDPIntegration:
                 _note_other_options(target, held.config, config, runtime)
             return
         gloo.shorten_names()  # the graph may have been compiled before there was a group
-        plans = _future_plans(target, config)
-        reason = _reason_to_leave(target, plans)
+        phases = phases_of(config)
+        reason = _reason_to_leave(target, _future_plans(target, phases[-1]))
+        plans = [plan for phase in phases for plan in _future_plans(target, phase)]
         agree = partial(_agree, target.process_group, config, runtime, [plan.signature(reason) for plan in plans])
         publish_module(target, reason, runtime)
         if reason is not None:
@@ -65,9 +68,9 @@ class DDPIntegration:
         """Reports the result that :meth:`attach` will have, and attaches nothing.
 
         The buckets are those that DDP will have from its second step on if gradients come in the reverse order of the parameters. The
-        bytes that it sends do not depend on how parameters are bucketed.
+        bytes that it sends do not depend on how parameters are bucketed. The phase is the last one.
         """
-        plans = _future_plans(target, config)
+        plans = _future_plans(target, phases_of(config)[-1])
         reason = _reason_to_leave(target, plans)
         publish_module(target, reason, runtime)
         title = title_of(target, runtime)
@@ -162,12 +165,12 @@ def _reason_to_leave(module: DistributedDataParallel, plans: Sequence[BucketPlan
     return "; ".join(dict.fromkeys(decision.reason for decision in decisions))
 
 
-def _future_plans(module: DistributedDataParallel, config: DCTConfig) -> list[BucketPlan]:
+def _future_plans(module: DistributedDataParallel, phase: Phase) -> list[BucketPlan]:
     names = {id(parameter): name for name, parameter in named_parameters(module)}
     unused = module.find_unused_parameters
     sparse = {id(parameter) for parameter, expected in zip(*module._build_params_for_reducer(), strict=True) if expected}
     return [
-        BucketPlan.of(bucket, names, module.process_group, config, may_be_unused=unused, sparse=id(bucket[0]) in sparse)
+        BucketPlan.of(bucket, names, module.process_group, phase, may_be_unused=unused, sparse=id(bucket[0]) in sparse)
         for bucket in _future_buckets(module)
     ]
 

@@ -7,104 +7,27 @@ fills the next one, and the exchanges of several buckets come in the same order 
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
-from torch._dynamo.convert_frame import compile_lock
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
-from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
-from dct_compile.element_order import ElementOrder
-from dct_compile.exchange import Parameter, gradient_exchange, segments_of
+from dct_compile.integrations.ddp_plan import BucketPlan
 from dct_compile.integrations.ddp_report import averaged_parameters, bucket_name, title_of
 from dct_compile.measure import BucketMeasure
-from dct_compile.passes.collectives import ALL_REDUCE
-from dct_compile.passes.manager import publish
-from dct_compile.passes.plan import Decision, decide, dense
-from dct_compile.passes.record import describe_function, describe_site
-from dct_compile.posts import Signature
-from dct_compile.reasons import Note, Reason, abbreviated
-from dct_compile.report import DeferredGraph, GraphReport, Measure, ReportEntry
+from dct_compile.phases import Phase, phase_at, phases_of
+from dct_compile.reasons import Note, abbreviated
 from dct_compile.runtime import Runtime
-from dct_compile.schemes import GradientOffer
 from dct_compile.state.bucket import BucketState, refer_to
+from dct_compile.state.exchanges import count_exchange, exchanges_of
 from dct_compile.state.gradient_use import NO_BACKWARD
 from dct_compile.state.store import named_parameters
 from dct_compile.workers import ExchangeWorker
-
-
-@dataclass(frozen=True)
-class BucketPlan:
-    """The decision about one bucket. ``device``: where its buffer is. ``sparse``: whether that is a sparse tensor."""
-
-    decision: Decision
-    comm: Comm
-    device: torch.device
-    sparse: bool
-
-    @classmethod
-    def of(
-        cls,
-        parameters: Sequence[Tensor],
-        names: dict[int, str],
-        group: ProcessGroup,
-        config: DCTConfig,
-        *,
-        may_be_unused: bool,
-        sparse: bool,
-    ) -> "BucketPlan":
-        members = [Parameter(index, names[id(item)], tuple(item.shape), ElementOrder.of(item)) for index, item in enumerate(parameters)]
-        exchange = gradient_exchange(ALL_REDUCE, segments_of(members), parameters[0].dtype, group, may_be_unused)
-        decision = dense(exchange, Reason.SPARSE) if sparse else decide(exchange, config)
-        return cls(decision, Comm(group.group_name, group.size()), parameters[0].device, sparse)
-
-    @property
-    def offer(self) -> GradientOffer | None:
-        offer = self.decision.offer
-        assert offer is None or isinstance(offer, GradientOffer)
-        return offer
-
-    def signature(self, reason_to_leave: str | None) -> Signature:
-        """Returns the values that the ranks compare. ``reason_to_leave``: the reason to keep DDP's own reducer, if it is kept."""
-        exchange = self.decision.exchange
-        return Signature(exchange.key(), self.decision.digest if reason_to_leave is None else "dense", exchange.label)
-
-    def reduce(self, grad: Tensor, *state: Tensor) -> Tensor:
-        """Averages the buffer ``grad``, with the state in the order of the offer's spec."""
-        if self.offer is None:
-            return self.reduce_dense(grad)
-        names = [tensor.input_name for tensor in self.offer.state.tensors]
-        return self.offer.reduce(grad, dict(zip(names, state, strict=True)), self.comm)
-
-    def reduce_dense(self, grad: Tensor) -> Tensor:
-        """Averages the buffer ``grad`` uncompressed."""
-        return self.comm.wait(self.comm.all_reduce(grad, "avg"))
-
-    def publish(self, name: str, runtime: Runtime, measure: Measure | None) -> ReportEntry:
-        """Reports the bucket as a graph of its own."""
-        return publish(DeferredGraph(name, partial(self._describe, name)), [(describe_site(self.decision), measure)], runtime)
-
-    def _describe(self, name: str) -> GraphReport:
-        """Traces the function of the bucket: dense before, and as it is after the rewriting. A sparse bucket has no such function."""
-        if self.sparse:
-            return GraphReport(name, "", "")
-        exchange = self.decision.exchange
-        assert exchange.shape is not None
-        # A trace concerns the whole process, so that no other thread may compile meanwhile.
-        with compile_lock:
-            with FakeTensorMode():
-                grad = {"grad": torch.empty(exchange.shape, dtype=exchange.dtype, device=self.device)}
-                state = BucketState([], self.offer.state, self.device).tensors if self.offer is not None else {}
-            before, nodes_before = describe_function(self.reduce_dense, grad)
-            after, nodes_after = describe_function(self.reduce, {**grad, **state})
-        return GraphReport(name, before, after, nodes_before, nodes_after)
 
 
 class GradientCompressor:
@@ -117,7 +40,9 @@ class GradientCompressor:
         self.find_unused = module.find_unused_parameters
         self.config, self.runtime, self.process_group, self.agree = config, runtime, module.process_group, agree
         self.title = title_of(module, runtime)
+        self.phases = phases_of(config)
         self.names = {id(parameter): name for name, parameter in named_parameters(module)}
+        self.parameters = [weakref.ref(parameter) for _, parameter in named_parameters(module)]
         # Parameters that no compiled graph was called with; a parameter that was not used at all cannot be told from those.
         self.uncompiled = {} if self.find_unused else {id(parameter): name for name, parameter in averaged_parameters(module)}
         self.worker: ExchangeWorker | None = None
@@ -131,7 +56,8 @@ class GradientCompressor:
         """Starts the bucket's averaging and returns at once: the hook. Buckets come in the same order on all ranks."""
         buffer = bucket.buffer()
         worker = self.own_worker()
-        reducer = self._reducer(bucket.index(), bucket.parameters(), worker.group, buffer.is_sparse)
+        phase = self._begin_exchange(bucket.parameters())
+        reducer = self._reducer(bucket.index(), bucket.parameters(), worker.group, phase, buffer.is_sparse)
         if bucket.is_last():
             self._forget_retired()
             self._warn_of_uncompiled()
@@ -155,6 +81,19 @@ class GradientCompressor:
             self.worker = self.runtime.workers.of(self.process_group)
         return self.worker
 
+    def _begin_exchange(self, parameters: Sequence[Tensor]) -> Phase:
+        """Counts an exchange of a bucket's gradients. Returns the phase that it is in: that of its youngest parameter."""
+        if len(self.phases) == 1:
+            return self.phases[0]
+        uses = self.runtime.states.use.of(parameters)
+        if not all(use.agreed for use in uses):
+            living = [parameter for ref in self.parameters if (parameter := ref()) is not None]
+            named = [(self.names[id(parameter)], parameter) for parameter in living]
+            self.runtime.agree_on_exchanges(self.process_group, self.config, named)
+        phase = phase_at(self.phases, exchanges_of(uses))
+        count_exchange(uses)
+        return phase
+
     def _warn_of_uncompiled(self) -> None:
         if self.uncompiled:
             self.runtime.warn_once(Note.NOT_COMPILED.format(parameters=abbreviated(list(self.uncompiled.values()))))
@@ -169,14 +108,14 @@ class GradientCompressor:
             future.set_result(reducer(buffer))
         return future
 
-    def _reducer(self, index: int, parameters: Sequence[Tensor], group: ProcessGroup, sparse: bool) -> "BucketReducer":
+    def _reducer(self, index: int, parameters: Sequence[Tensor], group: ProcessGroup, phase: Phase, sparse: bool) -> "BucketReducer":
         current = self.reducers.get(index)
-        if current is not None and current.serves(parameters):
+        if current is not None and current.phase == phase and current.serves(parameters):
             return current
         if current is not None:
-            # DDP has rebuilt its buckets: every one of them may hold other parameters now.
+            # DDP has rebuilt its buckets: every one of them may hold other parameters now. Or the next phase begins.
             self.retired, self.reducers = [*self.retired, *self.reducers.values()], {}
-        created = BucketReducer(index, parameters, self, group, sparse)
+        created = BucketReducer(index, parameters, self, group, phase, sparse)
         self.reducers[index] = created
         return created
 
@@ -187,14 +126,19 @@ class GradientCompressor:
 
 
 class BucketReducer:
-    """Averages one bucket, with its state. ``joined``: whether this rank has no more inputs, so that only others apply the average."""
+    """Averages one bucket in one phase, with its state.
 
-    def __init__(self, index: int, parameters: Sequence[Tensor], owner: GradientCompressor, group: ProcessGroup, sparse: bool) -> None:
+    ``joined``: whether this rank has no more inputs, so that only others apply the average.
+    """
+
+    def __init__(
+        self, index: int, parameters: Sequence[Tensor], owner: GradientCompressor, group: ProcessGroup, phase: Phase, sparse: bool
+    ) -> None:
         self.parameters = [weakref.ref(parameter) for parameter in parameters]
         self.find_unused, self.process_group = owner.find_unused, owner.process_group
-        self.runtime, self.config, self.group = owner.runtime, owner.config, group
+        self.runtime, self.phase, self.group = owner.runtime, phase, group
         self.joined = False
-        self.plan = BucketPlan.of(parameters, owner.names, group, owner.config, may_be_unused=self.find_unused, sparse=sparse)
+        self.plan = BucketPlan.of(parameters, owner.names, group, phase, may_be_unused=self.find_unused, sparse=sparse)
         self.state = self._find_state(parameters, owner)
         measure = BucketMeasure([self.state]) if self.state is not None else None
         self.entry = self.plan.publish(bucket_name(owner.title, index, owner.process_group), owner.runtime, measure)
@@ -207,7 +151,7 @@ class BucketReducer:
         offer = self.plan.offer
         if self.state is None or offer is None:
             return self.plan.reduce_dense(buffer)
-        self.runtime.begin_exchange(self.state, self.config, final=self.joined)
+        self.runtime.begin_exchange(self.state, self.phase.config, final=self.joined)
         with self.state.skip_unused(buffer, offer.members.compressed) if self.find_unused else nullcontext():
             return offer.reduce(buffer, self.state.tensors, self.plan.comm)
 

@@ -49,7 +49,8 @@ class ReportEntry:
 
     ``training``: whether the graph has a backward. ``model``: the name of the DDP module that it belongs to, if it does. ``owner``: the
     object that runs it; when that is gone, so is the entry. An entry without an owner stays. ``uses``: by the parameters' identities.
-    ``backwards``: the number of backwards that followed each other without a forward: those of one step.
+    ``backwards``: the number of backwards that followed each other without a forward: those of one step. ``of_phase``: whether it is for
+    one phase of a training, and left out of the report while another one runs.
     """
 
     graph: GraphReport | DeferredGraph
@@ -59,6 +60,7 @@ class ReportEntry:
     owner: "weakref.ref[object] | None" = None
     uses: dict[tuple[int, ...], _Use] = field(default_factory=dict)
     backwards: int = 0
+    of_phase: bool = False
     is_forward_last: bool = True
 
     @property
@@ -161,7 +163,7 @@ class ReportRegistry:
         it more often. It is 0 where other compilations have taken over all these parameters.
         """
         current = sum(not any(entry.is_replaced_by(other, key) for other in self.entries) for key in entry.uses)
-        return max(current, entry.backwards, 1) if current or not entry.uses else 0
+        return max(current, entry.backwards, 1) if current or not (entry.uses or entry.of_phase) else 0
 
     def _drop_dead(self) -> None:
         self._dropped.update(entry for entry in self.entries if not entry.lives)
@@ -219,7 +221,8 @@ class ReportRegistry:
     def _current(self) -> list[tuple[ReportEntry, int]]:
         """Returns the entries that there are now, each with its calls: another thread may train meanwhile."""
         with self._lock:
-            return [(entry, self.calls(entry)) for entry in self.entries]
+            counted = [(entry, self.calls(entry)) for entry in self.entries]
+            return [(entry, calls) for entry, calls in counted if calls or not entry.of_phase]
 
     def _hints(self, sites: Sequence[SiteReport], not_reached: Callable[[], Sequence[str]]) -> list[str]:
         """Returns notes about what is missing, as far as is known by now."""

@@ -89,6 +89,8 @@ def offer(exchange: Exchange, config: DCTConfig) -> PowerSGD | Declined | None:
         return None
     if exchange.may_be_unused:
         return Declined(Reason.MAY_BE_UNUSED.format(scheme="powersgd"))
+    if config.dp_density == 1:
+        return Declined(str(Reason.DP_DENSITY_ONE))
     members = divide(exchange, config, lambda parameter: _refuse(parameter, config.rank))
     if isinstance(members, str):
         return Declined(members)

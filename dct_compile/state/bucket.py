@@ -36,6 +36,8 @@ class BucketState:
             for part in item.parts if item.fill is None else ():
                 _reset(item, view(self.tensors[item.input_name], part))
         self.pending = Pending(self.tensors, spec, uses)
+        self.densities: list[float | None] = [None] * len(spec.numels)
+        """The density that each parameter was exchanged with last; ``None`` where that is not known."""
 
     def holds(self, parameters: Sequence[Tensor]) -> bool:
         """Returns True if these are the parameters of the bucket, in this order."""
@@ -46,9 +48,23 @@ class BucketState:
         """Whether it holds the state of a parameter that lives."""
         return any(ref() is not None for ref in self.parameters)
 
+    @property
+    def is_given_up(self) -> bool:
+        """Whether other buckets have all of its parameters now, or none of them lives."""
+        return bool(self.parameters) and not self.lives
+
     def give_up(self, index: int) -> None:
         """Forgets the parameter at ``index``: another bucket has it now, and this one no longer :meth:`holds` its parameters."""
         self.parameters[index] = weakref.ref(torch.empty(0))  # dead at once
+
+    def take_over(self, index: int, other: "BucketState", place: int) -> None:
+        """Moves the state of a parameter here from ``place`` in ``other``, with that of before an exchange that may be taken back."""
+        other.give_up(place)
+        now, steps = other.saved(place), other.pending.take_back(place)
+        if steps is not None:
+            self.write(index, other.saved(place))
+            self.pending.keep(index, steps)
+        self.write(index, now)
 
     def entry(self, index: int) -> Entry:
         """Returns the state of the parameter at ``index`` as views, with the residual in the order of the buffer."""
@@ -60,9 +76,18 @@ class BucketState:
             entry["owner_share"] = list(self.spec.owner_share)
         return entry
 
+    def follow(self, density: float) -> None:
+        """Lets thresholds that were chosen for another density be chosen anew, and the counters begin anew with them."""
+        for index, held in enumerate(self.densities):
+            if held not in (None, density):
+                self.pending.restart(index)
+            self.densities[index] = density
+
     def saved(self, index: int) -> Entry:
         """Returns a copy of the state of the parameter at ``index``, with the residual in row-major order."""
         entry, order = copy_of(self.entry(index)), self._order(index)
+        if self.densities[index] is not None:
+            entry["density"] = self.densities[index]
         if order is not None:
             entry["residual"] = order.to_row_major(entry["residual"])
             if "owner" in entry:
@@ -80,6 +105,7 @@ class BucketState:
         if source is not None and source["residual"].shape != residual.shape:
             raise ValueError(f"a residual of shape {tuple(source['residual'].shape)} was given, {tuple(residual.shape)} is needed")
         source, order = source or {}, self._order(index)
+        self.densities[index] = source.get("density")
         own = [self.spec.owner_share and list(self.spec.owner_share), order and [list(order.shape), list(order.dims)]]
         if "owner" in source and own != [source["owner_share"], source.get("owner_order")]:
             source = fold_share(source)

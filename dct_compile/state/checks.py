@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dct_compile.state.entry import EARLIER_COUNTERS, Entry, share_of
+from dct_compile.state.entry import EARLIER_COUNTERS, NUMBER, Entry, share_of
 from dct_compile.triton_kernels.layout import COUNTERS
 from dct_compile.triton_kernels.shares import UNIT
 
@@ -29,17 +29,29 @@ def check_entry(name: str, entry: Entry, numel: int) -> None:
     where = f"the state of {name}"
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be a dict of tensors, not {_described(entry)}")
+    _check_numbers(where, entry)
+    if entry.keys() == {NUMBER}:  # nothing has been compressed yet
+        return
     residual = entry.get("residual")
     if isinstance(residual, Tensor) and residual.numel() != numel:
         raise ValueError(f"{name} has {numel} elements, its residual in the state has {residual.numel()}")
     stages = {key: value for key, value in entry.items() if isinstance(value, dict)}
-    plain = {key: value for key, value in entry.items() if key not in (*stages, "owner", "owner_share", "owner_order")}
+    others = (*stages, "owner", "owner_share", "owner_order", "density", NUMBER)
+    plain = {key: value for key, value in entry.items() if key not in others}
     _check_tensors(where, plain, numel)
     unknown = sorted(stages.keys() - {"owner"})
     if unknown:
         raise ValueError(f"{where} has the stage {unknown[0]!r}; the only one beside the rank's own is 'owner'")
     if {"owner", "owner_share", "owner_order"} & entry.keys():
         _check_owner(where, entry, numel)
+
+
+def _check_numbers(where: str, entry: Entry) -> None:
+    number, density = entry.get(NUMBER, 0), entry.get("density", 1.0)
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ValueError(f"{where}: {NUMBER} must be an integer >= 0, not {_described(number)}")
+    if not isinstance(density, float) or not 0 < density <= 1:
+        raise ValueError(f"{where}: density must be a float in (0, 1], not {_described(density)}")
 
 
 def _check_owner(where: str, entry: Entry, numel: int) -> None:

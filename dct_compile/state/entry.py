@@ -9,6 +9,8 @@
     owner_share  [block, chunks, chunk, unit]: which share that is of the elements as they lie in the buffer. Older states have no unit:
                  their shares are runs of whole blocks
     owner_order  [shape, dims]: that order, where it is not row-major
+    density      float             of the last exchange, for which the threshold was chosen
+    exchanges    int               of the parameter's gradient so far, in a training with phases; it may be all that there is
 """
 
 from collections.abc import Sequence
@@ -25,6 +27,8 @@ from dct_compile.triton_kernels.shares import place_of, share_numel
 Entry = dict[str, Any]
 EARLIER_COUNTERS = 4
 """Columns of the counters that an earlier version saved: the first ones of today's."""
+NUMBER = "exchanges"
+"""The key of the number of exchanges."""
 _OWNER = ("owner", "owner_share", "owner_order")
 
 

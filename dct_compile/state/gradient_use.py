@@ -36,6 +36,9 @@ class Use:
     ``waits``: whether its optimizer is to adapt to that. ``gap``: the steps that an element waits, as far as the second moment is to know.
     ``stepped``: how the last step has treated it: "bypass", "gaps", "bypass + gaps", "as ever", "by another rank", or "unknown optimizer"
     with its name. Empty before the first step.
+
+    For :mod:`dct_compile.state.exchanges`. ``exchanges``: how often the gradient was exchanged, ``None`` where nobody counts. ``agreed``:
+    whether the ranks have compared that number.
     """
 
     parameter: "weakref.ref[Tensor]"
@@ -51,6 +54,8 @@ class Use:
     waits: bool = False
     gap: float = 0.0
     stepped: str = ""
+    exchanges: int | None = None
+    agreed: bool = False
 
     @property
     def has_optimizer(self) -> bool:

@@ -19,12 +19,13 @@ class Pending:
 
     ``tensors``: the state of the bucket, by input name. They are changed in place, past autograd, which holds them for a backward.
     ``uses``: the fate of the gradient of each parameter. ``scale``: the factor of the loss that the residual contains, see
-    :class:`torch.amp.GradScaler`.
+    :class:`torch.amp.GradScaler`. ``restarts``: how often counters were reset.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], spec: StateSpec, uses: Sequence[Use]) -> None:
         self.tensors, self.spec, self.uses = tensors, spec, uses
         self.scale: float | Tensor = 1.0
+        self.restarts = 0
         self._before: dict[str, Tensor] = {}
         # The number of steps of each parameter's optimizer at its last exchange; None where nothing is pending.
         self._steps: list[int | None] = [None] * len(uses)
@@ -90,6 +91,20 @@ class Pending:
         for index in range(len(self._steps)) if indices is None else indices:
             self._steps[index] = None
 
+    def take_back(self, index: int) -> int | None:
+        """Takes back a pending exchange of one parameter. Returns the steps of its optimizer at that exchange; ``None`` without one."""
+        steps, self._steps[index] = self._steps[index], None
+        if steps is None or not self._before:
+            return None
+        self._copy(self._before, self.tensors, [index])
+        return steps
+
+    def keep(self, index: int, steps: int) -> None:
+        """Keeps the state of one parameter as that of before a pending exchange. ``steps``: those of its optimizer at that exchange."""
+        self._before = self._before or {name: torch.empty_like(tensor) for name, tensor in self.tensors.items()}
+        self._copy(self.tensors, self._before, [index])
+        self._steps[index] = steps
+
     def rescale_to(self, scale: "float | Tensor") -> None:
         """Multiplies what waits, so that it fits gradients of a loss with the factor ``scale``."""
         if isinstance(scale, float) and isinstance(self.scale, float) and scale == self.scale:
@@ -105,6 +120,14 @@ class Pending:
                 self.tensors[item.input_name].data.mul_(factor)
                 if pending and self._before:
                     self._before[item.input_name].mul_(factor)
+
+    def restart(self, index: int) -> None:
+        """Resets threshold and counters of one parameter, those of before a pending exchange too."""
+        self.restarts += 1
+        for item in self.spec.tensors:
+            for tensors in (self.tensors, self._before) if item.name in ("threshold", "counters") else ():
+                if item.input_name in tensors:
+                    view(tensors[item.input_name], item.parts[index]).data.fill_(item.fill or 0)
 
     def _restore(self, index: int, flag: Tensor) -> None:
         """Restores the state of one parameter where ``flag`` (bool []) is True, without a wait for the device."""

@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.state.checks import check_entry
-from dct_compile.state.entry import Entry, copy_of, fold_share
+from dct_compile.state.entry import NUMBER, Entry, copy_of, fold_share
 
 
 class StateDict(dict[str, Entry]):
@@ -140,6 +140,13 @@ def _added(name: str, entries: Sequence[Entry]) -> Entry:
         return entries[0]
     for entry in entries:
         check_entry(name, entry, _numel(entries[0]))
+    numbers = list(dict.fromkeys(entry.get(NUMBER) for entry in entries))
+    if len(numbers) > 1:
+        raise ValueError(
+            f"the states of {name} were saved after {' and '.join(map(str, numbers))} exchanges; all ranks' must be of one step"
+        )
+    if "residual" not in entries[0]:
+        return entries[0]
     first, *others = [fold_share(entry) for entry in entries]
     residual = first["residual"].clone()
     for other in others:
@@ -151,6 +158,8 @@ def _emptied(name: str, entry: Entry) -> Entry:
     """Returns the state of a rank that begins with an empty residual beside one with ``entry``."""
     check_entry(name, entry, _numel(entry))
     folded = fold_share(entry)
+    if "residual" not in folded:
+        return folded
     return {**folded, "residual": torch.zeros_like(folded["residual"])}
 
 

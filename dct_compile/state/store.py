@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dct_compile.state.bucket import BucketState
 from dct_compile.state.checks import check_entry
 from dct_compile.state.entry import Entry, copy_of
+from dct_compile.state.exchanges import default_number, restore_number, with_number
 from dct_compile.state.gradient_use import GradientUse
 from dct_compile.state.keys import by_parameter, key_of
 from dct_compile.state.spec import StateSpec
@@ -46,24 +47,25 @@ class StateStore:
                     return bucket
             created = BucketState(parameters, spec, parameters[0].device, self.use.of(parameters), family=family)
             for index, parameter in enumerate(parameters):
-                found = self._take_held(parameter, family) or self._take_pending(parameter)
-                if found is not None:
+                held = self._find_held(parameter, family)
+                if held is not None:
+                    created.take_over(index, *held)
+                elif (found := self._take_pending(parameter)) is not None:
                     created.write(index, found)
             self._buckets = [bucket for bucket in self._buckets if bucket.lives]
             self._pending = [(ref, waiting) for ref, waiting in self._pending if ref() is not None]
             self._buckets.append(created)
             return created
 
-    def _take_held(self, parameter: Tensor, family: str) -> Entry | None:
-        """Takes the state of ``parameter`` out of a bucket of before, if it may move: see :meth:`bucket`.
+    def _find_held(self, parameter: Tensor, family: str) -> tuple[BucketState, int] | None:
+        """Returns the bucket of before that holds the state of ``parameter``, and its place there, if it may move: see :meth:`bucket`.
 
         It moves as well where a parameter beside it is gone. Nobody asks for such a bucket again.
         """
         for bucket, index in self.entries(parameter):
             if bucket.family == family and (family or any(ref() is None for ref in bucket.parameters)):
                 self._settle_now([bucket])
-                bucket.give_up(index)
-                return bucket.saved(index)
+                return bucket, index
         return None
 
     def entries(self, parameter: Tensor) -> Iterator[tuple[BucketState, int]]:
@@ -89,6 +91,7 @@ class StateStore:
             for name, parameter in named_parameters(model):
                 found = [bucket.saved(index) for bucket, index in self.entries(parameter)]
                 found += [copy_of(entry) for ref, waiting in self._pending if ref() is parameter for entry in waiting]
+                found = with_number(found, self.use.find(parameter))
                 saved.update({key_of(name, ordinal): entry for ordinal, entry in enumerate(found)})
         return saved
 
@@ -107,9 +110,11 @@ class StateStore:
         for name, entries in states.items():
             for entry in entries:
                 check_entry(name, entry, local_tensor(names[name]).numel())
+        default = default_number(states.values())
         for name, parameter in names.items():
             with self._lock:
-                self._load(parameter, states[name])
+                (use,) = self.use.of([parameter])
+                self._load(parameter, restore_number(use, states[name], default))
 
     def _load(self, parameter: Tensor, given: Sequence[Entry]) -> None:
         """Overwrites the states of ``parameter``, and keeps those that no bucket holds yet."""
