@@ -116,21 +116,30 @@ struct ChunkView {
   }
 };
 
-// The elements of all pieces, one after the other, are split evenly over threads, by tiles: calls `visit(piece number, first tile, last
+// The elements of all segments, one after the other, are split evenly over threads, by tiles: calls `visit(piece number, first tile, last
 // tile + 1)` for each piece that this thread's share touches, in parts that lie in one block or, where blocks are smaller, hold at most
-// kWholePiece elements.
+// kWholePiece elements. Of a segment in several pieces each has a tile in turn: together these tiles are a run of memory, and stay in cache
+// until all of them are done.
 template <typename Visit>
 inline void for_each_share(const Layout& layout, int64_t thread, int64_t threads, Visit&& visit) {
   const int64_t begin = layout.numel * thread / threads;
   const int64_t end = layout.numel * (thread + 1) / threads;
-  const int64_t longest = (layout.blocks_in_tiles() ? kWholePiece : layout.block) / kTile;
-  int64_t before = 0;
-  for (int64_t p = 0; p < layout.pieces && before < end; before += layout.piece[p].numel, ++p) {
-    int64_t first = ceil_div(std::max<int64_t>(begin - before, 0), kTile);
-    const int64_t last = std::min(ceil_div(end - before, kTile), layout.piece[p].tiles);
+  const int64_t chunks = layout.payload_chunks;
+  const int64_t longest = chunks > 1 ? 1 : (layout.blocks_in_tiles() ? kWholePiece : layout.block) / kTile;
+  int64_t before = 0, numel = 0;
+  for (int64_t segment = 0; segment < layout.segments && before < end; before += numel, ++segment) {
+    int64_t tiles = numel = 0;  // the most of a piece, and the elements of all
+    for (int64_t p = segment; p < layout.pieces; p += layout.segments) {
+      tiles = std::max(tiles, layout.piece[p].tiles);
+      numel += layout.piece[p].numel;
+    }
+    int64_t first = ceil_div(std::max<int64_t>(begin - before, 0), kTile * chunks);
+    const int64_t last = std::min(ceil_div(end - before, kTile * chunks), tiles);
     for (int64_t stop; first < last; first = stop) {
       stop = std::min((first / longest + 1) * longest, last);
-      visit(p, first, stop);
+      for (int64_t p = segment; p < layout.pieces; p += layout.segments) {
+        if (first < layout.piece[p].tiles) visit(p, first, stop);
+      }
     }
   }
 }
