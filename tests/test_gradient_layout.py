@@ -47,9 +47,9 @@ def test_every_element_is_in_one_share_and_shares_differ_by_a_unit_at_most(numel
 
 
 def test_units_go_to_the_owners_in_turn() -> None:
-    found = owners_of(256 * 20, 4).view(20, 256)
-    assert (found == found[:, :1]).all()
-    assert found[:, 0].tolist() == [0, 1, 2, 3, 2, 3, 0, 1, 0, 1, 2, 3, 1, 2, 3, 0, 3, 0, 1, 2]
+    found = owners_of(256 * 4 * 16 * 5, 4).view(5, 16, 4, 256)
+    assert (found == found[:, :1, :, :1]).all()
+    assert found[:, 0, :, 0].tolist() == [[0, 1, 2, 3], [2, 3, 0, 1], [0, 1, 2, 3], [1, 2, 3, 0], [3, 0, 1, 2]]
 
 
 def test_with_one_owner_the_share_is_the_parameter() -> None:
@@ -59,10 +59,10 @@ def test_with_one_owner_the_share_is_the_parameter() -> None:
 @pytest.mark.parametrize("chunks", [2, 4, 8])
 @pytest.mark.parametrize("width", [512, 1024, 4096, 3 * 1024])
 def test_every_share_has_all_columns_of_a_matrix_alike(width: int, chunks: int) -> None:
-    """Each band of 256 columns, over 64 rows: no owner has more than 1.5 times its part."""
-    owners = owners_of(64 * width, chunks).view(64, width)[:, ::256]
+    """Each band of 256 columns, over 1024 rows: no owner has more than 1.5 times its part."""
+    owners = owners_of(1024 * width, chunks).view(1024, width)[:, ::256]
     for band in owners.T:
-        assert int(band.bincount(minlength=chunks).max()) <= 1.5 * 64 / chunks
+        assert int(band.bincount(minlength=chunks).max()) <= 1.5 * 1024 / chunks
 
 
 @pytest.mark.parametrize("block", [256, 4096, WHOLE_PIECE])

@@ -99,7 +99,7 @@ INJECTED = [NAN, INF, -INF, 3.3e38, 1e-45, -1e-40, 0.0, -0.0]
 @pytest.mark.parametrize("implementation", COMPILED)
 @settings(max_examples=40, deadline=None)
 @given(
-    sizes=st.lists(st.sampled_from([0, 1, 255, 257, 1000, TILE - 1, TILE, TILE + 1, 2 * TILE + 65, 4 * TILE + 300]), min_size=1, max_size=3),
+    sizes=st.lists(st.sampled_from([0, 1, 255, 257, 1000, TILE - 1, TILE, TILE + 1, 2 * TILE + 65]), min_size=1, max_size=3),
     geometry=st.sampled_from([(1, -1), (3, -1), (3, 1), (2, 0)]),
     block=st.sampled_from(BLOCKS),
     capacity=st.sampled_from([0.0, 0.02, 0.3, 1.0]),

@@ -12,12 +12,14 @@ from tests.gradient_cases import (
     DTYPE_PAIRS,
     INF,
     NAN,
+    REFERENCE,
     VALUE_DTYPES,
     Bucket,
     Implementation,
     assert_agree,
     assert_same_state,
     one_segment,
+    same,
     with_gaps,
 )
 
@@ -62,6 +64,23 @@ def test_pack_agrees_with_large_blocks(implementation: Implementation, block: in
     for tau in (0.0, 0.7):
         bucket.state[1].fill_(tau)
         assert_agree(implementation, bucket, torch.randn(bucket.numel))
+
+
+@pytest.mark.parametrize("implementation", COMPILED)
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("held", [False, True])
+def test_shares_of_several_tiles_agree(implementation: Implementation, block: int, held: bool) -> None:
+    """Owners in turn: whole rounds and a last one with a unit that is cut, beside a parameter with fewer units than owners."""
+    numel = 3 * (2 * TILE + 512) + 300
+    bucket = Bucket(((5, numel), (numel + 8, 600)), numel + 610, block=block, chunks=3, capacity=0.02, value_dtype=torch.int8)
+    generator = torch.Generator().manual_seed(1)
+    bucket.state[0].normal_(generator=generator)
+    bucket.state[1].fill_(2.0)  # of more entries than fit
+    grad = torch.randn(bucket.numel, generator=generator)
+    if held:
+        grad[[9, 7000, numel]] = INF
+    payload = assert_agree(implementation, bucket, grad)
+    assert same(bucket.unpack(implementation, payload), bucket.unpack(REFERENCE, payload))
 
 
 @pytest.mark.parametrize("implementation", COMPILED)

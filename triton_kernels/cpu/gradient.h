@@ -34,21 +34,19 @@ struct Layout {
   int64_t index_of(int64_t element) const { return element & (block - 1); }
 };
 
-// Where the elements of a tile lie in the piece's segment, or in the owner's buffer: unit by unit, as shares.py says.
+// Where the elements of a tile lie in the piece's segment, or in the owner's buffer: its units at equal distances, as shares.py says.
 class Places {
  public:
-  Places(const Layout& layout, const Piece& piece, int64_t tile) {
+  Places(const Layout& layout, const Piece& piece, int64_t tile) : others_((layout.payload_chunks - 1) * kUnit) {
     const int64_t chunks = layout.payload_chunks;
-    for (int64_t i = 0; i < kTile / kUnit; ++i) {
-      const int64_t number = tile * (kTile / kUnit) + i;
-      const int64_t turned = ((number * kTurn & 0xffff) * chunks >> 16) + piece.chunk;
-      unit_[i] = (number * chunks + (turned < chunks ? turned : turned - chunks)) * kUnit;
-    }
+    const int64_t turn = (tile * kTurn & 0xffff) * chunks >> 16;
+    first_ = tile * kTile * chunks + (turn + piece.chunk) % chunks * kUnit;
   }
-  int64_t of(int64_t element) const { return unit_[element / kUnit] + element % kUnit; }
+  int64_t of(int64_t element) const { return first_ + element + element / kUnit * others_; }
 
  private:
-  int64_t unit_[kTile / kUnit];
+  int64_t first_;
+  int64_t others_;  // elements between two units
 };
 
 struct Int8 {
@@ -117,21 +115,30 @@ struct ChunkView {
   }
 };
 
-// The elements of all pieces, one after the other, are split evenly over threads, by tiles: calls `visit(piece number, first tile, last
+// The elements of all segments, one after the other, are split evenly over threads, by tiles: calls `visit(piece number, first tile, last
 // tile + 1)` for each piece that this thread's share touches, in parts that lie in one block or, where blocks are smaller, hold at most
-// kWholePiece elements.
+// kWholePiece elements. Of a segment in several pieces each has a tile in turn: together these tiles are a run of memory, and stay in cache
+// until all of them are done.
 template <typename Visit>
 inline void for_each_share(const Layout& layout, int64_t thread, int64_t threads, Visit&& visit) {
   const int64_t begin = layout.numel * thread / threads;
   const int64_t end = layout.numel * (thread + 1) / threads;
-  const int64_t longest = (layout.blocks_in_tiles() ? kWholePiece : layout.block) / kTile;
-  int64_t before = 0;
-  for (int64_t p = 0; p < layout.pieces && before < end; before += layout.piece[p].numel, ++p) {
-    int64_t first = ceil_div(std::max<int64_t>(begin - before, 0), kTile);
-    const int64_t last = std::min(ceil_div(end - before, kTile), layout.piece[p].tiles);
+  const int64_t chunks = layout.payload_chunks;
+  const int64_t longest = chunks > 1 ? 1 : (layout.blocks_in_tiles() ? kWholePiece : layout.block) / kTile;
+  int64_t before = 0, numel = 0;
+  for (int64_t segment = 0; segment < layout.segments && before < end; before += numel, ++segment) {
+    int64_t tiles = numel = 0;  // the most of a piece, and the elements of all
+    for (int64_t p = segment; p < layout.pieces; p += layout.segments) {
+      tiles = std::max(tiles, layout.piece[p].tiles);
+      numel += layout.piece[p].numel;
+    }
+    int64_t first = ceil_div(std::max<int64_t>(begin - before, 0), kTile * chunks);
+    const int64_t last = std::min(ceil_div(end - before, kTile * chunks), tiles);
     for (int64_t stop; first < last; first = stop) {
       stop = std::min((first / longest + 1) * longest, last);
-      visit(p, first, stop);
+      for (int64_t p = segment; p < layout.pieces; p += layout.segments) {
+        if (first < layout.piece[p].tiles) visit(p, first, stop);
+      }
     }
   }
 }

@@ -139,37 +139,37 @@ inline void clear_sum(float* total, int64_t count) {
   for (int64_t i = 0; i < count; i += kGroup) std::memset(total + i, 0, kGroup * sizeof(float));
 }
 
-// The gathered payloads of a bucket, summed in their order. Tiles are asked for in order, after a `seek` to the first.
+// The gathered payloads of a bucket, summed in their order. Of each chunk, tiles are asked for in order, after a `seek` to the first.
 class PayloadSum {
  public:
-  PayloadSum(const Layout& layout, uint8_t* gathered, int64_t payloads) : layout_(layout), gathered_(gathered), payloads_(payloads) {}
+  PayloadSum(const Layout& layout, uint8_t* gathered, int64_t payloads) : chunks_(layout.payload_chunks), next_tiles_(size_t(chunks_), -1) {
+    for (int64_t j = 0; j < payloads; ++j) readers_.emplace_back(ChunkView{gathered + j * layout.chunk_bytes, &layout});
+  }
 
   void seek(const Piece& piece, int64_t tile) {
-    if (piece.chunk == chunk_ && piece.first_tile + tile == next_tile_) return;
-    chunk_ = piece.chunk;
-    next_tile_ = piece.first_tile + tile;
-    readers_.clear();
-    for (int64_t j = chunk_; j < payloads_; j += layout_.payload_chunks) {
-      readers_.emplace_back(ChunkView{gathered_ + j * layout_.chunk_bytes, &layout_});
-      readers_.back().seek(piece, tile);
-    }
+    int64_t& next_tile = next_tiles_[size_t(piece.chunk)];
+    if (next_tile == piece.first_tile + tile) return;
+    next_tile = piece.first_tile + tile;
+    each_reader(piece, [&](PayloadReader& reader) { reader.seek(piece, tile); });
   }
 
   // Adds the next tile to total[kSumSize], where what lies behind the tile's elements means nothing; whether a payload has entries there.
   bool add_tile(const Piece& piece, int64_t tile, float* total) {
     bool any = false;
-    for (PayloadReader& reader : readers_) any |= reader.add(piece, tile, total);
-    ++next_tile_;
+    each_reader(piece, [&](PayloadReader& reader) { any |= reader.add(piece, tile, total); });
+    ++next_tiles_[size_t(piece.chunk)];
     return any;
   }
 
  private:
-  const Layout& layout_;
-  uint8_t* gathered_;
-  int64_t payloads_;
-  std::vector<PayloadReader> readers_;
-  int64_t chunk_ = -1;
-  int64_t next_tile_ = -1;
+  template <typename Visit>
+  void each_reader(const Piece& piece, Visit&& visit) {
+    for (size_t j = size_t(piece.chunk); j < readers_.size(); j += size_t(chunks_)) visit(readers_[j]);
+  }
+
+  int64_t chunks_;
+  std::vector<PayloadReader> readers_;   // of all payloads
+  std::vector<int64_t> next_tiles_;      // of each chunk
 };
 
 }  // namespace dct
