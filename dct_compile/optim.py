@@ -52,21 +52,20 @@ class Bypass:
         self._told: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.adapted: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
-        # A compiled step calls the hooks as they are: what they decide changes from step to step.
-        @_disable_dynamo
         def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             found = ours()
-            return found.before_step(optimizer, args, kwargs) if found is not None else None
+            return found.before_step(optimizer, args, kwargs) if found is not None and use else None
 
-        @_disable_dynamo
         def after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found = ours()
-            if found is not None:
+            if found is not None and use:
                 found.after_step(optimizer)
 
         for handle in (register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)):
             weakref.finalize(self, handle.remove)
 
+    # A compiled step calls this as it is: what it decides changes from step to step.
+    @_disable_dynamo
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sets the first moments; where a closure makes the gradients, when it has done so."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -87,6 +86,7 @@ class Bypass:
             "closure": and_apply,
         } if "closure" in kwargs else kwargs
 
+    @_disable_dynamo
     def after_step(self, optimizer: Optimizer) -> None:
         """Looks for parameters that neither ``optimizer`` nor another one inside of its step has adapted to."""
         as_ever = steps_as_ever(optimizer)
@@ -104,7 +104,7 @@ class Bypass:
     @torch.no_grad()
     def apply(self, optimizer: Optimizer) -> None:
         """Sets the first moments of ``optimizer`` for its next step, by the gradients that there are now."""
-        moment = first_moment_of(optimizer) if self._use else None
+        moment = first_moment_of(optimizer)
         if moment is None:
             return
         preparation, count = Preparation(optimizer), 0
@@ -139,7 +139,7 @@ class Bypass:
 
     def _uses(self, optimizer: Optimizer) -> Iterator[tuple[Group, Tensor, Use]]:
         """Returns the group, the parameter and its record for every compressed parameter of ``optimizer``."""
-        for group in optimizer.param_groups if self._use else ():
+        for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if (use := self._use.find(parameter)) is not None:
                     yield group, parameter, use

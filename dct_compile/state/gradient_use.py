@@ -163,16 +163,17 @@ class GradientUse:
             use.searches += 1
             use.scaler = weakref.ref(scalers[0]) if len(scalers) == 1 else None
 
+    # A compiled step calls this as it is: the numbers change with every step.
+    @_disable_dynamo
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not any(callable(item) for item in (*args, *kwargs.values())):  # a closure makes the gradients within the step
             self._note_step(optimizer)
 
+    @_disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._note_step(optimizer)
 
     def _note_step(self, optimizer: Optimizer) -> None:
-        if not self:  # nothing is compressed in this process
-            return
         used = [
             use
             for parameter in _parameters(optimizer)
@@ -196,10 +197,9 @@ class GradientUse:
         return forget
 
 
-@_disable_dynamo
 def _forward(ours: "weakref.ref[GradientUse]", method: Callable[..., None], *step: Any) -> None:
     found = ours()
-    if found is not None:
+    if found:  # something is compressed in this process
         method(found, *step)
 
 
