@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dct_compile.config import DCTConfig
-from dct_compile.exchange import GRADIENT, Exchange
+from dct_compile.exchange import Exchange
 from dct_compile.passes.graph_utils import resolve_group
 from dct_compile.passes.manager import StateRequest
 from dct_compile.passes.plan import Decision
@@ -50,8 +50,11 @@ def with_count(compiled: Compiled, decisions: Sequence[Decision], options: DCTCo
         decisions: The decisions about the graph.
         options: The options, with all phases.
         runtime: Compares the numbers of exchanges, and keeps them.
+
+    Raises:
+        RuntimeError: When it is called: autograd has no such node.
     """
-    averaging = [decision.exchange for decision in decisions if decision.exchange.kind == GRADIENT]
+    averaging = [decision.exchange for decision in decisions if decision.exchange.segments]
     if not averaging:
         return compiled
 
@@ -59,6 +62,11 @@ def with_count(compiled: Compiled, decisions: Sequence[Decision], options: DCTCo
         node = torch._C._current_autograd_node()
         following: list[Any] = [function for function, _ in node.next_functions] if node is not None else []
         parameters: list[Tensor] = [function.variable for function in following if hasattr(function, "variable")]
+        if not parameters:
+            raise RuntimeError(
+                "autograd does not tell whose gradients a backward averages, so options 'start_iter' and 'density_warmup' cannot follow its"
+                " exchanges; set both to 0"
+            )
         begin_count(parameters, averaging, options, runtime)
         return compiled(args)
 
@@ -73,7 +81,7 @@ def begin_count(parameters: Sequence[Tensor], averaging: Sequence[Exchange], opt
         RuntimeError: They are not.
     """
     named = [(averaging[0].label, parameter) for parameter in parameters]
-    for group in dict.fromkeys(exchange.group for exchange in averaging) if named else ():
+    for group in dict.fromkeys(exchange.group for exchange in averaging):
         runtime.agree_on_exchanges(resolve_group(group), options, named)
     count_exchange(runtime.states.use.of(parameters))
 

@@ -8,7 +8,6 @@ from torch import fx
 
 from dct_compile.compiler.exchanges import begin_count
 from dct_compile.compiler.graph import Compiled, GraphCompiler, Settings
-from dct_compile.exchange import GRADIENT
 from dct_compile.phases import Phase, phase_at, phases_of
 from dct_compile.state.exchanges import exchanges_of
 
@@ -48,7 +47,7 @@ def compile_phases(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: 
 
 def _by_phase(variants: dict[int, Compiled], phases: tuple[Phase, ...], last: GraphCompiler, settings: Settings) -> Compiled:
     positions = sorted({position for request in last.requests for position in request.positions})
-    uses, averaging = settings.runtime.states.use, [item.exchange for item in last.decisions if item.exchange.kind == GRADIENT]
+    uses, averaging = settings.runtime.states.use, [item.exchange for item in last.decisions if item.exchange.segments]
 
     trains_later = last.trains_later
 
