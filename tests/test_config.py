@@ -18,6 +18,7 @@ from tests.tracing import fake_group
 FRACTION = "a number in (0, 1]: the fraction kept"
 DTYPES = "one of 'float32', 'bfloat16', 'float16'"
 THRESHOLDS = "one of 'exact', 'sampled', 'laplace' or a float"
+DENSITIES = "a mapping of patterns (strings) of parameter names to numbers in (0, 1]"
 PATTERNS = "a list of patterns (strings) of parameters, modules or source lines"
 NAN = float("nan")
 INF = float("inf")
@@ -27,6 +28,10 @@ NO_FLOAT32 = (1e39, 1e308, 10**400, np.float64(1e39), Fraction(10**40))
 
 BAD: list[tuple[str, Any, str]] = [
     *[("dp_density", value, FRACTION) for value in (0, -0.1, 1.01, 2, NAN, INF, "0.1", None, True, [0.1])],
+    *[
+        ("parameter_densities", value, DENSITIES)
+        for value in (0.1, None, "a", ["a"], {"a": 0}, {"a": 1.1}, {"a": NAN}, {1: 0.1}, {"a": True})
+    ],
     *[("mp_density", value, FRACTION) for value in (0.0, -1, 1.5, NAN, "all", None, False)],
     *[("threshold", value, THRESHOLDS) for value in ("exakt", "", "fixed")],
     *[("threshold", value, "one of exact, sampled, laplace or a float >= 0") for value in (-0.1, NAN, INF, True, None, ["exact"])],
@@ -99,6 +104,7 @@ GOOD: list[dict[str, Any]] = [
     {"capacity_factor": 1},
     {"min_numel": 0},
     {"exempt": []},
+    {"parameter_densities": ()},
     {"exempt": ("*.bias", "norm.*")},
     {"exempt": ["*.bias"]},
     {"data_parallel": True},
