@@ -1,6 +1,7 @@
 """The options of ``torch.compile(model, backend="dct", options={...})``."""
 
 import difflib
+import fnmatch
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
@@ -48,6 +49,10 @@ class DCTConfig:
     density_warmup: int | Mapping[int, float] | Schedule = 0
     """Exchanges after ``start_iter`` in which the density goes down to ``dp_density``, from 0.25 by factors of 4; or a schedule of its own,
     {first exchange: density}, counted from ``start_iter`` on.
+    """
+    parameter_densities: tuple[tuple[str, float], ...] = ()
+    """Densities of parameters by patterns (``fnmatch``) of their names, given as a mapping. The first pattern that matches counts, before
+    ``dp_density``.
     """
     mp_density: float = 0.05
     """Fraction of an activation's row that is sent, in (0, 1]; 1 leaves activations dense."""
@@ -110,6 +115,7 @@ class DCTConfig:
         self._keep("dp_density", _fraction("dp_density", self.dp_density))
         self._keep("start_iter", _integer("start_iter", self.start_iter, 0))
         self._keep("density_warmup", _warmup(self.density_warmup, self.dp_density))
+        self._keep("parameter_densities", _densities(self.parameter_densities))
         self._keep("mp_density", _fraction("mp_density", self.mp_density))
         if isinstance(self.threshold, str):
             _check_choice("threshold", self.threshold, THRESHOLDS, " or a float")
@@ -144,15 +150,24 @@ class DCTConfig:
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    @property
-    def bypasses(self) -> bool:
-        """Whether optimizers leave out the first moment. A mean over ten steps matters where an element waits longer than that."""
-        return self.first_moment == "bypass" or (self.first_moment == "auto" and self.dp_density <= _LATE)
+    def density_of(self, parameter: str) -> float:
+        """Returns the fraction of the gradient of ``parameter``, by name, that is sent per step."""
+        matching = (density for pattern, density in self.parameter_densities if fnmatch.fnmatchcase(parameter, pattern))
+        return next(matching, self.dp_density)
 
-    @property
-    def gap(self) -> float:
-        """The steps that an element waits, for the second moment; 0 where that is to stay as it is, infinity where it never is."""
-        return {"auto": 1 / self.dp_density, "gaps": float("inf"), "plain": 0.0}[self.second_moment]
+    def bypasses(self, density: float) -> bool:
+        """Returns True if optimizers leave out the first moment of a parameter of that density.
+
+        A mean over ten steps matters where an element waits longer than that.
+        """
+        return self.first_moment == "bypass" or (self.first_moment == "auto" and density <= _LATE)
+
+    def gap(self, density: float) -> float:
+        """Returns the steps that an element of a parameter of that density waits, for the second moment.
+
+        0 where that is to stay as it is, infinity where it never is.
+        """
+        return {"auto": 1 / density, "gaps": float("inf"), "plain": 0.0}[self.second_moment]
 
     @property
     def threshold_method(self) -> str:
@@ -192,6 +207,7 @@ class DCTConfig:
         values["data_parallel"] = self.data_parallel if isinstance(self.data_parallel, bool) else self.data_parallel.group_name
         values["exempt"] = list(self.exempt)
         values["density_warmup"] = self.density_warmup if isinstance(self.density_warmup, int) else dict(self.density_warmup)
+        values["parameter_densities"] = [list(pair) for pair in self.parameter_densities]
         return values
 
 
@@ -272,6 +288,17 @@ def _warmup(value: Any, density: float) -> int | Schedule:
     if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) <= LARGEST_INTEGER:
         raise _error("density_warmup", value, WARMUPS)
     return int(value)
+
+
+def _densities(given: Any) -> tuple[tuple[str, float], ...]:
+    """Returns a mapping, or the pairs that were made of one, as pairs."""
+    try:
+        pairs = tuple((pattern, density) for pattern, density in (given.items() if isinstance(given, Mapping) else given))
+    except (TypeError, ValueError):
+        pairs = ((None, None),)
+    if isinstance(given, str) or not all(isinstance(pattern, str) and 0 < _float(density) <= 1 for pattern, density in pairs):
+        raise _error("parameter_densities", given, "a mapping of patterns (strings) of parameter names to numbers in (0, 1]")
+    return tuple((pattern, _float(density)) for pattern, density in pairs)
 
 
 def _integer(name: str, value: Any, low: int) -> int:

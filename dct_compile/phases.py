@@ -28,7 +28,15 @@ def phases_of(config: DCTConfig) -> tuple[Phase, ...]:
     pairs += [(config.start_iter + step, density) for step, density in schedule]
     pairs = [pair for pair, before in zip(pairs, [None, *pairs], strict=False) if before is None or pair[1] != before[1]]
     plain, untils = replace(config, start_iter=0, density_warmup=0), [*(first for first, _ in pairs[1:]), None]
-    return tuple(Phase(first, until, replace(plain, dp_density=density)) for (first, density), until in zip(pairs, untils, strict=True))
+    return tuple(Phase(first, until, _at(plain, density, until)) for (first, density), until in zip(pairs, untils, strict=True))
+
+
+def _at(config: DCTConfig, density: float, until: int | None) -> DCTConfig:
+    """Returns the options of a phase: no parameter has a lower density than the phase, but in the last one (no ``until``)."""
+    own = config.parameter_densities
+    if until is not None:
+        own = tuple((pattern, max(kept, density)) for pattern, kept in own) if density < 1 else ()
+    return replace(config, dp_density=density, parameter_densities=own)
 
 
 def phase_at(phases: tuple[Phase, ...], exchanges: int) -> Phase:

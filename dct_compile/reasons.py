@@ -27,6 +27,7 @@ class Reason(StrEnum):
     GRADIENT_COLLECTIVE = "{collective} of a gradient is not compressed"
     WHOSE_GRADIENT = "compiled autograd's graph does not say whose gradient this is; use DDP's default reducer"
     DP_DENSITY_ONE = "dp_density=1 keeps everything"
+    OWN_DENSITY_ONE = "parameter_densities keeps everything of it"
     MIN_NUMEL = "fewer than min_numel={min_numel} elements"
     EXEMPT = "exempt by pattern {pattern!r}"
     GRADIENT_TOO_LARGE = "{scheme} with {ranks} ranks would send {wire} bytes, dense sends {dense}"
@@ -60,8 +61,8 @@ class Reason(StrEnum):
     ROW_TOO_LARGE = "a row would take {wire} bytes, {dense} when dense"
     DENSE_FORWARD = "its forward is dense: {reason}"
 
-    GRADIENT = "{scheme}, density {density:g}"
-    GRADIENT_BUT = "{scheme}, density {density:g}; dense: {names}"
+    GRADIENT = "{scheme}, density {density}"
+    GRADIENT_BUT = "{scheme}, density {density}; dense: {names}"
     LOW_RANK = "powersgd, rank {rank}"
     LOW_RANK_BUT = "powersgd, rank {rank}; dense: {names}"
     QUANTIZED = "int{bits} rows with stochastic rounding"

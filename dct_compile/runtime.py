@@ -62,9 +62,10 @@ class Runtime:
         ``final``: whether other ranks apply the gradient, and this one has none of its own.
         """
         late = bucket.spec.waits and config.error_feedback
-        for use in bucket.pending.uses:
-            use.late, use.waits, use.gap = late, late and config.bypasses, config.gap
-        bucket.follow(config.dp_density)
+        densities = bucket.spec.densities or (config.dp_density,) * len(bucket.pending.uses)
+        for use, density in zip(bucket.pending.uses, densities, strict=True):
+            use.late, use.waits, use.gap = late, late and config.bypasses(density), config.gap(density)
+        bucket.follow(densities)
         scale = self.states.use.scale(bucket.pending.uses)
         if not bucket.pending.begin(scale, config.undo_discarded and config.error_feedback, final):
             self.warn_once(Note.NO_OPTIMIZER)

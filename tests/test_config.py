@@ -18,6 +18,7 @@ from tests.tracing import fake_group
 FRACTION = "a number in (0, 1]: the fraction kept"
 DTYPES = "one of 'float32', 'bfloat16', 'float16'"
 THRESHOLDS = "one of 'exact', 'sampled', 'laplace' or a float"
+DENSITIES = "a mapping of patterns (strings) of parameter names to numbers in (0, 1]"
 PATTERNS = "a list of patterns (strings) of parameters, modules or source lines"
 WARMUPS = "an integer >= 0, or a mapping {first step: density} from step 0 on, whose densities in (0, 1] fall down to dp_density"
 NAN = float("nan")
@@ -28,6 +29,10 @@ NO_FLOAT32 = (1e39, 1e308, 10**400, np.float64(1e39), Fraction(10**40))
 
 BAD: list[tuple[str, Any, str]] = [
     *[("dp_density", value, FRACTION) for value in (0, -0.1, 1.01, 2, NAN, INF, "0.1", None, True, [0.1])],
+    *[
+        ("parameter_densities", value, DENSITIES)
+        for value in (0.1, None, "a", ["a"], {"a": 0}, {"a": 1.1}, {"a": NAN}, {1: 0.1}, {"a": True})
+    ],
     *[("mp_density", value, FRACTION) for value in (0.0, -1, 1.5, NAN, "all", None, False)],
     *[("threshold", value, THRESHOLDS) for value in ("exakt", "", "fixed")],
     *[("threshold", value, "one of exact, sampled, laplace or a float >= 0") for value in (-0.1, NAN, INF, True, None, ["exact"])],
@@ -106,6 +111,7 @@ GOOD: list[dict[str, Any]] = [
     {"start_iter": 0, "density_warmup": 0},
     {"start_iter": 2**63 - 1, "density_warmup": 2**63 - 1},
     {"exempt": []},
+    {"parameter_densities": ()},
     {"exempt": ("*.bias", "norm.*")},
     {"exempt": ["*.bias"]},
     {"data_parallel": True},

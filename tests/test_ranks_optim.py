@@ -55,6 +55,14 @@ def test_the_first_moment_of_compressed_parameters_is_bypassed(ranks2: Ranks, wr
     assert ranks2(moments, wrapping, {"gradient_scheme": scheme}) == [BYPASSED] * 2
 
 
+@pytest.mark.parametrize("scheme", ["gather", "owner"])
+@pytest.mark.parametrize("wrapping", WAYS)
+def test_the_density_of_a_parameter_decides_about_its_first_moment(ranks2: Ranks, wrapping: str, scheme: str) -> None:
+    """One waits for about a hundred steps, the other for two."""
+    options = {"gradient_scheme": scheme, "parameter_densities": {"b.*": 0.5}}
+    assert ranks2(moments, wrapping, options) == [{**BYPASSED, "b.weight": (False, True)}] * 2
+
+
 @pytest.mark.parametrize("wrapping", WAYS)
 @pytest.mark.parametrize(
     "options",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dct_compile.triton_kernels.layout import COUNTERS, GradientLayout, Selection
-from dct_compile.triton_kernels.layout_checks import ROW_DTYPES, check_integer, check_one_of
+from dct_compile.triton_kernels.layout_checks import ROW_DTYPES, check_integer, check_one_for_each, check_one_of
 
 
 @lru_cache(maxsize=4096)
@@ -31,6 +31,7 @@ def check_select_threshold(
     error_feedback: bool,
 ) -> None:
     """Raises ValueError, naming the tensor, for arguments that `select_threshold` does not take."""
+    check_one_for_each("density", selection.density, layout)
     _check_grad(grad, layout)
     _check_state(grad.device, residual, threshold, counters, layout, error_feedback)
 
@@ -71,6 +72,7 @@ def check_repack(
     error_feedback: bool,
 ) -> None:
     """Raises ValueError, naming the tensor, for arguments that `repack` does not take."""
+    check_one_for_each("density", selection.density, layout)
     _check_gathered(gathered, layout)
     _check_extent(layout.state_numel, layout)
     _check_state(gathered.device, residual, threshold, counters, layout, error_feedback)

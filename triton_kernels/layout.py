@@ -26,7 +26,7 @@ import torch
 
 from dct_compile.triton_kernels.layout_checks import check_gradient_layout, check_row_layout, check_selection
 from dct_compile.triton_kernels.shares import share_numel
-from dct_compile.triton_kernels.values import Value
+from dct_compile.triton_kernels.values import PerSegment, Value, of_segment
 
 SMALL_BLOCK = 256
 LARGE_BLOCK = 4096
@@ -81,7 +81,7 @@ class GradientLayout(Value):
     block: int
     chunks: int
     chunk: int
-    capacity_fraction: float
+    capacity_fraction: PerSegment
     value_dtype: torch.dtype
 
     def __post_init__(self) -> None:
@@ -112,7 +112,7 @@ class GradientLayout(Value):
             for segment, (offset, numel) in enumerate(self.segments):
                 size = share_numel(numel, self.chunks, chunk)
                 blocks, tiles = ceil(size / self.block), ceil(size / TILE)
-                capacity = min(size, ceil(size * self.capacity_fraction))
+                capacity = min(size, ceil(size * of_segment(self.capacity_fraction, segment)))
                 pieces.append(Piece(segment, chunk, offset, state_offset, size, first_block, blocks, first_tile, tiles, capacity))
                 first_block += blocks
                 first_tile += tiles
@@ -189,12 +189,12 @@ class GradientLayout(Value):
 class Selection(Value):
     """How and when a threshold is chosen.
 
-    ``density``: the fraction of elements to keep. ``method``: "exact", "sampled", "laplace" or "fixed". ``fixed``: the threshold itself,
-    for "fixed". ``refresh_interval``: steps between two choices at most. ``refresh_warmup``: "off" or "geometric". ``hold``: whether
-    the threshold follows what the step before kept, between two choices. See `schedule` for all three.
+    ``density``: the fraction of elements to keep (`PerSegment`). ``method``: "exact", "sampled", "laplace" or "fixed". ``fixed``: the
+    threshold itself, for "fixed". ``refresh_interval``: steps between two choices at most. ``refresh_warmup``: "off" or "geometric".
+    ``hold``: whether the threshold follows what the step before kept, between two choices. See `schedule` for all three.
     """
 
-    density: float
+    density: PerSegment
     method: str
     fixed: float
     refresh_interval: int

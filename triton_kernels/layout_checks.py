@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dct_compile.triton_kernels.values import PerSegment
+
 if TYPE_CHECKING:
     from dct_compile.triton_kernels.layout import GradientLayout, RowLayout, Selection
 
@@ -66,13 +68,27 @@ def check_gradient_layout(layout: GradientLayout, large_block: int, whole_piece:
     _check_segments(layout.segments)
     check_integer("chunks", layout.chunks, 1, MAX_CHUNKS)
     check_integer("chunk", layout.chunk, -1, layout.chunks - 1)
-    check_number("capacity_fraction", layout.capacity_fraction, 0, 1)
+    for name, fraction in _each("capacity_fraction", layout.capacity_fraction):
+        check_number(name, fraction, 0, 1)
+    check_one_for_each("capacity_fraction", layout.capacity_fraction, layout)
     check_one_of("value_dtype", layout.value_dtype, GRADIENT_VALUE_DTYPES)
+
+
+def check_one_for_each(name: str, numbers: PerSegment, layout: GradientLayout) -> None:
+    """Raises ValueError where ``numbers`` are not as many as the segments of ``layout``."""
+    if isinstance(numbers, tuple) and len(numbers) != len(layout.segments):
+        raise ValueError(f"{name} has {len(numbers)} numbers: expected one, or one for each of {len(layout.segments)} segments")
+
+
+def _each(name: str, numbers: PerSegment) -> list[tuple[str, float]]:
+    """Returns every number with its name."""
+    return [(f"{name}[{i}]", number) for i, number in enumerate(numbers)] if isinstance(numbers, tuple) else [(name, numbers)]
 
 
 def check_selection(selection: Selection) -> None:
     """Raises ValueError for a choice of thresholds that kernels do not know."""
-    check_density(selection.density)
+    for _, density in _each("density", selection.density):
+        check_density(density)
     check_one_of("method", selection.method, METHODS)
     check_number("fixed", selection.fixed, 0, MAX_FLOAT)
     check_integer("refresh_interval", selection.refresh_interval, 1)

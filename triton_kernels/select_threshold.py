@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from dct_compile.triton_kernels.schedule import held_threshold, is_refresh_step
+from dct_compile.triton_kernels.values import of_segment
 
 SAMPLE_GROUP = 16
 """Neighbours that are sampled together: memory moves whole lines."""
@@ -22,7 +23,7 @@ STRIDES = (31, 13)
 class Region:
     """The elements of one parameter that are looked at, every ``stride``-th group, and the rank of the threshold among their magnitudes.
 
-    ``target``: how many of all elements are to be kept.
+    ``target``: how many of all elements are to be kept. ``mean_factor``: the threshold over the mean magnitude, for "laplace".
     """
 
     segment: int
@@ -32,6 +33,7 @@ class Region:
     stride: int
     rank: int
     target: int
+    mean_factor: float
 
 
 def sample_stride(numel: int) -> int:
@@ -61,17 +63,18 @@ def regions(layout: GradientLayout, selection: Selection) -> tuple[Region, ...]:
         parameters = [(piece.segment, piece.grad_offset, piece.numel) for piece in layout.pieces]
     for segment, grad_offset, numel in parameters:
         if numel:
+            density = of_segment(selection.density, segment)
             stride = sample_stride(numel) if selection.method == "sampled" else 1
             sampled = sample_numel(numel, stride)
-            rank, target = (min(max(ceil(selection.density * count), 1), count) for count in (sampled, numel))
-            found.append(Region(segment, grad_offset, state_offset, numel, stride, rank, target))
+            rank, target = (min(max(ceil(density * count), 1), count) for count in (sampled, numel))
+            found.append(Region(segment, grad_offset, state_offset, numel, stride, rank, target, -log(density)))
         state_offset += numel
     return tuple(found)
 
 
 def constant_threshold(selection: Selection) -> float | None:
     """Returns the threshold that needs no look at the gradient: 0 if everything is kept, the given one for "fixed", else None."""
-    if selection.density >= 1:
+    if not isinstance(selection.density, tuple) and selection.density >= 1:
         return 0.0
     return selection.fixed if selection.method == "fixed" else None
 
@@ -113,7 +116,7 @@ def select_threshold_reference(
             if not bool(magnitudes.isfinite().all()):
                 continue
             if selection.method == "laplace":
-                threshold.data[region.segment] = -magnitudes.double().mean() * log(selection.density)
+                threshold.data[region.segment] = magnitudes.double().mean() * region.mean_factor
             else:
                 threshold.data[region.segment] = magnitudes.topk(region.rank, sorted=False).values.min()
         elif selection.hold and kept:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import log
-
 import torch
 from torch import Tensor
 
@@ -48,7 +46,7 @@ def _tables(layout: GradientLayout, selection: Selection, device: torch.device) 
         rows.append([*extent, between, samples, first_run, starts.numel(), region.rank, region.target])
         runs.append(torch.stack([torch.full_like(starts, number), starts], dim=1))
         first_run += starts.numel()
-        factors.append(-log(selection.density) / samples)
+        factors.append(region.mean_factor / samples)
     table = torch.tensor(rows, dtype=torch.int64).view(-1, REGION_COLUMNS)
     run_table = torch.cat(runs or [torch.empty(0, 2, dtype=torch.int64)])
     return table.to(device), run_table.to(device), torch.tensor(factors, dtype=torch.float64).to(device)

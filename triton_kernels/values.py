@@ -1,5 +1,6 @@
 """Values that the operators take as one argument: frozen dataclasses that a graph holds as constants."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import lru_cache
 from importlib.util import find_spec
@@ -11,6 +12,19 @@ else:  # from torch 2.14 on a value needs no base class
     OpaqueBase = object  # type: ignore[assignment, misc]
 
 _T = TypeVar("_T")
+
+PerSegment = float | tuple[float, ...]
+"""A number of all segments of a bucket, or one for each where they differ: the printed form stays short where they do not."""
+
+
+def per_segment(numbers: Sequence[float]) -> PerSegment:
+    """Returns ``numbers``, one for each segment, as `PerSegment`."""
+    return numbers[0] if len(set(numbers)) == 1 else tuple(numbers)
+
+
+def of_segment(number: PerSegment, segment: int) -> float:
+    """Returns the number of one segment."""
+    return number[segment] if isinstance(number, tuple) else number
 
 
 @lru_cache(maxsize=4096)

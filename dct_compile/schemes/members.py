@@ -29,6 +29,10 @@ class Members:
         """Elements of each compressed parameter."""
         return tuple(segment.parameter.numel for segment in self.compressed)
 
+    def densities(self, config: DCTConfig) -> tuple[float, ...]:
+        """Returns the fraction of each compressed parameter that a scheme is to keep."""
+        return tuple(config.density_of(segment.parameter.name) for segment in self.compressed)
+
     @property
     def orders(self) -> tuple[ElementOrder | None, ...]:
         """The order of the elements of each compressed parameter in the buffer."""

@@ -90,7 +90,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> RandomK | Declined | None:
     if isinstance(members, str):
         return Declined(members)
     numel, count = sum(members.numels), len(members.numels)
-    drawn = tuple(ceil(config.dp_density * own) for own in members.numels)
+    drawn = tuple(ceil(density * own) for density, own in zip(members.densities(config), members.numels, strict=True))
     traffic = Traffic(1, exchange.collective.sent(4 * sum(drawn), exchange.ranks), 24 * numel) + members.rest_traffic(exchange)
     # The counters may come from another scheme, where a rank counts its own steps. The number of draws is the same on all ranks.
     draws = StateTensor("draws", (count,), torch.int64, tuple(range(count)))
@@ -106,6 +106,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> RandomK | Declined | None:
             members.numels,
             (residual_of(end_to_end(members.numels)), draws, counters_of(count)),
             sent=drawn,
+            densities=members.densities(config),
         ),
         drawn=drawn,
         error_feedback=config.error_feedback,

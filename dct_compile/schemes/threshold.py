@@ -12,16 +12,17 @@ The bytes per rank grow with the number of ranks. ``threshold_owner.py`` has the
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
-from dct_compile.exchange import ALL_GATHER, GRADIENT, Exchange
+from dct_compile.exchange import ALL_GATHER, GRADIENT, Exchange, Parameter
 from dct_compile.reasons import Reason
 from dct_compile.schemes.members import Members, divide, said_too_large
 from dct_compile.schemes.offer import Declined, GradientOffer
-from dct_compile.schemes.threshold_codec import ThresholdCodec, gradient_layout_of
+from dct_compile.schemes.threshold_codec import ThresholdCodec
 from dct_compile.state.spec import StateSpec
 from dct_compile.traffic import Traffic, to_all
 
@@ -48,7 +49,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> Gather | Declined | None:
     members = divide_by_density(exchange, config)
     if isinstance(members, str):
         return Declined(members)
-    codec = ThresholdCodec.of(exchange, gradient_layout_of(members.compressed, 1, config), config)
+    codec = ThresholdCodec.of(exchange, members, 1, config)
     payload = codec.layout.payload_bytes
     traffic = Traffic(1, to_all(payload, exchange.ranks), codec.memory_bytes(exchange, payloads=exchange.ranks))
     traffic = traffic + members.rest_traffic(exchange)
@@ -60,17 +61,27 @@ def offer(exchange: Exchange, config: DCTConfig) -> Gather | Declined | None:
         traffic=traffic,
         digest=codec.digest,
         members=members,
-        state=StateSpec(members.numels, codec.state(), orders=members.orders),
+        state=StateSpec(members.numels, codec.state(), orders=members.orders, densities=members.densities(config)),
         codec=codec,
     )
 
 
 def divide_by_density(exchange: Exchange, config: DCTConfig) -> Members | str:
     """Divides the parameters of ``exchange`` for a scheme that keeps a fraction of the elements; returns the reason where it keeps all."""
-    return str(Reason.DP_DENSITY_ONE) if config.dp_density == 1 else divide(exchange, config)
+    if config.dp_density == 1 and not config.parameter_densities:
+        return str(Reason.DP_DENSITY_ONE)
+    return divide(exchange, config, partial(_kept_whole, config))
+
+
+def _kept_whole(config: DCTConfig, parameter: Parameter) -> str | None:
+    if config.density_of(parameter.name) < 1:
+        return None
+    return str(Reason.DP_DENSITY_ONE if config.dp_density == 1 else Reason.OWN_DENSITY_ONE)
 
 
 def said(scheme: str, members: Members, config: DCTConfig) -> str:
     """Returns the report's words for an offer that keeps a fraction of the elements."""
     template = Reason.GRADIENT_BUT if members.rest else Reason.GRADIENT
-    return template.format(scheme=scheme, density=config.dp_density, names=members.rest_names)
+    densities = members.densities(config)
+    shown = " to ".join(f"{density:g}" for density in sorted({min(densities), max(densities)}))
+    return template.format(scheme=scheme, density=shown, names=members.rest_names)

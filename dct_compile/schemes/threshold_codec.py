@@ -1,6 +1,6 @@
 """Encodes a gradient as the entries above a threshold, and adds up what was encoded: the part that "gather" and "owner" share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +8,11 @@ from torch import Tensor
 
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
 from dct_compile.config import DCTConfig
-from dct_compile.exchange import ALL_GATHER, ALL_TO_ALL, Exchange, Segment
+from dct_compile.exchange import ALL_GATHER, ALL_TO_ALL, Exchange
+from dct_compile.schemes.members import Members
 from dct_compile.state.spec import StateTensor, counters_of, end_to_end, residual_of
 from dct_compile.triton_kernels.layout import GradientLayout, Selection, choose_block
+from dct_compile.triton_kernels.values import per_segment
 
 dct = torch.ops.dct
 
@@ -29,23 +31,24 @@ class ThresholdCodec:
     stage: str = ""
 
     @classmethod
-    def of(cls, exchange: Exchange, layout: GradientLayout, config: DCTConfig) -> "ThresholdCodec":
-        """Returns the codec that the options ask for."""
+    def of(cls, exchange: Exchange, members: Members, chunks: int, config: DCTConfig) -> "ThresholdCodec":
+        """Returns the codec that the options ask for, for payloads cut into ``chunks``."""
         selection = Selection(
-            config.dp_density,
+            per_segment(members.densities(config)),
             config.threshold_method,
             config.fixed_threshold,
             config.refresh_interval,
             config.refresh_warmup,
             config.hold_density,
         )
-        return cls(layout, selection, config.error_feedback, exchange.label)
+        return cls(gradient_layout_of(members, chunks, config), selection, config.error_feedback, exchange.label)
 
     @property
     def digest(self) -> str:
         """The numbers on which all ranks must agree: those of the payload and of the choice of its entries."""
         wire, chosen = self.layout, self.selection
-        rule = f"fixed at {chosen.fixed:g}" if chosen.method == "fixed" else f"{chosen.method} for density {chosen.density:g}"
+        densities = ", ".join(f"{each:g}" for each in (chosen.density if isinstance(chosen.density, tuple) else (chosen.density,)))
+        rule = f"fixed at {chosen.fixed:g}" if chosen.method == "fixed" else f"{chosen.method} for density {densities}"
         refresh = f"every {chosen.refresh_interval} steps, warm-up {chosen.refresh_warmup}{', held' if chosen.hold else ''}"
         feedback = "" if self.error_feedback else ", no error feedback"
         return (
@@ -95,13 +98,16 @@ class ThresholdCodec:
         return state[f"{prefix}residual"], state[f"{prefix}threshold"], state[f"{prefix}counters"]
 
 
-def gradient_layout_of(compressed: Sequence[Segment], chunks: int, config: DCTConfig) -> GradientLayout:
+def gradient_layout_of(members: Members, chunks: int, config: DCTConfig) -> GradientLayout:
     """Returns the payload geometry of a buffer's compressed segments, cut into ``chunks``."""
+    densities, numels = members.densities(config), members.numels
+    # Bytes of metadata per element are linear in the density, so those of all follow from the mean.
+    mean = sum(density * numel for density, numel in zip(densities, numels, strict=True)) / sum(numels)
     return GradientLayout(
-        tuple((segment.offset, segment.parameter.numel) for segment in compressed),
-        choose_block(config.dp_density, max(segment.parameter.numel for segment in compressed)),
+        tuple((segment.offset, segment.parameter.numel) for segment in members.compressed),
+        choose_block(mean, max(numels)),
         chunks,
         -1,
-        min(1.0, config.dp_density * config.capacity_factor),
+        per_segment([min(1.0, density * config.capacity_factor) for density in densities]),
         config.dp_dtype,
     )

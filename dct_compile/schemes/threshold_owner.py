@@ -23,7 +23,7 @@ from dct_compile.exchange import ALL_TO_ALL, GRADIENT, Exchange
 from dct_compile.schemes.members import said_too_large
 from dct_compile.schemes.offer import Declined, GradientOffer
 from dct_compile.schemes.threshold import divide_by_density, said
-from dct_compile.schemes.threshold_codec import ThresholdCodec, gradient_layout_of
+from dct_compile.schemes.threshold_codec import ThresholdCodec
 from dct_compile.state.spec import StateSpec
 from dct_compile.traffic import Traffic, one_share_to_each, to_all
 from dct_compile.triton_kernels.shares import UNIT
@@ -52,7 +52,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> Owner | Declined | None:
     members = divide_by_density(exchange, config)
     if isinstance(members, str):
         return Declined(members)
-    codec = ThresholdCodec.of(exchange, gradient_layout_of(members.compressed, exchange.ranks, config), config)
+    codec = ThresholdCodec.of(exchange, members, exchange.ranks, config)
     owner_codec = replace(codec, layout=replace(codec.layout, chunk=exchange.rank), stage="owner")
     sent = one_share_to_each(codec.layout.payload_bytes, exchange.ranks) + to_all(codec.layout.chunk_bytes, exchange.ranks)
     memory = codec.memory_bytes(exchange, payloads=1) + 12 * owner_codec.layout.state_numel
@@ -70,6 +70,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> Owner | Declined | None:
             codec.state() + owner_codec.state(),
             (codec.layout.block, codec.layout.chunks, owner_codec.layout.chunk, UNIT),
             orders=members.orders,
+            densities=members.densities(config),
         ),
         codec=codec,
         owner_codec=owner_codec,

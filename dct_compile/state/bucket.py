@@ -76,9 +76,9 @@ class BucketState:
             entry["owner_share"] = list(self.spec.owner_share)
         return entry
 
-    def follow(self, density: float) -> None:
+    def follow(self, densities: Sequence[float]) -> None:
         """Lets thresholds that were chosen for another density be chosen anew, and the counters begin anew with them."""
-        for index, held in enumerate(self.densities):
+        for index, (held, density) in enumerate(zip(self.densities, densities, strict=True)):
             if held not in (None, density):
                 self.pending.restart(index)
             self.densities[index] = density

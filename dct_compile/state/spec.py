@@ -1,7 +1,7 @@
 """Describes the state that a scheme keeps for a bucket of parameters: plain values, no tensor."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -49,7 +49,8 @@ class StateSpec:
     ``owner_share``: block, chunks, chunk and unit of the share that this rank owns, where the state has an owner's stage. ``sent``:
     elements that a step sends for each parameter, where that number is fixed; the counters tell it otherwise. ``orders``: the order of the
     elements of each residual, for a scheme that works on the buffer as it is; empty where all residuals are row-major. ``waits``: whether
-    an element is sent once in many steps, with all that has added up.
+    an element is sent once in many steps, with all that has added up. ``densities``: of each parameter, for its optimizer, where they are
+    not all ``dp_density``; a state of other densities is the same state.
     """
 
     numels: tuple[int, ...]
@@ -58,6 +59,7 @@ class StateSpec:
     sent: tuple[int, ...] | None = None
     orders: tuple[ElementOrder | None, ...] = ()
     waits: bool = True
+    densities: tuple[float, ...] = field(default=(), compare=False)
 
 
 def end_to_end(numels: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -44,6 +44,7 @@ class StateStore:
         with self._lock:
             for bucket in self._buckets:
                 if bucket.holds(parameters) and bucket.spec == spec:
+                    bucket.spec = spec  # with the densities of today
                     return bucket
             created = BucketState(parameters, spec, parameters[0].device, self.use.of(parameters), family=family)
             for index, parameter in enumerate(parameters):

@@ -1,7 +1,6 @@
 """The compiled CPU versions of the gradient ops, with the signatures of the references."""
 
 from functools import lru_cache
-from math import log
 
 import torch
 from torch import Tensor
@@ -49,17 +48,17 @@ def _range_table(layout: GradientLayout, numel: int) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _selecting(layout: GradientLayout, selection: Selection) -> Selecting:
-    rows = [[r.segment, r.grad_offset, r.state_offset, r.numel, r.stride, r.rank, r.target] for r in regions(layout, selection)]
+    found = regions(layout, selection)
+    rows = [[r.segment, r.grad_offset, r.state_offset, r.numel, r.stride, r.rank, r.target] for r in found]
     table = torch.tensor(rows, dtype=torch.int64)
+    factors = torch.tensor([region.mean_factor for region in found], dtype=torch.float64)
     constant = constant_threshold(selection)
-    if constant is not None:
-        method, factor = _CONSTANT, constant
-    else:
-        method, factor = (_MEAN, -log(selection.density)) if selection.method == "laplace" else (_RANK, 0.0)
+    method = _CONSTANT if constant is not None else _MEAN if selection.method == "laplace" else _RANK
     geometric = selection.refresh_warmup != "off"
-    found = Selecting(table.data_ptr(), table.shape[0], method, factor, selection.refresh_interval, geometric, selection.hold)
-    found.table = table
-    return found
+    head = (table.data_ptr(), table.shape[0], method, constant or 0.0, factors.data_ptr())
+    selecting = Selecting(*head, selection.refresh_interval, geometric, selection.hold)
+    selecting.tables = table, factors
+    return selecting
 
 
 def select_threshold_cpu(

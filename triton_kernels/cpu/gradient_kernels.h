@@ -39,7 +39,8 @@ struct Selecting {
   const Region* regions;
   int64_t count;
   int64_t method;
-  double factor;  // of the mean (kMean), or the threshold itself (kConstant)
+  double constant;        // the threshold of all (kConstant)
+  const double* factors;  // [count]: of the mean (kMean)
   int64_t interval;
   int64_t geometric;  // whether refreshes are so spaced at first
   int64_t hold;       // whether thresholds follow what steps keep

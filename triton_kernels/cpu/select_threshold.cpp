@@ -286,13 +286,14 @@ double mean_magnitude(const Samples<G>& samples, int threads) {
 }
 
 template <typename G>
-std::optional<float> select_one(const Selecting& selecting, const Region& region, const G* grad, const float* residual, int64_t threads) {
+std::optional<float> select_one(const Selecting& selecting, int64_t s, const G* grad, const float* residual, int64_t threads) {
+  const Region& region = selecting.regions[s];
   const float* const owed = residual != nullptr ? residual + region.state_offset : nullptr;
   const Samples<G> samples{grad + region.grad_offset, owed, region.numel, region.stride};
   const int team = worthwhile_threads(samples.count(), threads);
   if (selecting.method == kRank) return rank_threshold(samples, region.rank, team);
   const double mean = mean_magnitude(samples, team);
-  return std::isfinite(mean) ? std::optional<float>(float(mean * selecting.factor)) : std::nullopt;
+  return std::isfinite(mean) ? std::optional<float>(float(mean * selecting.factors[s])) : std::nullopt;
 }
 
 }  // namespace
@@ -315,11 +316,11 @@ void select_threshold(const Selecting& selecting, const Bucket& grad, const Stat
       continue;
     }
     if (selecting.method == kConstant) {
-      threshold = float(selecting.factor);
+      threshold = float(selecting.constant);
       continue;
     }
     with_dtype(grad.dtype, [&](auto type) {
-      threshold = select_one(selecting, region, static_cast<const decltype(type)*>(grad.start), state.residual, threads).value_or(threshold);
+      threshold = select_one(selecting, s, static_cast<const decltype(type)*>(grad.start), state.residual, threads).value_or(threshold);
     });
   }
 }

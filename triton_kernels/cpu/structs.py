@@ -46,14 +46,15 @@ class Uncovered(Structure):
 
 
 class Selecting(Structure):
-    """gradient_kernels.h: how thresholds are chosen, and in which regions. ``table``: the tensor that holds the regions."""
+    """gradient_kernels.h: how thresholds are chosen, and in which regions. ``tables``: the tensors that hold their numbers."""
 
-    table: Tensor
+    tables: tuple[Tensor, Tensor]
     _fields_ = (
         ("regions", c_void_p),
         ("count", c_int64),
         ("method", c_int64),
-        ("factor", c_double),
+        ("constant", c_double),
+        ("factors", c_void_p),
         ("interval", c_int64),
         ("geometric", c_int64),
         ("hold", c_int64),
