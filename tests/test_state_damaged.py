@@ -61,8 +61,14 @@ DAMAGES = {
     "owner's residual NaN": (owner(put("residual", torch.full((256,), float("nan")))), "p1, owner: residual has values that are NaN"),
     "owner no dict": (put("owner", torch.zeros(256)), "p1: owner must be a dict of tensors, not float32 [256]"),
     "owner_share too short": (put("owner_share", [256, 2]), "p1: owner_share must be [block, chunks, chunk, 256], with a chunk"),
-    "owner_share past the end": (put("owner_share", [256, 2, 2]), "p1: owner_share must be [block, chunks, chunk, 256], with a chunk below"),
-    "owner_share of other units": (put("owner_share", [256, 2, 1, 64]), "p1: owner_share must be [block, chunks, chunk, 256], with a chunk"),
+    "owner_share past the end": (
+        put("owner_share", [256, 2, 2]),
+        "p1: owner_share must be [block, chunks, chunk, 256], with a chunk below",
+    ),
+    "owner_share of other units": (
+        put("owner_share", [256, 2, 1, 64]),
+        "p1: owner_share must be [block, chunks, chunk, 256], with a chunk",
+    ),
     "owner_share of another": (put("owner_share", [256, 2, 1]), "p1, owner: residual must be float32 [44], not float32 [256]"),
     "owner_order of another": (
         put("owner_order", [[10, 20], [1, 0]]),
