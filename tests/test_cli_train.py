@@ -164,7 +164,7 @@ def test_every_backend_is_compared_with_dense_by_seed() -> None:
     better = [replace(run, metrics={"log_loss": 0.4 - run.seed / 10, "auc": run.metrics["auc"] + 0.01}) for run in results.backends[0].runs]
     results.backends.append(BackendResult("fp16", better, [[], []], []))
     assert quality(results).rows[-1] == ["fp16 - dense", "-0.1500 ± 0.0707", "+0.0100 ± 0.0000", "", ""]
-    assert quality(results).note.endswith("test log-loss: lower is better; test AUC: higher is better.")
+    assert quality(results).note.endswith("Better: lower test log-loss, higher test AUC.")
 
 
 def test_density_between_two_readings() -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from dct_compile.cli.results import KINDS, RARE, BackendResult, Results, bytes_until
+from dct_compile.models.tasks import Metric
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ def quality(results: Results) -> Table:
         f"Mean and standard deviation over {seeds} seeds. " if seeds > 1 else "One seed: no spread. "
     ) + f"{settings['dp']} data-parallel x {settings['mp']} model-parallel ranks on {results.environment['cores']} cores, gloo. "
     titles = [metric.title for metric in results.metrics]
-    better = [f"{metric.title}: {'higher' if metric.higher_is_better else 'lower'} is better" for metric in results.metrics]
-    note += f"{'; '.join(better)}."
+    note += f"Better: {', '.join(f'{_direction(metric)} {metric.title}' for metric in results.metrics)}."
     return Table("Quality and speed", ["backend", *titles, "steps/s", "replicas"], rows, note)
 
 
@@ -115,6 +115,10 @@ def _differences(results: Results) -> list[list[str]]:
             cells.append(_spread((mean(values), stdev(values) if len(values) > 1 else None), 4, sign="+"))
         rows.append([f"{result.backend} - dense", *cells, "", ""])
     return rows
+
+
+def _direction(metric: Metric) -> str:
+    return "higher" if metric.higher_is_better else "lower"
 
 
 def _bytes_row(name: str, result: BackendResult, kinds: list[str] | tuple[str, ...]) -> list[str]:

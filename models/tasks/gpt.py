@@ -28,7 +28,7 @@ class GptTask(Task):
         steps=1000,
     )
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("loss", "test loss, nats/byte", False),
+        Metric("loss", "test nats/byte", False),
         Metric("bits_per_byte", "test bits/byte", False),
     )
 
