@@ -122,13 +122,12 @@ class Bypass:
             first: tuple[Tensor, Factor] | None = None
             if factor is not None and (state or isinstance(factor, Tensor) or factor != 0):
                 first = (_first(moment.name, parameter, state), factor)
-            # A second moment that keeps nothing of itself (beta2 = 0) can hold no share for later steps.
-            has_gaps = bool(moment.second) and group["betas"][1] > 0 and use.gap > 1 / (1 - group["betas"][1])
+            has_gaps = bool(moment.second) and _outwaits(use.gap, group["betas"][1])
             step: Factor = 0.0
             second: tuple[Tensor, Tensor] | None = None
             if has_gaps and moment.second in state:
                 step = number(state["step"]) + 1
-                second = (state[moment.second], _last_arrivals(state, parameter, step - 1))
+                second = (state[moment.second], last_arrivals(state, parameter, step - 1))
             if first is not None or second is not None:
                 preparation.add(parameter, group, step, first, second)
             ways = ["bypass"] * (factor is not None) + ["gaps"] * has_gaps
@@ -150,6 +149,14 @@ class Bypass:
             self._tell(optimizer, count)
 
 
+def _outwaits(gap: float, beta2: Factor) -> bool:
+    """Returns whether ``gap`` steps are more than a second moment looks back; as many, but for the rounding of ``1 - beta2``, are not.
+
+    A moment that keeps nothing of itself (``beta2`` of 0) can hold no share for later steps.
+    """
+    return bool(beta2 > 0 and gap * (1 - beta2) > 1 + 1e-6)
+
+
 def _first(name: str, parameter: Tensor, state: State) -> Tensor:
     """Returns the first moment ``name`` of ``parameter``; an optimizer that has not made it yet takes this one."""
     held: Tensor | None = state.get(name)
@@ -158,7 +165,7 @@ def _first(name: str, parameter: Tensor, state: State) -> Tensor:
     return held
 
 
-def _last_arrivals(state: State, parameter: Tensor, start: Factor) -> Tensor:
+def last_arrivals(state: State, parameter: Tensor, start: Factor) -> Tensor:
     """Returns the step at which each element arrived last, ``start`` for all if nobody knows: int32, a view of the optimizer's state.
 
     The state holds its bytes. On load, torch casts all state to the dtype of the parameter: bfloat16 is exact up to 256 only.

@@ -14,6 +14,7 @@ from dct_compile.ops import (
     dequantize_rows,
     gather_rows,
     pack_rows,
+    prepare_moments,
     quantize_rows,
     repack,
     scatter_rows,
@@ -65,6 +66,15 @@ def good(op: Any) -> dict[str, Any]:
         quantize_rows: {"x": torch.zeros(4, 2, 40), "seed": torch.tensor([7]), "bits": 8},
         dequantize_rows: {"payload": bytes_of(4, 84), "row_shape": [2, 40], "bits": 8, "dtype": BF16},
         store: {"state": torch.zeros(5), "value": torch.ones(5)},
+        prepare_moments: {
+            "scalars": torch.zeros(5),
+            "shares": torch.zeros(9),
+            "grads": [torch.zeros(3, 4), torch.zeros(7)],
+            "parameters": [torch.zeros(3, 4), torch.zeros(7)],
+            "first": [torch.zeros(3, 4), torch.zeros(7)],
+            "second": [torch.zeros(3, 4), torch.zeros(7)],
+            "last": [torch.zeros(3, 4, dtype=torch.int32), torch.zeros(7, dtype=torch.int32)],
+        },
     }[op]
 
 
@@ -133,9 +143,25 @@ BAD: list[tuple[Any, str, Any, str]] = [
     (dequantize_rows, "row_shape", [3, 40], "payload is"),
     (dequantize_rows, "dtype", torch.int32, "dtype of the rows is"),
     (store, "value", torch.ones(6), "value is"),
+    (prepare_moments, "scalars", torch.zeros(4), r"scalars is torch.float32 \[4\]: expected contiguous float32 or float64 \[5\]"),
+    (prepare_moments, "scalars", torch.zeros(5, dtype=BF16), "scalars is torch.bfloat16"),
+    (prepare_moments, "shares", torch.zeros(9, dtype=torch.float64), "shares is torch.float64"),
+    (prepare_moments, "shares", torch.zeros(1), r"shares is torch.float32 \[1\]"),
+    (prepare_moments, "shares", None, "there are no shares: expected"),
+    (prepare_moments, "last", [], "second has 2 tensors, last 0"),
+    (prepare_moments, "first", [torch.zeros(3, 4)], "first has 1 tensors: expected none, or 2 as grads"),
+    (
+        prepare_moments,
+        "grads",
+        [torch.zeros(3, 4), torch.zeros(7).int()],
+        r"grads\[1\] is torch.int32 \[7\] on cpu: expected floating point",
+    ),
+    (prepare_moments, "first", [torch.zeros(4, 3), torch.zeros(7)], r"first\[0\] is torch.float32 \[4, 3\] on cpu: expected .* \[3, 4\]"),
+    (prepare_moments, "parameters", [torch.zeros(3, 4), torch.zeros(7, device=META)], r"parameters\[1\] is .* on meta"),
+    (prepare_moments, "last", [torch.zeros(3, 4), torch.zeros(7).int()], r"last\[0\] is torch.float32 \[3, 4\] on cpu: expected int32"),
 ]
 OPS = [select_threshold, threshold_pack, unpack_accumulate, repack, pack_rows, unpack_rows, gather_rows, scatter_rows]
-OPS += [quantize_rows, dequantize_rows, store]
+OPS += [quantize_rows, dequantize_rows, store, prepare_moments]
 
 
 def call_fake(op: Any, *arguments: Any) -> Any:

@@ -51,6 +51,8 @@ def test_every_optimizer_of_torch_is_decided(use: GradientUse) -> None:
     [
         (AdamW, True, 0.0, "bypass"),
         (AdamW, True, 2000.0, "bypass + gaps"),
+        (lambda held: AdamW(held, betas=(0.9, 0.99)), True, 100.0, "bypass"),  # 1 / (1 - 0.99) is a little less than 100 in floating point
+        (lambda held: AdamW(held, betas=(0.9, 0.99)), True, 101.0, "bypass + gaps"),
         (lambda held: AdamW(held, betas=(0.0, 0.9)), True, 20.0, "gaps"),
         (lambda held: AdamW(held, betas=(0.0, 0.9)), True, 5.0, "as ever"),
         (AdamW, False, 2000.0, "as ever"),

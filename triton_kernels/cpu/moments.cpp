@@ -29,7 +29,7 @@ struct Shares {
 
 namespace {
 
-constexpr int64_t kPart = 1024;  // elements that are formed in cache before they are streamed out; whole groups
+constexpr int64_t kPart = 2048;  // elements between listing what arrives and changing it; whole groups
 
 template <typename T>
 class Preparation {
@@ -152,7 +152,8 @@ void prepare(const Moments* parameters, int64_t count, const Scalars& scalars, c
       const int64_t own = ceil_div(parameters[i].numel, kPart);
       with_dtype(parameters[i].dtype, [&](auto t) {
         const bool streamed = numel * int64_t(sizeof(t)) >= kStreamedBytes;
-        Preparation<decltype(t)>(parameters[i], scalars, shares, streamed).run(std::max(begin - before, int64_t(0)), std::min(end - before, own));
+        const Preparation<decltype(t)> preparation(parameters[i], scalars, shares, streamed);
+        preparation.run(std::max(begin - before, int64_t(0)), std::min(end - before, own));
       });
       before += own;
     }

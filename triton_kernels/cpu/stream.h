@@ -37,14 +37,16 @@ inline void stream_out(void* to, const void* from, int64_t bytes) {
 #endif
 }
 
-// Streams whole lines, as from registers, to an address that is a multiple of a line.
+// Streams whole lines that the compiler may hold in registers. Both addresses are multiples of a line.
 template <size_t kBytes>
 inline void stream_lines(const void* from, void* to) {
   static_assert(kBytes % 64 == 0);
 #if defined(__AVX512F__)
-  for (size_t i = 0; i < kBytes / 64; ++i) _mm512_stream_si512(static_cast<__m512i*>(to) + i, _mm512_load_si512(static_cast<const __m512i*>(from) + i));
+  const auto* lines = static_cast<const __m512i*>(from);
+  for (size_t i = 0; i < kBytes / 64; ++i) _mm512_stream_si512(static_cast<__m512i*>(to) + i, _mm512_load_si512(lines + i));
 #elif defined(__SSE2__)
-  for (size_t i = 0; i < kBytes / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_load_si128(static_cast<const __m128i*>(from) + i));
+  const auto* quarters = static_cast<const __m128i*>(from);
+  for (size_t i = 0; i < kBytes / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_load_si128(quarters + i));
 #else
   std::memcpy(to, from, kBytes);
 #endif
