@@ -3,7 +3,7 @@
 Two simulated ranks, half of each batch of 512 for each of them. All runs of one seed have the same split, initial values and batches.
 `--product` trains some of the methods by the product itself, on two gloo ranks.
 
-    python benchmarks/dlrm_adam.py [--epochs 4] [--rates 0.001,0.002,0.004] [--seeds 3] [--only "dense,1 %"] [--product]
+    python benchmarks/dlrm_adam.py [--epochs 4] [--rates 0.001,0.002,0.004] [--seeds 3] [--only "1 %"] [--product]
 """
 
 import os
@@ -131,7 +131,7 @@ def summary(curves: list[list[list[float]]], steps: int) -> list[float]:
 
 @click.command()
 @click.option("--epochs", default=4, help="Epochs (156 steps) of each run.")
-@click.option("--every", default=78, help="Steps between two tests.")
+@click.option("--every", default=156, help="Steps between two tests.")
 @click.option("--at", default=468, help="The step at which methods and learning rates are compared.")
 @click.option("--rates", default="0.001,0.002,0.004", help="Learning rates, each tried with the first seed.")
 @click.option("--seeds", default=3, help="Seeds of each method at its best learning rate.")

@@ -28,7 +28,6 @@ from dct_compile.models.gpt import GPT
 METHODS = {
     "bfloat16": Method(),
     "int8": Method(int8=True),
-    "int8, the same density": Method(int8=True),
     "by |W| / v^(1/8)": Method(power=0.25),
     "by |W| / v^(1/4)": Method(power=0.5),
     "by |W| / v^(1/2)": Method(power=1.0),
