@@ -21,12 +21,15 @@ class FirstMoment:
     parameter's group and state; ``None`` where it plays no part. With an empty state 0.0 leaves it to the optimizer, which makes its state
     all at once and starts with zeros. ``second``: the key of a second moment that forgets by ``betas[1]``, if the optimizer has one.
     ``start``: makes the states of a group as the first step would, for an optimizer whose first step needs another value than zero.
+    ``beside``: returns the multiple of the gradient from which a first step comes out as ever, by the parameter's group, for an optimizer
+    whose fused step wants to find the first moments of all parameters of a group or of none.
     """
 
     name: str
     factor: Callable[[Group, State], Factor | None]
     second: str = ""
     start: Callable[[Optimizer, Group], None] | None = None
+    beside: Callable[[Group], Factor] | None = None
 
 
 def _of_adam(group: Group, state: State) -> Factor | None:
@@ -66,13 +69,18 @@ def _of_sgd(group: Group, state: State) -> Factor | None:
     return factor
 
 
+def _beside_sgd(group: Group) -> Factor:
+    beside: Factor = group["dampening"] / group["momentum"]  # a first step takes the whole gradient
+    return beside
+
+
 _ADAM = FirstMoment("exp_avg", _of_adam, "exp_avg_sq")
 _KNOWN: dict[type[Optimizer], FirstMoment] = {
     Adam: _ADAM,
     RAdam: _ADAM,
     Adamax: FirstMoment("exp_avg", _of_adam),
     NAdam: FirstMoment("exp_avg", _of_nadam, "exp_avg_sq", _start_nadam),
-    SGD: FirstMoment("momentum_buffer", _of_sgd),
+    SGD: FirstMoment("momentum_buffer", _of_sgd, beside=_beside_sgd),
 }
 _AS_EVER = (Adadelta, Adafactor, Adagrad, ASGD, LBFGS, Muon, Rprop)
 """The optimizers of torch that have no first moment, and Muon: it applies the orthogonal factor of its momentum, to which many sparse

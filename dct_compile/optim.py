@@ -108,6 +108,7 @@ class Bypass:
         if moment is None:
             return
         preparation, count = Preparation(optimizer), 0
+        made: dict[int, Group] = {}
         for group, parameter, use in self._uses(optimizer):
             if parameter.grad is None:
                 continue
@@ -121,6 +122,8 @@ class Bypass:
             count += factor is not None
             first: tuple[Tensor, Factor] | None = None
             if factor is not None and (state or isinstance(factor, Tensor) or factor != 0):
+                if moment.name not in state:
+                    made[id(group)] = group
                 first = (_first(moment.name, parameter, state), factor)
             has_gaps = bool(moment.second) and _outwaits(use.gap, group["betas"][1])
             step: Factor = 0.0
@@ -132,6 +135,8 @@ class Bypass:
                 preparation.add(parameter, group, step, first, second)
             ways = ["bypass"] * (factor is not None) + ["gaps"] * has_gaps
             use.stepped = " + ".join(ways) or AS_EVER
+        for group in made.values():
+            _make_beside(optimizer, moment, group, preparation)
         preparation.run()
         if count:
             self._tell_once(optimizer, count)
@@ -163,6 +168,16 @@ def _first(name: str, parameter: Tensor, state: State) -> Tensor:
     if held is None:
         held = state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return held
+
+
+def _make_beside(optimizer: Optimizer, moment: FirstMoment, group: Group, preparation: Preparation) -> None:
+    """Makes the first moments of parameters that are stepped as ever, where a fused step wants all of a group, and some were made."""
+    if moment.beside is None or not group.get("fused"):
+        return
+    for parameter in group["params"]:
+        state = optimizer.state[parameter]
+        if parameter.grad is not None and state.get(moment.name) is None:
+            preparation.add(parameter, group, 0.0, (_first(moment.name, parameter, state), moment.beside(group)), None)
 
 
 def last_arrivals(state: State, parameter: Tensor, start: Factor) -> Tensor:

@@ -92,3 +92,23 @@ def test_a_disabled_gradient_scaler_is_none(use: GradientUse) -> None:
     set_gradients(held, 0)
     scaler.step(AdamW(held))
     assert use.scale(use.of(held)) == 1.0
+
+
+@pytest.mark.parametrize("options", [{}, {"dampening": 0.5, "weight_decay": 0.1}, {"nesterov": True}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("how", ["foreach", "fused"])
+def test_a_parameter_beside_one_whose_momentum_is_left_out_steps_as_ever(use: GradientUse, how: str, options: dict[str, float]) -> None:
+    """The fused step wants the momenta of all parameters, or of none."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(2, 30), torch.randn(4, 30)
+    together = [nn.Parameter(part.clone()) for part in start]
+    (record,) = use.of(together[:1])
+    record.waits = True
+    alone = nn.Parameter(start[1].clone())
+    both = [SGD(held, lr=0.1, momentum=0.9, **{how: True}, **options) for held in (together, [alone])]
+    for gradient in gradients:
+        for held in (*together, alone):
+            held.grad = gradient.clone()
+        for optimizer in both:
+            optimizer.step()
+    torch.testing.assert_close(together[1], alone)
+    assert not torch.equal(together[0] - start[0], together[1] - start[1])

@@ -51,6 +51,5 @@ class Optimization:
             case "adamw":
                 return torch.optim.AdamW(parameters, lr=lr, betas=self.betas, weight_decay=decay, fused=True)
             case "sgd":
-                # Not fused: that one needs a momentum of all parameters or of none.
-                return torch.optim.SGD(parameters, lr=lr, momentum=self.momentum, weight_decay=decay)
+                return torch.optim.SGD(parameters, lr=lr, momentum=self.momentum, weight_decay=decay, fused=True)
         raise ValueError(f"unknown optimizer {self.optimizer!r}: there are {', '.join(OPTIMIZERS)}")
