@@ -34,7 +34,7 @@ from tests.tracing import fake_group
 dct = torch.ops.dct
 NUMEL, CHUNKS = 5320, 2
 LOCAL, OWNED = (GradientLayout(((3, 300), (303, 0), (310, 5000)), 256, CHUNKS, chunk, 0.1, torch.int8) for chunk in (-1, 1))
-SELECTION = Selection(0.05, "exact", 0.0, 10, "geometric")
+SELECTION = Selection(0.05, "exact", 0.0, 10, "geometric", True)
 MODE = FakeTensorMode()
 
 

@@ -22,7 +22,7 @@ FLOORS = [
     ("select_threshold", "exact", 0, 0.01, torch.float32, 65536 * 8),
     ("select_threshold", "laplace", 0, 0.01, torch.bfloat16, 65536 * 6),
     ("select_threshold", "sampled", 0, 0.01, torch.float32, 65536 * 8),  # small enough to look at all
-    ("select_threshold", "not due", 0, 0.01, torch.float32, 32),
+    ("select_threshold", "not due", 0, 0.01, torch.float32, 40),
     # 721 entries of 2 + 1 bytes, 256 counts, padding to 4
     ("threshold_pack", "error feedback", 0, 0.01, torch.float32, 65536 * 12 + 2420),
     ("threshold_pack", "error feedback", 0, 0.01, torch.bfloat16, 65536 * 10 + 2420),

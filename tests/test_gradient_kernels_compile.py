@@ -68,12 +68,12 @@ def run(block, grad_dtype, value_dtype, chunks, chunk):
     state = (torch.zeros(layout.state_numel), torch.zeros(3), torch.zeros(3, 5, dtype=torch.int64))
     grad = torch.zeros(numel, dtype=grad_dtype)
     for method in ("exact", "sampled", "laplace", "fixed"):
-        select_threshold_triton(grad, *state, layout, Selection(0.05, method, 0.0, 10, "geometric"), True)
+        select_threshold_triton(grad, *state, layout, Selection(0.05, method, 0.0, 10, "geometric", True), True)
     payload = threshold_pack_triton(grad, *state, layout, True)
     unpack_accumulate_triton(payload.repeat(2), None, numel, grad_dtype, layout, 2)
     if chunk >= 0:
         for method in ("exact", "fixed"):
-            repack_triton(payload.repeat(3), *state, layout, Selection(0.05, method, 0.0, 10, "off"), True)
+            repack_triton(payload.repeat(3), *state, layout, Selection(0.05, method, 0.0, 10, "off", True), True)
 
 
 def run_moments(dtype):
@@ -101,5 +101,5 @@ def test_the_kernels_compile_for_cuda() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
-    kernels = "constant fill mean pack prepare_moments rank repack unpack"
+    kernels = "constant fill hold mean pack prepare_moments rank repack unpack"
     assert done.stdout.split() == ["compiled", *(f"{name}_kernel" for name in kernels.split())], done.stderr

@@ -42,7 +42,7 @@ def gradient_calls(grad: torch.dtype, value: torch.dtype, block: int, chunks: in
     state = random_state(layout, random)
     gradient = torch.randn(NUMEL, generator=random).to(DEVICE, grad)
     for method in ("laplace", "fixed", "exact"):
-        yield dct.select_threshold.default, [gradient, *state, layout, Selection(0.05, method, 0.5, 10, "geometric"), True]
+        yield dct.select_threshold.default, [gradient, *state, layout, Selection(0.05, method, 0.5, 10, "geometric", True), True]
     arguments = [gradient, *state, layout, True]
     yield dct.threshold_pack.default, arguments
     payload = dct.threshold_pack(*arguments)
@@ -53,7 +53,7 @@ def gradient_calls(grad: torch.dtype, value: torch.dtype, block: int, chunks: in
         state = random_state(layout, random)
         received = payload.view(chunks, -1)[1].repeat(2)
         for method in ("exact", "fixed"):
-            yield dct.repack.default, [received, *state, layout, Selection(0.05, method, 0.5, 10, "off"), True]
+            yield dct.repack.default, [received, *state, layout, Selection(0.05, method, 0.5, 10, "off", True), True]
 
 
 def random_state(layout: GradientLayout, random: torch.Generator) -> list[Tensor]:
@@ -164,7 +164,7 @@ def test_inductor_generates_code_for_cuda_that_starts_the_kernels() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run([sys.executable, "-m", "tests.code_for_cuda"], env=environment, capture_output=True, text=True)
-    gradients = "fill pack rank repack unpack"
+    gradients = "fill hold pack rank repack unpack"
     rows = "dense_rows dequantize_rows gather_rows pack_rows quantize_rows"
     assert done.stdout.split() == sorted(f"{name}_kernel" for name in (gradients + " " + rows).split()), done.stderr
 

@@ -23,7 +23,7 @@ ROWS = RowLayout((2, 40), 5, torch.bfloat16)
 VALUES = [LAYOUT, SELECTION, ROWS]
 PRINTED = [
     "GradientLayout.of(segments=((3, 400), (500, 300)), block=256, chunks=1, chunk=-1, capacity_fraction=0.3, value_dtype=torch.bfloat16)",
-    "Selection.of(density=0.1, method='exact', fixed=0.0, refresh_interval=10, refresh_warmup='geometric')",
+    "Selection.of(density=0.1, method='exact', fixed=0.0, refresh_interval=10, refresh_warmup='geometric', hold=False)",
     "RowLayout.of(row_shape=(2, 40), capacity=5, value_dtype=torch.bfloat16)",
 ]
 

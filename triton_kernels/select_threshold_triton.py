@@ -56,8 +56,8 @@ def hold_thresholds(threshold: Tensor, counters: Tensor, layout: GradientLayout,
     """Lets the thresholds that are not due follow what the step before kept, if ``selection`` says so: one launch."""
     table, _, _ = _tables(layout, selection, threshold.device)
     if selection.hold and constant_threshold(selection) is None and table.shape[0]:
-        geometric = selection.refresh_warmup != "off"
-        launch(hold_kernel, (table.shape[0],))(counters, table, threshold, selection.refresh_interval, geometric, FEWEST)
+        options = {"GEOMETRIC": selection.refresh_warmup != "off", "FEWEST": FEWEST}
+        launch(hold_kernel, (table.shape[0],))(counters, table, threshold, selection.refresh_interval, **options)
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ _SELECT = (
         reference=select_threshold_reference,
         make=partial(inputs.select_inputs, method="exact", step=1),
         floor_bytes=lambda problem: COUNTERS * torch.int64.itemsize,
-        formula="32",
+        formula="40",
         streams=False,
     ),
 )

@@ -49,8 +49,8 @@ class StateSpec:
     ``owner_share``: block, chunks, chunk and unit of the share that this rank owns, where the state has an owner's stage. ``sent``:
     elements that a step sends for each parameter, where that number is fixed; the counters tell it otherwise. ``orders``: the order of the
     elements of each residual, for a scheme that works on the buffer as it is; empty where all residuals are row-major. ``waits``: whether
-    an element is sent once in many steps, with all that has added up. ``densities``: of each parameter, for its optimizer, where they are
-    not all ``dp_density``; a state of other densities is the same state.
+    an element is sent once in many steps, with all that has added up. ``densities``: of each parameter, for its optimizer; empty for
+    a scheme without. A state of other densities is the same state.
     """
 
     numels: tuple[int, ...]
