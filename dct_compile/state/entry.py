@@ -8,7 +8,7 @@
     owner        the same three of the share of the sum that the rank owns
     owner_share  [block, chunks, chunk]: which share that is, a range of the elements as they lie in the buffer
     owner_order  [shape, dims]: that order, where it is not row-major
-    density      float             of the last exchange, for which the threshold was chosen
+    density      float             that the threshold was chosen for, where there is one
     exchanges    int               of the parameter's gradient so far, in a training with phases; it may be all that there is
 """
 
