@@ -65,6 +65,7 @@ class BucketState:
             self.write(index, other.saved(place))
             self.pending.keep(index, steps)
         self.write(index, now)
+        self.densities[index] = other.densities[place]
 
     def entry(self, index: int) -> Entry:
         """Returns the state of the parameter at ``index`` as views, with the residual in the order of the buffer."""
@@ -86,7 +87,7 @@ class BucketState:
     def saved(self, index: int) -> Entry:
         """Returns a copy of the state of the parameter at ``index``, with the residual in row-major order."""
         entry, order = copy_of(self.entry(index)), self._order(index)
-        if self.densities[index] is not None:
+        if self.densities[index] is not None and "threshold" in entry:
             entry["density"] = self.densities[index]
         if order is not None:
             entry["residual"] = order.to_row_major(entry["residual"])

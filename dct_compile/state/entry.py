@@ -9,7 +9,7 @@
     owner_share  [block, chunks, chunk, unit]: which share that is of the elements as they lie in the buffer. Older states have no unit:
                  their shares are runs of whole blocks
     owner_order  [shape, dims]: that order, where it is not row-major
-    density      float             of the last exchange, for which the threshold was chosen
+    density      float             that the threshold was chosen for, where there is one
     exchanges    int               of the parameter's gradient so far, in a training with phases; it may be all that there is
 """
 
