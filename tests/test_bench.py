@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from torch.utils._pytree import tree_leaves
 
 from dct_compile import ops
 from dct_compile.bench import kernels
@@ -20,7 +21,7 @@ from dct_compile.bench.results import COLUMNS
 from dct_compile.bench.timing import FEWEST_SAMPLES, Stopwatch
 from dct_compile.cli import extras
 from dct_compile.cli.main import main
-from dct_compile.triton_kernels.cpu import gradient, rows
+from dct_compile.triton_kernels.cpu import gradient, moments, rows
 from dct_compile.triton_kernels.cpu.build import load_library
 from dct_compile.triton_kernels.store import store_reference
 
@@ -170,12 +171,12 @@ def test_what_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def _slightly_wrong(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """The op's CPU function with one bit flipped in its result, or in the first tensor that it mutates."""
     name = f"{op.overloadpacket.__name__}_cpu"
-    function = getattr(gradient, name, None) or getattr(rows, name, store_reference)
+    function = getattr(gradient, name, None) or getattr(rows, name, None) or getattr(moments, name, store_reference)
     mutated = [i for i, argument in enumerate(op._schema.arguments) if argument.alias_info is not None]
 
     def wrong(*arguments: Any) -> Any:
         result = function(*arguments)
-        target = arguments[mutated[0]] if result is None else result
+        target = tree_leaves(arguments[mutated[0]])[0] if result is None else result
         target.view(-1).view(torch.uint8)[0] ^= 1
         return result
 

@@ -43,6 +43,7 @@ FLOORS = [
     ("quantize_rows", "int4", 64, 1.0, torch.bfloat16, 65536 * 2 + 1024 * 34),
     ("dequantize_rows", "int8", 1024, 1.0, torch.float32, 65536 * 4 + 64 * 1026),
     ("store", "one tensor", 0, 1.0, torch.bfloat16, 2 * 65536 * 2),
+    ("prepare_moments", "first moment", 0, 0.01, torch.float32, 2 * 65536 * 4),
 ]
 
 

@@ -133,8 +133,8 @@ def views(dtype: torch.dtype) -> dict[str, Lists]:
     channels_last = [[t.to(memory_format=torch.channels_last) for t in held] for held in lists_of([(3, 5, 7, 9)], dtype, 0.2)]
     transposed = [[t.t() for t in held] for held in lists_of([(30, 40)], dtype, 0.2)]
     with_gaps = [[t[:, ::2] for t in held] for held in lists_of([(30, 40)], dtype, 0.2)]
-    unlike = [[grad.t().contiguous().t()] if (grad := held[0]) is transposed[0] else held for held in lists_of([(30, 40)], dtype, 0.2)]
-    unlike[0] = [unlike[0][0].t().contiguous().t()]
+    grads, *others = lists_of([(30, 40)], dtype, 0.2)
+    unlike = [[grad.t().contiguous().t() for grad in grads], *others]
     return {"channels_last": channels_last, "transposed": transposed, "with gaps": with_gaps, "unlike": unlike}
 
 

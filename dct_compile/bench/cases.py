@@ -19,6 +19,7 @@ from dct_compile import ops
 from dct_compile.bench import baselines, floors, inputs
 from dct_compile.bench.inputs import Inputs, Problem, Source
 from dct_compile.triton_kernels.layout import COUNTERS
+from dct_compile.triton_kernels.moments import prepare_moments_reference
 from dct_compile.triton_kernels.quantize import dequantize_rows_reference, quantize_rows_reference
 from dct_compile.triton_kernels.repack import repack_reference
 from dct_compile.triton_kernels.rows_pack import pack_rows_reference
@@ -215,6 +216,17 @@ _STORE = (
         has_density=False,
     ),
 )
+_MOMENTS = tuple(
+    Case(
+        op=ops.prepare_moments,
+        variant=variant,
+        reference=prepare_moments_reference,
+        make=partial(inputs.moments_inputs, gaps=gaps),
+        floor_bytes=partial(floors.moments_bytes, gaps=gaps),
+        formula=formula,
+    )
+    for variant, gaps, formula in (("first moment", False, "2 n g"), ("with gaps", True, "2 n g + lines that an element arrives in"))
+)
 
-CASES: tuple[Case, ...] = (*_SELECT, *_PACK, *_UNPACK, *_REPACK, *_PACK_ROWS, *_MASKED_ROWS, *_QUANTIZED_ROWS, *_STORE)
+CASES: tuple[Case, ...] = (*_SELECT, *_PACK, *_UNPACK, *_REPACK, *_PACK_ROWS, *_MASKED_ROWS, *_QUANTIZED_ROWS, *_STORE, *_MOMENTS)
 """Every op of ``torch.ops.dct``, variant by variant."""

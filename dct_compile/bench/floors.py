@@ -71,3 +71,9 @@ def quantized_bytes(problem: Problem, bits: int) -> int:
 def store_bytes(problem: Problem) -> int:
     """Returns the floor of `store`."""
     return 2 * _dense_bytes(problem)
+
+
+def moments_bytes(problem: Problem, gaps: bool) -> int:
+    """Returns the floor of `prepare_moments`; with gaps, the lines of the second moment and of the last steps where an element arrives."""
+    sizes = (problem.dtype.itemsize, 4) if gaps else ()
+    return 2 * _dense_bytes(problem) + sum(2 * _touched_bytes(problem, size, problem.density) for size in sizes)

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dct_compile import ops
 from dct_compile.bench import baselines
 from dct_compile.config import DCTConfig
 from dct_compile.triton_kernels.layout import COUNTERS, GradientLayout, RowLayout, Selection, choose_block
+from dct_compile.triton_kernels.moments import spread_shares
 from dct_compile.triton_kernels.row_codec import decode_rows
 from dct_compile.triton_kernels.select_threshold import sample_numel, sample_stride
 
@@ -67,14 +69,13 @@ class Inputs:
 
     def tensors(self) -> list[Tensor]:
         """Each once."""
-        found = {id(value): value for value in (*self.arguments, *self.operands) if isinstance(value, Tensor)}
+        found = {id(value): value for value in tree_leaves((self.arguments, self.operands)) if isinstance(value, Tensor)}
         return list(found.values())
 
     def clone(self) -> "Inputs":
         """Returns the same in memory of its own."""
         clones = {id(tensor): tensor.clone() for tensor in self.tensors()}
-        arguments, operands = (tuple(clones.get(id(value), value) for value in values) for values in (self.arguments, self.operands))
-        return Inputs(arguments, operands)
+        return Inputs(*tree_map(lambda value: clones.get(id(value), value), (self.arguments, self.operands)))
 
 
 class Source:
@@ -213,3 +214,14 @@ def dequantize_inputs(problem: Problem, source: Source, bits: int) -> Inputs:
 def store_inputs(problem: Problem, source: Source) -> Inputs:
     """Of ``store``."""
     return Inputs((torch.zeros(problem.numel, dtype=problem.dtype, device=problem.device), source.gradient(problem)))
+
+
+def moments_inputs(problem: Problem, source: Source, gaps: bool) -> Inputs:
+    """Of ``prepare_moments``: one parameter of Adam, of which a part of the gradient is not zero."""
+    draws = source.gradient(problem)
+    grad = torch.where(torch.arange(problem.numel, device=problem.device) % round(1 / problem.density) == 0, draws, 0)
+    second = [torch.ones_like(grad)] * gaps
+    last = [torch.zeros_like(grad, dtype=torch.int32)] * gaps
+    scalars = torch.tensor([0.5, 1.0, 0.0, 1000.0, 0.0], device=problem.device)
+    shares = spread_shares(0.999, torch.finfo(problem.dtype).eps, torch.float32, problem.device) if gaps else None
+    return Inputs((scalars, shares, [grad], [], [torch.zeros_like(grad)], second, last))

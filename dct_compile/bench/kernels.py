@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
+from torch.utils._pytree import tree_leaves
 
 from dct_compile.bench.cases import CASES, Case
 from dct_compile.bench.inputs import Inputs, Problem, Source
@@ -160,7 +161,7 @@ def check(case: Case, problem: Problem, source: Source) -> None:
     made = case.make(problem, source)
     actual, expected = made.clone().arguments, made.clone().arguments
     results = case.op(*actual), case.reference(*expected)
-    for mine, theirs in zip((results[0], *actual), (results[1], *expected), strict=True):
+    for mine, theirs in zip(tree_leaves((results[0], actual)), tree_leaves((results[1], expected)), strict=True):
         if isinstance(theirs, Tensor) and not _equal(mine, theirs, case.rtol):
             dtype = str(problem.dtype).removeprefix("torch.")
             sizes = f"{problem.numel} elements in rows of {problem.width}, density {problem.density:g}, {dtype}"
@@ -190,7 +191,8 @@ def _contenders(case: Case, made: Inputs, copies: int, inductor: bool) -> dict[s
 
     def restore(turn: int) -> None:
         for i in mutated:
-            sets[turn].arguments[i].copy_(made.arguments[i])
+            for held, original in zip(tree_leaves(sets[turn].arguments[i]), tree_leaves(made.arguments[i]), strict=True):
+                held.copy_(original)
 
     def baseline(chain: Callable[..., object]) -> Contender:
         return Contender(lambda turn: chain(*sets[turn].operands), copies)
