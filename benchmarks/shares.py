@@ -1,4 +1,4 @@
-"""Candidates that find no room in their owner's share of the payload: contiguous shares against interleaved ones, in plain PyTorch.
+"""Candidates that find no room in their owner's share of the payload: shares of one run against units in turn, in plain PyTorch.
 
 Each geometry sees the same gradients, and keeps a residual of its own. The threshold is the exact one of each step.
 
@@ -15,9 +15,16 @@ from tabulate import tabulate
 from torch import Tensor
 
 from dct_compile.models.gpt import GPT
+from dct_compile.triton_kernels.shares import TURN
 
-GEOMETRIES = {"contiguous": (0, False), "units of 4096": (4096, False), "units of 256": (256, False), "256, rotated": (256, True), "64, rotated": (64, True)}
-"""Elements of a unit; the units of a parameter go to the owners in turn. 0: one run of blocks of 256 for each owner."""
+UNITS = {
+    "one run": lambda numel, owners: (ceil(ceil(numel / 256) / owners) * 256, 0),
+    "4096 in turn": lambda numel, owners: (4096, 0),
+    "256 in turn": lambda numel, owners: (256, 0),
+    "64 in turn": lambda numel, owners: (64, 0),
+    "256, turned after 16": lambda numel, owners: (256, 16),
+}
+"""Elements that lie together, and rounds after which the owners turn (0: never). The last row is `shares.py` of the kernels."""
 OWNERS = (2, 4, 8)
 
 
@@ -51,11 +58,11 @@ def column_gradients(steps: int, rows: int = 512, width: int = 1024) -> Iterator
         yield {"columns": (torch.randn(rows, width, generator=generator) * scale).flatten()}
 
 
-def owners_of(numel: int, unit: int, rotated: bool, owners: int) -> Tensor:
+def owners_of(numel: int, geometry: str, owners: int) -> Tensor:
     """Returns the owner of each element."""
-    unit = unit or ceil(ceil(numel / 256) / owners) * 256
+    unit, rounds = UNITS[geometry](numel, owners)
     number = torch.arange(numel) // unit
-    turn = (number // owners * 40503 & 0xFFFF) * owners >> 16 if rotated else 0
+    turn = (number // owners // rounds * TURN & 0xFFFF) * owners >> 16 if rounds else 0
     return (number - turn) % owners
 
 
@@ -81,11 +88,11 @@ def measure(
     found: dict[tuple[str, str, int], tuple[int, int]] = {}
     for step, given in enumerate(gradients(steps)):
         for name, gradient in given.items():
-            for geometry, (unit, rotated) in GEOMETRIES.items():
+            for geometry in UNITS:
                 for owners in OWNERS:
                     key = name, geometry, owners
                     if key not in residuals:
-                        residuals[key], shares[key], found[key] = gradient.clone(), owners_of(len(gradient), unit, rotated, owners), (0, 0)
+                        residuals[key], shares[key], found[key] = gradient.clone(), owners_of(len(gradient), geometry, owners), (0, 0)
                     else:
                         residuals[key] += gradient
                     candidates, overflow = step_of(residuals[key], shares[key], owners, step, density, factor)
@@ -107,11 +114,11 @@ def main(steps: int, density: float, capacity_factor: float) -> None:
         for owners in OWNERS:
             for name in ["all of the GPT", *names] if len(names) > 1 else names:
                 row: list[object] = [name, owners]
-                for geometry in GEOMETRIES:
+                for geometry in UNITS:
                     chosen = [found[other, geometry, owners] for other in (names if name.startswith("all") else [name])]
                     row.append(100 * sum(over for _, over in chosen) / sum(candidates for candidates, _ in chosen))
                 rows.append(row)
-    print(tabulate(rows, ["parameter", "owners", *GEOMETRIES], floatfmt=".1f"))
+    print(tabulate(rows, ["parameter", "owners", *UNITS], floatfmt=".1f"))
 
 
 if __name__ == "__main__":

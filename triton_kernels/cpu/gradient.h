@@ -44,6 +44,8 @@ class Places {
     first_ = tile * kTile * chunks + (turn + piece.chunk) % chunks * kUnit;
   }
   int64_t of(int64_t element) const { return first_ + element + element / kUnit * others_; }
+  // Whether others lie between the units: then the hardware does not foresee where they go on.
+  bool scattered() const { return others_ > 0; }
 
  private:
   int64_t first_;
