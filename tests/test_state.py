@@ -27,7 +27,7 @@ def test_owner_has_a_second_stage_for_its_share() -> None:
     bucket = BucketState([], state_spec([1000, 300], ranks=2, rank=1), torch.device("cpu"))
     own = ["residual", "threshold", "counters"]
     assert list(bucket.tensors) == own + [f"owner_{name}" for name in own]
-    assert bucket.tensors["owner_residual"].numel() == 512 + (300 - 256)
+    assert bucket.tensors["owner_residual"].numel() == (1000 - 512) + (300 - 256)
     assert bucket.entry(1)["owner"]["residual"].numel() == 44
     assert bucket.entry(1)["owner_share"] == [256, 2, 1, 256]
 

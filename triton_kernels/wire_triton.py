@@ -28,8 +28,9 @@ def place_of(element, number, chunk, wire):  # type: ignore[no-untyped-def]
     """Returns where elements of tile ``number`` of a piece lie behind the first of the tile's rounds, see `shares.py`."""
     if wire.CHUNKS == 1:
         return element
-    turn = (number * 40503 & 0xFFFF) * wire.CHUNKS >> 16  # shares.TURN
-    return (element // 256 * wire.CHUNKS + (turn + chunk) % wire.CHUNKS) * 256 + element % 256  # shares.UNIT
+    else:
+        turn = (number * 40503 & 0xFFFF) * wire.CHUNKS >> 16  # shares.TURN
+        return (element // 256 * wire.CHUNKS + (turn + chunk) % wire.CHUNKS) * 256 + element % 256  # shares.UNIT
 
 
 @jit

@@ -202,7 +202,8 @@ def test_owner_loses_nothing_over_time(ranks: int, options: dict[str, Any]) -> N
     for rank in range(1, ranks):
         assert torch.equal(compressed[0], compressed[rank])
     assert int((compressed[0] != 0).sum()) > 0
-    waiting = sum(state[0] for state in states) + torch.cat([state[3] for state in states])
+    owned = torch.stack([state[3] for state in states]).view(ranks, -1, 256).transpose(0, 1)  # units of 256 in turn
+    waiting = sum(state[0] for state in states) + owned.reshape(-1)
     torch.testing.assert_close(compressed[0] + waiting / ranks, dense[0], rtol=1e-5, atol=1e-4)
 
 
