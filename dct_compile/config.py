@@ -4,17 +4,16 @@ import difflib
 import fnmatch
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
 
-from dct_compile.warmup import Schedule, explicit
+from dct_compile import option_checks as checks
+from dct_compile.warmup import Schedule
 
 MP_VALUE_DTYPES = ("float32", "bfloat16", "float16")
 SECOND_MOMENTS = ("auto", "gaps", "plain")
-FIRST_MOMENTS = ("auto", "bypass", "keep")
 DP_VALUE_DTYPES = (*MP_VALUE_DTYPES, "int8")
 THRESHOLDS = ("exact", "sampled", "laplace")
 REFRESH_WARMUPS = ("geometric", "off")
@@ -24,11 +23,7 @@ _LATE = 0.1
 GRADIENT_SCHEMES = ("auto", "gather", "owner", "powersgd", "random_k")
 ROW_OPTIONS = ("mp_density", "mp_value_dtype", "mp_eval", "embedding_codec")
 """The options that say nothing about gradients."""
-WARMUPS = "an integer >= 0, or a mapping {first step: density} from step 0 on, whose densities in (0, 1] fall down to dp_density"
 EMBEDDING_CODECS = ("int8", "int4", "threshold", "dense")
-LARGEST_NUMBER = torch.finfo(torch.float32).max
-LARGEST_INTEGER = torch.iinfo(torch.int64).max
-"""The largest that the operators take."""
 
 
 @dataclass(frozen=True)
@@ -112,40 +107,38 @@ class DCTConfig:
     """On CUDA: let Inductor see the kernel launches instead of the operators ``torch.ops.dct``."""
 
     def __post_init__(self) -> None:
-        self._keep("dp_density", _fraction("dp_density", self.dp_density))
-        self._keep("start_iter", _integer("start_iter", self.start_iter, 0))
-        self._keep("density_warmup", _warmup(self.density_warmup, self.dp_density))
-        self._keep("parameter_densities", _densities(self.parameter_densities))
-        self._keep("mp_density", _fraction("mp_density", self.mp_density))
+        self._keep("dp_density", checks.fraction("dp_density", self.dp_density))
+        self._keep("start_iter", checks.integer("start_iter", self.start_iter, 0))
+        self._keep("density_warmup", checks.warmup("density_warmup", self.density_warmup, self.dp_density))
+        self._keep("parameter_densities", checks.densities("parameter_densities", self.parameter_densities))
+        self._keep("mp_density", checks.fraction("mp_density", self.mp_density))
         if isinstance(self.threshold, str):
-            _check_choice("threshold", self.threshold, THRESHOLDS, " or a float")
+            checks.check_choice("threshold", self.threshold, THRESHOLDS, " or a float")
         else:
-            self._keep("threshold", _number("threshold", self.threshold, 0.0, f"one of {', '.join(THRESHOLDS)} or a float >= 0"))
-        self._keep("refresh_interval", _integer("refresh_interval", self.refresh_interval, 1))
-        _check_choice("refresh_warmup", self.refresh_warmup, REFRESH_WARMUPS)
-        _check_bool("hold_density", self.hold_density)
-        _check_bool("error_feedback", self.error_feedback)
-        _check_bool("undo_discarded", self.undo_discarded)
-        _check_choice("second_moment", self.second_moment, SECOND_MOMENTS)
-        _check_choice("first_moment", self.first_moment, FIRST_MOMENTS)
-        _check_choice("dp_value_dtype", self.dp_value_dtype, DP_VALUE_DTYPES)
-        _check_choice("mp_value_dtype", self.mp_value_dtype, MP_VALUE_DTYPES)
-        self._keep("capacity_factor", _number("capacity_factor", self.capacity_factor, 1.0, "a number >= 1"))
-        self._keep("min_numel", _integer("min_numel", self.min_numel, 0))
-        if isinstance(self.exempt, str) or not all(isinstance(pattern, str) for pattern in _as_iterable(self.exempt)):
-            raise _error("exempt", self.exempt, "a list of patterns (strings) of parameters, modules or source lines")
-        self._keep("exempt", tuple(self.exempt))
-        _check_bool("mp_eval", self.mp_eval)
-        _check_bool("mp_outputs", self.mp_outputs)
-        _check_choice("gradient_scheme", self.gradient_scheme, GRADIENT_SCHEMES)
+            self._keep("threshold", checks.number("threshold", self.threshold, 0.0, f"one of {', '.join(THRESHOLDS)} or a float >= 0"))
+        self._keep("refresh_interval", checks.integer("refresh_interval", self.refresh_interval, 1))
+        checks.check_choice("refresh_warmup", self.refresh_warmup, REFRESH_WARMUPS)
+        checks.check_bool("hold_density", self.hold_density)
+        checks.check_bool("error_feedback", self.error_feedback)
+        checks.check_bool("undo_discarded", self.undo_discarded)
+        checks.check_choice("second_moment", self.second_moment, SECOND_MOMENTS)
+        checks.check_choice("first_moment", self.first_moment, FIRST_MOMENTS)
+        checks.check_choice("dp_value_dtype", self.dp_value_dtype, DP_VALUE_DTYPES)
+        checks.check_choice("mp_value_dtype", self.mp_value_dtype, MP_VALUE_DTYPES)
+        self._keep("capacity_factor", checks.number("capacity_factor", self.capacity_factor, 1.0, "a number >= 1"))
+        self._keep("min_numel", checks.integer("min_numel", self.min_numel, 0))
+        self._keep("exempt", checks.patterns("exempt", self.exempt))
+        checks.check_bool("mp_eval", self.mp_eval)
+        checks.check_bool("mp_outputs", self.mp_outputs)
+        checks.check_choice("gradient_scheme", self.gradient_scheme, GRADIENT_SCHEMES)
         if self.gradient_scheme == "powersgd" and self.density_warmup:
-            raise _error("density_warmup", self.density_warmup, "0 with gradient_scheme='powersgd', whose factors have no density")
-        self._keep("rank", _integer("rank", self.rank, 1))
-        _check_choice("embedding_codec", self.embedding_codec, EMBEDDING_CODECS)
+            raise checks.error("density_warmup", self.density_warmup, "0 with gradient_scheme='powersgd', whose factors have no density")
+        self._keep("rank", checks.integer("rank", self.rank, 1))
+        checks.check_choice("embedding_codec", self.embedding_codec, EMBEDDING_CODECS)
         if not isinstance(self.data_parallel, bool | ProcessGroup):
-            raise _error("data_parallel", self.data_parallel, "True, False or a torch.distributed.ProcessGroup")
-        _check_bool("audit", self.audit)
-        _check_bool("inline_kernels", self.inline_kernels)
+            raise checks.error("data_parallel", self.data_parallel, "True, False or a torch.distributed.ProcessGroup")
+        checks.check_bool("audit", self.audit)
+        checks.check_bool("inline_kernels", self.inline_kernels)
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -251,69 +244,3 @@ def _torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def _as_iterable(value: Any) -> Collection[Any]:
-    return value if isinstance(value, list | tuple | set) else (None,)
-
-
-def _error(name: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"option {name!r} is {value!r} ({type(value).__name__}); allowed is {allowed}")
-
-
-def _float(value: Any) -> float:
-    """Returns a number as a float, and NaN for what is none."""
-    try:
-        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else float("nan")
-    except OverflowError:
-        return float("inf")
-
-
-def _number(name: str, value: object, low: float, allowed: str) -> float:
-    if not low <= _float(value) <= LARGEST_NUMBER:
-        raise _error(name, value, f"{allowed}, up to {LARGEST_NUMBER}, float32's largest")
-    return _float(value)
-
-
-def _fraction(name: str, value: object) -> float:
-    if not 0.0 < _float(value) <= 1.0:
-        raise _error(name, value, "a number in (0, 1]: the fraction kept")
-    return _float(value)
-
-
-def _warmup(value: Any, density: float) -> int | Schedule:
-    kept = explicit(value, density)
-    if kept is not None:
-        return kept
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) <= LARGEST_INTEGER:
-        raise _error("density_warmup", value, WARMUPS)
-    return int(value)
-
-
-def _densities(given: Any) -> tuple[tuple[str, float], ...]:
-    """Returns a mapping, or the pairs that were made of one, as pairs."""
-    try:
-        pairs = tuple((pattern, density) for pattern, density in (given.items() if isinstance(given, Mapping) else given))
-    except (TypeError, ValueError):
-        pairs = ((None, None),)
-    if isinstance(given, str) or not all(isinstance(pattern, str) and 0 < _float(density) <= 1 for pattern, density in pairs):
-        raise _error("parameter_densities", given, "a mapping of patterns (strings) of parameter names to numbers in (0, 1]")
-    return tuple((pattern, _float(density)) for pattern, density in pairs)
-
-
-def _integer(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= LARGEST_INTEGER:
-        raise _error(name, value, f"an integer >= {low}, up to {LARGEST_INTEGER}")
-    return int(value)
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise _error(name, value, "True or False")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:
-    if not isinstance(value, str) or value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise _error(name, value, f"one of {', '.join(map(repr, choices))}{more}{hint}")

@@ -1,0 +1,91 @@
+"""Checks of the values of options: each returns what is kept of a value, or says which values are right."""
+
+import difflib
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+from dct_compile.warmup import Schedule, explicit
+
+LARGEST_NUMBER = torch.finfo(torch.float32).max
+LARGEST_INTEGER = torch.iinfo(torch.int64).max
+"""The largest that the operators take."""
+_WARMUPS = "an integer >= 0, or a mapping {first step: density} from step 0 on, whose densities in (0, 1] fall down to dp_density"
+
+
+def error(name: str, value: object, allowed: str) -> ValueError:
+    """Returns the error of an option ``name`` whose ``value`` is wrong. ``allowed``: the values that are right."""
+    return ValueError(f"option {name!r} is {value!r} ({type(value).__name__}); allowed is {allowed}")
+
+
+def number(name: str, value: object, low: float, allowed: str) -> float:
+    """Returns a number from ``low`` on as a float."""
+    if not low <= _float(value) <= LARGEST_NUMBER:
+        raise error(name, value, f"{allowed}, up to {LARGEST_NUMBER}, float32's largest")
+    return _float(value)
+
+
+def fraction(name: str, value: object) -> float:
+    """Returns a number in (0, 1] as a float."""
+    if not 0.0 < _float(value) <= 1.0:
+        raise error(name, value, "a number in (0, 1]: the fraction kept")
+    return _float(value)
+
+
+def integer(name: str, value: Any, low: int) -> int:
+    """Returns an integer from ``low`` on."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= LARGEST_INTEGER:
+        raise error(name, value, f"an integer >= {low}, up to {LARGEST_INTEGER}")
+    return int(value)
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raises ``ValueError`` for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise error(name, value, "True or False")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:
+    """Raises ``ValueError`` for a value that is none of ``choices``. ``more``: what else is allowed."""
+    if not isinstance(value, str) or value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise error(name, value, f"one of {', '.join(map(repr, choices))}{more}{hint}")
+
+
+def patterns(name: str, value: Any) -> tuple[str, ...]:
+    """Returns a list of patterns as a tuple."""
+    if not isinstance(value, list | tuple | set) or not all(isinstance(pattern, str) for pattern in value):
+        raise error(name, value, "a list of patterns (strings) of parameters, modules or source lines")
+    return tuple(value)
+
+
+def densities(name: str, value: Any) -> tuple[tuple[str, float], ...]:
+    """Returns a mapping of patterns to densities, or the pairs that were made of one, as pairs."""
+    try:
+        pairs = tuple((pattern, density) for pattern, density in (value.items() if isinstance(value, Mapping) else value))
+    except (TypeError, ValueError):
+        pairs = ((None, None),)
+    if isinstance(value, str) or not all(isinstance(pattern, str) and 0 < _float(density) <= 1 for pattern, density in pairs):
+        raise error(name, value, "a mapping of patterns (strings) of parameter names to numbers in (0, 1]")
+    return tuple((pattern, _float(density)) for pattern, density in pairs)
+
+
+def warmup(name: str, value: Any, density: float) -> int | Schedule:
+    """Returns a number of steps, or a schedule that falls down to ``density``."""
+    kept = explicit(value, density)
+    if kept is not None:
+        return kept
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) <= LARGEST_INTEGER:
+        raise error(name, value, _WARMUPS)
+    return int(value)
+
+
+def _float(value: Any) -> float:
+    """Returns a number as a float, and NaN for what is none."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else float("nan")
+    except OverflowError:
+        return float("inf")
