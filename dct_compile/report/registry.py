@@ -15,7 +15,6 @@ from dct_compile.report.report import Report
 Measure = Callable[[], tuple[float, int, str | None] | None]
 """Reads a site's achieved density and overflow from its counters, and how its parameters are stepped; ``None`` before its first step."""
 
-
 NOTHING_COMPILED = (
     "backend 'dct' has not been called: no compiled function has run yet, or torch.compile skipped the model "
     "(it does so for torch's own modules inside DDP, such as DDP(nn.Sequential(...)): make them part of a module class of your own)"
@@ -24,7 +23,6 @@ GRADIENTS_OUTSIDE = (
     "no gradient is in this table: the model is not wrapped in DDP and its graphs do not average gradients. What the training loop reduces"
     " itself, as by all_reduce of parameter.grad, stays dense and unseen; DDP or option data_parallel=True lets the backend do it"
 )
-
 NOT_REACHED = (
     "no graph of backend 'dct' runs inside of {modules}, so its gradients stay dense. torch.compile skips torch's own modules, such as"
     " nn.Sequential and nn.Linear, when DDP calls them: make them part of a module class of your own, or compile inside of DDP"
