@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dct_compile.triton_kernels.layout import WHOLE_PIECE, GradientLayout, choose_block
+from dct_compile.triton_kernels.layout import COUNTERS, WHOLE_PIECE, GradientLayout, choose_block
 from dct_compile.triton_kernels.shares import place_of, share_numel
 from dct_compile.triton_kernels.threshold_pack import threshold_pack_reference
 
@@ -71,6 +71,6 @@ def test_frequent_rows_do_not_overflow_a_share(block: int) -> None:
     layout = GradientLayout(((0, 100_000),), block, 4, -1, 0.011, torch.bfloat16)
     grad = torch.zeros(100_000)
     grad[:10_000:10] = 1.0
-    counters = torch.zeros(1, 4, dtype=torch.int64)
+    counters = torch.zeros(1, COUNTERS, dtype=torch.int64)
     threshold_pack_reference(grad, torch.zeros(100_000), torch.tensor([0.5]), counters, layout, True)
-    assert counters.tolist() == [[1, 1000, 0, 0]]
+    assert counters.tolist() == [[1, 1000, 0, 0, 1000]]

@@ -80,7 +80,7 @@ def test_a_threshold_does_not_outlive_its_density() -> None:
     bucket = fill(store.bucket(list(model.values()), state_spec([1000, 300])))
     before = {name: tensor.clone() for name, tensor in bucket.tensors.items()}
     for density, kept in ((0.25, True), (0.25, True), (0.05, False)):
-        bucket.follow(density)
+        bucket.follow([density] * 2)
         assert torch.equal(bucket.tensors["threshold"], before["threshold"]) is kept
         assert torch.equal(bucket.tensors["counters"], before["counters"]) is kept
     assert bucket.tensors["threshold"].isinf().all()

@@ -91,14 +91,14 @@ def test_measure_adds_up_buckets() -> None:
     bucket = BucketState([], state_spec([100, 300]), torch.device("cpu"))
     assert BucketMeasure([bucket])() is None
     bucket.tensors["counters"][:] = torch.tensor([[2, 10, 1, 0, 5], [2, 30, 4, 4, 15]])
-    assert BucketMeasure([bucket, bucket])() == (40 / 800, 10)
+    assert BucketMeasure([bucket, bucket])() == (40 / 800, 10, None)
 
 
 def test_measure_counts_the_owners_overflow() -> None:
     bucket = BucketState([], state_spec([100], ranks=2), torch.device("cpu"))
     bucket.tensors["counters"][0] = torch.tensor([1, 10, 2, 0, 10])
     bucket.tensors["owner_counters"][0] = torch.tensor([1, 5, 3, 0, 5])
-    assert BucketMeasure([bucket])() == (0.1, 5)
+    assert BucketMeasure([bucket])() == (0.1, 5, None)
 
 
 def test_state_is_asked_for_and_then_found() -> None:
