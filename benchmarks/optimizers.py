@@ -92,7 +92,7 @@ class Trainer:
         betas = (own.betas[0], run.coefficient)
         optimization = replace(own, lr=run.rate, momentum=run.coefficient, betas=betas)
         optimizer, schedule = optimization.start(self.model.parameters(), run.steps)
-        sent, every = 0.0, max(1, run.steps // points)
+        sent, tested, every = 0.0, 0, max(1, run.steps // points)
         self.compiled.module.train()
         for step, batch in enumerate(self.task.batches(run.seed, run.steps, self.mesh), start=1):
             self.task.loss(self.compiled.module, batch).backward()
@@ -100,7 +100,7 @@ class Trainer:
             schedule.step()
             optimizer.zero_grad()
             if step % every == 0 or step == run.steps:
-                sent += (step % every or every) * self.bytes_per_step(step)
+                sent, tested = sent + self.bytes_between(tested + 1, step), step
                 yield Point(step, self.task.test(self.model, self.compiled.module, run.seed, self.mesh)[self.metric], sent / 1e6)
                 self.compiled.module.train()
 
@@ -108,11 +108,11 @@ class Trainer:
     def metric(self) -> str:
         return self.task.metrics[0].name
 
-    def bytes_per_step(self, step: int) -> float:
-        """Returns what a rank sends at ``step``."""
-        if self.bytes:
-            return next(size for first, size in reversed(self.bytes) if first <= step)
-        return float(sum(site.calls * site.wire_bytes for site in dct_compile.report().sites if site.training))
+    def bytes_between(self, first: int, last: int) -> float:
+        """Returns what a rank sends from step ``first`` to step ``last``; "dct" reports what a step sends now."""
+        if not self.bytes:
+            return (last - first + 1) * float(sum(site.calls * site.wire_bytes for site in dct_compile.report().sites if site.training))
+        return sum(next(size for begin, size in reversed(self.bytes) if begin <= step) for step in range(first, last + 1))
 
 
 def _rank(rank: int, folder: str, runs: list[Run], points: int, results: Path) -> None:
