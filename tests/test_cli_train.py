@@ -14,7 +14,7 @@ from dct_compile.cli.backends import parse_backends
 from dct_compile.cli.main import main
 from dct_compile.cli.present import present
 from dct_compile.cli.results import BackendResult, Results, Run, bytes_until, gradient_density
-from dct_compile.cli.settings import optimization_of, parse_options, parse_value
+from dct_compile.cli.settings import optimization_of, parse_options, parse_rates, parse_value
 from dct_compile.cli.tables import quality, sent, sites, traffic
 from dct_compile.cli.worker import _postfix
 from dct_compile.models.tasks import TASKS
@@ -45,6 +45,8 @@ def _results(seeds: int = 2, with_dct: bool = True) -> Results:
         "dataset": "synthetic",
         "backends": ["dense", "dct"],
         "seeds": seeds,
+        "lr": 0.02,
+        "rates": {"dct": 0.03},
         "dp": 2,
         "mp": 1,
         "criteo_path": None,
@@ -58,7 +60,10 @@ def _results(seeds: int = 2, with_dct: bool = True) -> Results:
     [
         (["--dataset", "movie"], "'movie' is not one of 'movielens', 'flights', 'criteo', 'synthetic'"),
         (["--dp", "0"], "--dp"),
-        (["--lr", "0"], "--lr"),
+        (["--lr", "0"], "--lr '0' is not of the form rate or backend=rate, with a rate above 0 and one of dense, dct, fp16"),
+        (["--lr", "dcd=0.1"], "--lr 'dcd=0.1' is not of the form rate or backend=rate"),
+        (["--lr", "dct=nan"], "--lr 'dct=nan' is not of the form"),
+        (["--lr", "dct=0.1", "--lr", "dct=0.2"], "--lr is given twice for dct"),
         ([*SMALL, "--batch-size", "130"], "a batch of 130 cannot be shared equally by 2 x 2 ranks"),
         ([*SMALL, "--batch-size", "4000"], "larger than the training part of synthetic (3277 samples)"),
         ([*SMALL, "--dp", "1", "--mp", "4"], "4 model-parallel ranks are more than the 3 tables"),
@@ -91,6 +96,11 @@ def test_bad_values_are_usage_errors(arguments: list[str], message: str) -> None
     result = _invoke(*arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", "").split())
+
+
+def test_learning_rates_of_all_backends_and_of_one() -> None:
+    assert parse_rates(["0.02", "dct=0.03"]) == (0.02, {"dct": 0.03})
+    assert parse_rates([]) == (None, {})
 
 
 def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
@@ -163,7 +173,7 @@ def test_every_backend_is_compared_with_dense_by_seed() -> None:
     results = _results()
     better = [replace(run, metrics={"log_loss": 0.4 - run.seed / 10, "auc": run.metrics["auc"] + 0.01}) for run in results.backends[0].runs]
     results.backends.append(BackendResult("fp16", better, [[], []], []))
-    assert quality(results).rows[-1] == ["fp16 - dense", "-0.1500 ± 0.0707", "+0.0100 ± 0.0000", "", ""]
+    assert quality(results).rows[-1] == ["fp16 - dense", "", "-0.1500 ± 0.0707", "+0.0100 ± 0.0000", "", ""]
     assert quality(results).note.endswith("Better: lower test log-loss, higher test AUC.")
 
 
@@ -200,8 +210,8 @@ def test_means_spreads_and_bytes() -> None:
 
 def test_tables() -> None:
     results = _results()
-    assert quality(results).rows[1] == ["dct", "0.5000 ± 0.0000", "0.7550 ± 0.0071", "5.0 ± 0.0", "identical (2 checks)"]
-    assert quality(results).rows[2] == ["dct - dense", "+0.0000 ± 0.0000", "+0.0000 ± 0.0000", "", ""]
+    assert quality(results).rows[1] == ["dct", "0.03", "0.5000 ± 0.0000", "0.7550 ± 0.0071", "5.0 ± 0.0", "identical (2 checks)"]
+    assert quality(results).rows[2] == ["dct - dense", "", "+0.0000 ± 0.0000", "+0.0000 ± 0.0000", "", ""]
     assert len(quality(_results(with_dct=False)).rows) == 1
     table = traffic(results)
     assert table is not None

@@ -9,16 +9,19 @@ from typing import Any
 
 from torch._inductor import list_options
 
-from dct_compile.cli.backends import HOOKS
+from dct_compile.cli.backends import BACKENDS, HOOKS
 from dct_compile.config import split_options
 from dct_compile.models.tasks import TASKS, DataSource, Optimization, Task
+
+OWN_RATES: dict[tuple[str, str], dict[str, float]] = {("dlrm", "adagrad"): {"dct": 0.03}}
+"""Learning rates of methods, by model and optimizer, where a method is better at another one than the recipe's (docs/accuracy.md)."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """``options`` are those of the dct backend; ``batch_size`` counts all ranks; ``check_every`` steps replicas are compared.
 
-    Either ``epochs`` or ``steps`` is given, of each training.
+    Either ``epochs`` or ``steps`` is given, of each training. ``rates``: learning rates of backends that have one of their own.
     """
 
     model: str
@@ -35,6 +38,7 @@ class Settings:
     steps: int | None
     batch_size: int
     optimization: Optimization
+    rates: dict[str, float]
     check_every: int
     out: Path
 
@@ -42,6 +46,10 @@ class Settings:
     def world_size(self) -> int:
         """Number of ranks."""
         return self.dp * self.mp
+
+    def optimization_for(self, backend: str) -> Optimization:
+        """Returns the optimization of the trainings by ``backend``."""
+        return replace(self.optimization, lr=self.rates.get(backend, self.optimization.lr))
 
     def task(self) -> Task:
         """Returns what is trained. Nothing is read yet."""
@@ -80,6 +88,30 @@ class Settings:
         unused = {"sgd": ("betas",), "adagrad": ("momentum", "betas")}.get(self.optimization.optimizer, ("momentum",))
         values |= {key: value for key, value in optimization.items() if key not in unused}
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def parse_rates(texts: Iterable[str]) -> tuple[float | None, dict[str, float]]:
+    """Returns the learning rate of all backends, if one was given, and those of single ones.
+
+    Args:
+        texts: Each is ``rate`` or ``backend=rate``.
+
+    Raises:
+        ValueError: A text is neither, a rate is not a number above 0, or one is given twice.
+    """
+    rates: dict[str, float] = {}
+    for text in texts:
+        backend, _, number = text.rpartition("=")
+        try:
+            rate = float(number)
+        except ValueError:
+            rate = 0.0
+        if not 0 < rate < float("inf") or (backend and backend not in BACKENDS):
+            raise ValueError(f"--lr {text!r} is not of the form rate or backend=rate, with a rate above 0 and one of {', '.join(BACKENDS)}")
+        if backend in rates:
+            raise ValueError(f"--lr is given twice for {backend or 'all backends'}")
+        rates[backend] = rate
+    return rates.pop("", None), rates
 
 
 def optimization_of(

@@ -19,25 +19,26 @@ class Table:
 
 def quality(results: Results) -> Table:
     """Test metrics, replicas and speed, one row per backend."""
-    rows = []
+    rows, settings = [], results.settings
     for result in results.backends:
         checks = sum(run.replica_checks for run in result.runs)
         rows.append(
             [
                 result.backend,
+                f"{settings['rates'].get(result.backend, settings['lr']):g}",
                 *(_spread(result.mean_and_spread(metric.name), 4) for metric in results.metrics),
                 _spread(result.mean_and_spread("steps_per_second"), 1),
                 f"identical ({checks} checks)",
             ]
         )
     rows += _differences(results)
-    seeds, settings = results.settings["seeds"], results.settings
+    seeds = settings["seeds"]
     note = (
         f"Mean and standard deviation over {seeds} seeds. " if seeds > 1 else "One seed: no spread. "
     ) + f"{settings['dp']} data-parallel x {settings['mp']} model-parallel ranks on {results.environment['cores']} cores, gloo. "
     titles = [metric.title for metric in results.metrics]
     note += f"Better: {', '.join(f'{_direction(metric)} {metric.title}' for metric in results.metrics)}."
-    return Table("Quality and speed", ["backend", *titles, "steps/s", "replicas"], rows, note)
+    return Table("Quality and speed", ["backend", "rate", *titles, "steps/s", "replicas"], rows, note)
 
 
 def sent(results: Results) -> Table | None:
@@ -113,7 +114,7 @@ def _differences(results: Results) -> list[list[str]]:
         for metric in results.metrics:
             values = [b.metrics[metric.name] - a.metrics[metric.name] for a, b in zip(dense.runs, result.runs, strict=True)]
             cells.append(_spread((mean(values), stdev(values) if len(values) > 1 else None), 4, sign="+"))
-        rows.append([f"{result.backend} - dense", *cells, "", ""])
+        rows.append([f"{result.backend} - dense", "", *cells, "", ""])
     return rows
 
 

@@ -8,13 +8,12 @@ import click
 
 from dct_compile.cli.backends import BACKENDS, parse_backends
 from dct_compile.cli.extras import require
-from dct_compile.cli.settings import Settings, optimization_of, parse_options, parse_value
+from dct_compile.cli.settings import OWN_RATES, Settings, optimization_of, parse_options, parse_rates, parse_value
 from dct_compile.models.images import FASHION_MNIST
 from dct_compile.models.tasks import TASKS, Recipe
 from dct_compile.models.tasks.optimization import OPTIMIZERS
 
 _POSITIVE = click.IntRange(min=1)
-_RATE = click.FloatRange(min=0, min_open=True)
 _FRACTION = click.FloatRange(min=0, max=1, max_open=True)
 _DEFAULT = "Default: the backend's."
 _DATASETS = tuple(name for task in TASKS.values() for name in task.recipe.datasets)
@@ -30,6 +29,12 @@ def _by_model(text: str, value: Callable[[Recipe], Any]) -> str:
 
 def _length(recipe: Recipe) -> str:
     return f"{recipe.steps} steps" if recipe.steps is not None else f"{recipe.epochs} epochs"
+
+
+def _rates(recipe: Recipe) -> str:
+    own = recipe.optimization
+    model = next(name for name, task in TASKS.items() if task.recipe is recipe)
+    return ", ".join([str(own.lr), *(f"{backend}={rate}" for backend, rate in OWN_RATES.get((model, own.optimizer), {}).items())])
 
 
 @click.command(context_settings={"show_default": True})
@@ -67,7 +72,13 @@ def _length(recipe: Recipe) -> str:
 @click.option("--steps", type=_POSITIVE, help="Length of a run in steps, in place of epochs.")
 @click.option("--batch-size", type=_POSITIVE, help=_by_model("Samples per step, over all ranks.", lambda own: own.batch_size))
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help=_by_model("Optimizer.", lambda own: own.optimization.optimizer))
-@click.option("--lr", type=_RATE, help=_by_model("Learning rate.", lambda own: own.optimization.lr))
+@click.option(
+    "--lr",
+    "rates",
+    multiple=True,
+    metavar="[NAME=]RATE",
+    help=_by_model("Learning rate, of all backends or of one; repeatable.", _rates),
+)
 @click.option("--momentum", type=_FRACTION, help=_by_model("Of sgd.", lambda own: own.optimization.momentum))
 @click.option("--beta1", type=_FRACTION, help=_by_model("Of adam and adamw.", lambda own: own.optimization.betas[0]))
 @click.option("--beta2", type=_FRACTION, help=_by_model("Of adam and adamw.", lambda own: own.optimization.betas[1]))
@@ -98,8 +109,11 @@ def train(**given: Any) -> None:
 def _settings(given: dict[str, Any]) -> Settings:
     """Returns the settings: what was given, else the model's own. Raises ``ValueError`` for what cannot be read or does not fit."""
     recipe = TASKS[given["model"]].recipe
-    names = ("optimizer", "lr", "momentum", "beta1", "beta2")
-    optimization = optimization_of(given["model"], **{name: given.pop(name) for name in names})
+    lr, rates = parse_rates(given.pop("rates"))
+    names = ("optimizer", "momentum", "beta1", "beta2")
+    optimization = optimization_of(given["model"], lr=lr, **{name: given.pop(name) for name in names})
+    if lr is None:
+        rates = {**OWN_RATES.get((given["model"], optimization.optimizer), {}), **rates}
     backends, options = parse_backends(given.pop("backends")), _backend_options(given)
     own = {"dataset": recipe.datasets[0], "mp": recipe.mp or 1, "seeds": recipe.seeds, "batch_size": recipe.batch_size}
     if given["steps"] is not None:
@@ -107,7 +121,7 @@ def _settings(given: dict[str, Any]) -> Settings:
     elif given["epochs"] is None:
         own |= {"steps": recipe.steps, "epochs": recipe.epochs if recipe.steps is None else None}
     own = {name: value for name, value in own.items() if given[name] is None}
-    return Settings(**{**given, **own}, backends=backends, options=options, optimization=optimization)
+    return Settings(**{**given, **own}, backends=backends, options=options, optimization=optimization, rates=rates)
 
 
 def _backend_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class _Trainer:
         self.task.reset(self.model, self.mesh, seed)
         self.compiled.restart()
         steps = self.settings.steps_of(self.task, seed)
-        optimizer, schedule = self.settings.optimization.start(self.model.parameters(), steps)
+        optimizer, schedule = self.settings.optimization_for(self.backend).start(self.model.parameters(), steps)
         losses: list[Tensor] = []
         seconds: list[float] = []
         density: list[tuple[int, float]] = []
