@@ -14,7 +14,7 @@ from datetime import timedelta
 from queue import SimpleQueue
 
 import torch.distributed as dist
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 
 from dct_compile.groups import store_of_life, timeout_s
@@ -33,8 +33,7 @@ class ExchangeWorker:
         self._tasks: _Tasks = SimpleQueue()
         # The queue is made for it: a finalizer runs in the middle of any code, with any lock held.
         weakref.finalize(process_group, self._tasks.put, None).atexit = False
-        name = self.group.group_name
-        threading.Thread(target=_work, args=(self._tasks, name), name="dct-exchanges", daemon=True).start()
+        threading.Thread(target=_work, args=(self._tasks, weakref.ref(self.group)), name="dct-exchanges", daemon=True).start()
 
     def submit(self, task: Callable[[], None]) -> None:
         """Runs ``task``, which raises nothing, after those submitted before. Returns at once."""
@@ -64,13 +63,17 @@ class Workers:
             return slot.worker
 
 
-def _work(tasks: _Tasks, group_name: str) -> None:
-    """Runs ``tasks`` up to the ``None`` that ends them, and gives up the group. Holds no group, which would not be released at exit."""
+def _work(tasks: _Tasks, group: "weakref.ref[ProcessGroup]") -> None:
+    """Runs ``tasks`` up to the ``None`` that ends them, and gives up the group. Holds no group, which would not be released at exit.
+
+    The group is not looked up by its name: another one may have that by now, in a world that was made after this one has gone.
+    """
     while (task := tasks.get()) is not None:
         task()
         del task  # it holds the buffers of a model
     with suppress(Exception):  # the whole world may be gone, and the group with it
-        dist.destroy_process_group(distributed_c10d._resolve_process_group(group_name))  # type: ignore[arg-type, attr-defined]
+        if (own := group()) is not None:
+            dist.destroy_process_group(own)
 
 
 def _same_ranks(process_group: ProcessGroup) -> ProcessGroup:

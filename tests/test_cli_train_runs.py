@@ -61,7 +61,7 @@ def test_parts_of_a_layer_are_not_compared(ranks2: Ranks) -> None:
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """Returns the metrics and the output of a run with both backends."""
     folder = tmp_path_factory.mktemp("both")
-    size = ["--seeds", "2", "--epochs", "2", "--dp", "2", "--mp", "1", "--dp-density", "0.05"]
+    size = ["--seeds", "2", "--epochs", "2", "--dp", "2", "--mp", "1", "--dp-density", "0.05", "--lr", "0.02"]
     result = CliRunner().invoke(main, ["train", *SMALL, *size, "--out", str(folder)])
     assert result.exit_code == 0, result.output
     return json.loads((folder / "metrics.json").read_text()), result.output
