@@ -1,6 +1,6 @@
 """Which entries of a gradient are worth their bytes: ways to choose and to write them, at equal bytes, simulated in one process.
 
-A GPT under AdamW (0.9, 0.95) on the text of Shakespeare as in `benchmarks/optimizers.py`, or DLRM under Adam as in
+A GPT under AdamW (0.9, 0.95) on the text of Shakespeare, or DLRM under Adam as in
 `benchmarks/dlrm_adam.py`. Two simulated ranks. All runs of one seed see the same batches. The first moment is bypassed. The second one
 knows gaps where the product's default says so: for the GPT, whose beta2 looks back 20 steps.
 
@@ -14,16 +14,17 @@ from pathlib import Path
 
 import click
 import dlrm_adam
-import optimizers
 import torch
 from simulation import Method, Record, Run, Simulation, density_of_int8
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 
 from dct_compile.bench.machine import circumstances
 from dct_compile.models.datasets import load
 from dct_compile.models.dlrm import DLRM
 from dct_compile.models.gpt import GPT
+from dct_compile.models.tasks.gpt import CONTEXT, GptTask
+from dct_compile.models.texts import pieces, shakespeare, split_text
 
 METHODS = {
     "bfloat16": Method(),
@@ -35,7 +36,8 @@ METHODS = {
     "dense": Method(density=1.0),
 }
 RESULTS = Path(__file__).parent / "results"
-RANKS = 2
+RANKS, BATCH, MIN_NUMEL = 2, 8, 1000
+"""Of the GPT: pieces of text for each rank and step, and the elements from which on a parameter is compressed."""
 
 
 def at_equal_bytes(name: str, model: nn.Module, min_numel: int) -> Method:
@@ -45,25 +47,26 @@ def at_equal_bytes(name: str, model: nn.Module, min_numel: int) -> Method:
     return replace(method, density=density_of_int8(numels, method.density)) if name == "int8" else method
 
 
+def batch(text: Tensor, generator: torch.Generator, rows: int) -> tuple[Tensor, Tensor]:
+    """Draws ``rows`` pieces of the text, each with the bytes that follow."""
+    return pieces(text, torch.randint(0, len(text) - CONTEXT - 1, (rows,), generator=generator), CONTEXT)
+
+
 def gpt(name: str, rate: float, seed: int, steps: int) -> float:
     """Returns the test loss of a GPT in nats per byte."""
     torch.manual_seed(seed)
     net = GPT()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / optimizers.WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
-    method = replace(at_equal_bytes(name, net, optimizers.SMALL), gaps=True)
-    simulation = Simulation(net, optimizer, method, RANKS, optimizers.SMALL)
-    source = optimizers.text()
-    train, test = source[: int(0.9 * len(source))], source[int(0.9 * len(source)) :]
+    optimizer, schedule = replace(GptTask.recipe.optimization, lr=rate).start(net.parameters(), steps)
+    method = replace(at_equal_bytes(name, net, MIN_NUMEL), gaps=True)
+    simulation = Simulation(net, optimizer, method, RANKS, MIN_NUMEL)
+    train, test = split_text(shakespeare())
     generators = [torch.Generator().manual_seed(1000 * seed + rank) for rank in range(RANKS)]
     for _ in range(steps):
-        simulation.step(net(*optimizers.batch(train, generator, optimizers.BATCH)) for generator in generators)
+        simulation.step(net(*batch(train, generator, BATCH)) for generator in generators)
         schedule.step()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        return statistics.mean(net(*optimizers.batch(test, generator, 64)).item() for _ in range(20))
+        return statistics.mean(net(*batch(test, generator, 64)).item() for _ in range(20))
 
 
 def dlrm(name: str, rate: float, seed: int, steps: int) -> float:
