@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store, _resolve_process_group
 
 import dct_compile
 from dct_compile.integrations.ddp_reducer import _result
+from dct_compile.workers import Workers
 from tests.rank_pool import GROUP_TIMEOUT, Ranks
 from tests.ranks import digest
 from tests.ranks_balance import wrap
@@ -85,6 +86,32 @@ def many_worlds(rank: int, world_size: int) -> list[tuple[int, int]]:
 def test_neither_descriptors_nor_threads_are_left_behind(ranks2: Ranks, repeat: Callable[..., Any]) -> None:
     for warm, after in ranks2(repeat):
         assert after == warm
+
+
+def late_end(rank: int, world_size: int) -> bool:
+    """The thread of a world that has gone ends when the next world has a group of the same name. Returns whether that one is left."""
+    base, workers, may_end = _get_default_store(), Workers(), threading.Event()
+    names = []
+    for world in range(2):
+        dist.destroy_process_group()
+        gc.collect()
+        store = PrefixStore(f"world {world}", base)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+        worker = workers.of(dist.group.WORLD)
+        names.append(worker.group.group_name)
+        if world == 0:
+            worker.submit(may_end.wait)
+            (first,) = [thread for thread in threading.enumerate() if thread.name == "dct-exchanges"]
+            del worker
+    assert names[0] == names[1]
+    may_end.set()
+    first.join(GROUP_TIMEOUT.total_seconds())
+    assert not first.is_alive()
+    return _resolve_process_group(names[1]) is worker.group
+
+
+def test_the_end_of_a_world_leaves_the_next_one_alone(ranks2: Ranks) -> None:
+    assert ranks2(late_end) == [True, True]
 
 
 def uneven_groups(rank: int, world_size: int) -> str:
