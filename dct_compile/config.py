@@ -3,13 +3,14 @@
 import difflib
 import fnmatch
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
 
 from dct_compile import option_checks as checks
+from dct_compile.link import Link
 from dct_compile.warmup import Schedule
 
 MP_VALUE_DTYPES = ("float32", "bfloat16", "float16")
@@ -95,6 +96,11 @@ class DCTConfig:
     """
     rank: int = 1
     """Columns of the factors of "powersgd"."""
+    link: str | Link | None = "auto"
+    """The link between the ranks, by whose seconds a collective is compressed or left dense: "auto" measures it once per process group, and
+    leaves all dense where the ranks share one machine's CPU; a rate ("1Gbit/s") or a mapping {"bytes_per_s": ..., "latency_s": ...} is
+    assumed; ``None`` lets the bytes decide.
+    """
     embedding_codec: str = "int8"
     """The codec of an embedding exchange: "int8" or "int4" rows, rounded stochastically; "threshold" like activations; "dense"."""
     data_parallel: bool | ProcessGroup = field(default=False, metadata={"allowed": "True, False or a ProcessGroup"})
@@ -134,6 +140,7 @@ class DCTConfig:
         if self.gradient_scheme == "powersgd" and self.density_warmup:
             raise checks.error("density_warmup", self.density_warmup, "0 with gradient_scheme='powersgd', whose factors have no density")
         self._keep("rank", checks.integer("rank", self.rank, 1))
+        self._keep("link", checks.link("link", self.link))
         checks.check_choice("embedding_codec", self.embedding_codec, EMBEDDING_CODECS)
         if not isinstance(self.data_parallel, bool | ProcessGroup):
             raise checks.error("data_parallel", self.data_parallel, "True, False or a torch.distributed.ProcessGroup")
@@ -198,6 +205,7 @@ class DCTConfig:
         """Returns the fields as plain values, the same on all ranks that were given the same options."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["data_parallel"] = self.data_parallel if isinstance(self.data_parallel, bool) else self.data_parallel.group_name
+        values["link"] = asdict(self.link) if isinstance(self.link, Link) else self.link
         values["exempt"] = list(self.exempt)
         values["density_warmup"] = self.density_warmup if isinstance(self.density_warmup, int) else dict(self.density_warmup)
         values["parameter_densities"] = [list(pair) for pair in self.parameter_densities]

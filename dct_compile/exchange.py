@@ -6,7 +6,6 @@ graphs. A scheme looks at nothing else when it makes its offer.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from itertools import accumulate
 from math import prod
 
@@ -15,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from dct_compile.element_order import ElementOrder
 from dct_compile.labels import site_label
-from dct_compile.traffic import one_share_to_each, share_leaving, to_all
+from dct_compile.traffic import Traffic, one_share_to_each, share_leaving, to_all
 
 GRADIENT, ACTIVATION, EMBEDDING, OTHER = "gradient", "activation", "embedding", "other"
 BUFFERS = "buffers"
@@ -35,14 +34,14 @@ class Collective:
 
     ``sums``: whether it adds up the inputs of the ranks. ``carrier``: the collective that carries its input once that is encoded,
     :data:`ALL_GATHER` or :data:`ALL_TO_ALL`, empty where no scheme carries it. ``backward``: the collective that carries its gradient.
-    ``sent``: wire bytes by input bytes and ranks.
+    ``sent``: its traffic by input bytes and ranks.
     """
 
     name: str
     sums: bool
     carrier: str
     backward: str
-    sent: Callable[[int, int], Fraction]
+    sent: Callable[[int, int], Traffic]
 
 
 @dataclass(frozen=True)
@@ -146,21 +145,20 @@ class Exchange:
         return prod(self.shape[:-1])
 
     @property
-    def dense_wire(self) -> Fraction:
-        """Wire bytes of the untouched collective."""
+    def dense_traffic(self) -> Traffic:
+        """The traffic of the untouched collective."""
         return self.sent_by_all_to_all(self.input_bytes) if self.splits else self.collective.sent(self.input_bytes, self.ranks)
 
-    def sent_encoded(self, payload_bytes: int) -> Fraction:
-        """Returns the wire bytes of an encoded input of ``payload_bytes``, carried by the collective's carrier."""
+    def sent_encoded(self, payload_bytes: int) -> Traffic:
+        """Returns the traffic of an encoded input of ``payload_bytes``, carried by the collective's carrier."""
         if self.collective.carrier == ALL_GATHER:
             return to_all(payload_bytes, self.ranks)
         return self.sent_by_all_to_all(payload_bytes)
 
-    def sent_by_all_to_all(self, input_bytes: int) -> Fraction:
-        """Returns the wire bytes of an all_to_all of ``input_bytes``, split as this exchange is."""
-        if self.splits is not None:
-            return input_bytes * share_leaving(self.splits, self.rank)
-        return one_share_to_each(input_bytes, self.ranks)
+    def sent_by_all_to_all(self, input_bytes: int) -> Traffic:
+        """Returns the traffic of an all_to_all of ``input_bytes``, split as this exchange is."""
+        even = one_share_to_each(input_bytes, self.ranks)
+        return even if self.splits is None else replace(even, wire=input_bytes * share_leaving(self.splits, self.rank))
 
     def canonical(self) -> "Exchange":
         """Returns this exchange with one row and even splits: what the ranks see alike, whatever their batches are."""

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dct_compile.dry_run import dry_run
 from dct_compile.integrations import INTEGRATIONS
 from dct_compile.report import Report
-from dct_compile.runtime import Runtime
+from dct_compile.runtime import RUNTIME, Runtime
 
 DEFAULT_RANKS = 4
 
@@ -73,7 +73,7 @@ def explain(
         raise TypeError(f"model is of type {type(model).__name__}; a torch.nn.Module or a function is expected")
     if isinstance(model, OptimizedModule):
         model = model._orig_mod
-    runtime = Runtime()
+    runtime = Runtime(links=RUNTIME.links.unmeasured())
     with ExitStack() as stack:
         if not dist.is_initialized():
             stack.enter_context(fake_ranks(DEFAULT_RANKS if ranks is None else ranks))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dct_compile.link import ALLOWED, Link, parse
 from dct_compile.warmup import Schedule, explicit
 
 LARGEST_NUMBER = torch.finfo(torch.float32).max
@@ -71,6 +72,16 @@ def densities(name: str, value: Any) -> tuple[tuple[str, float], ...]:
     if isinstance(value, str) or not all(isinstance(pattern, str) and 0 < _float(density) <= 1 for pattern, density in pairs):
         raise error(name, value, "a mapping of patterns (strings) of parameter names to numbers in (0, 1]")
     return tuple((pattern, _float(density)) for pattern, density in pairs)
+
+
+def link(name: str, value: Any) -> "str | Link | None":
+    """Returns "auto", ``None``, or the link that the value names."""
+    if value is None or value == "auto":
+        return value  # type: ignore[no-any-return]
+    found = parse(value)
+    if found is None:
+        raise error(name, value, ALLOWED)
+    return found
 
 
 def warmup(name: str, value: Any, density: float) -> int | Schedule:

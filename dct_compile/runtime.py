@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dct_compile.agreement import Agreement
 from dct_compile.config import DCTConfig
+from dct_compile.links import Links
 from dct_compile.optim import Bypass
 from dct_compile.phases import phases_of
 from dct_compile.posts import Signature
@@ -42,6 +43,7 @@ class Runtime:
     reports: ReportRegistry = field(default_factory=ReportRegistry)
     agreement: Agreement = field(default_factory=Agreement)
     workers: Workers = field(default_factory=Workers)
+    links: Links = field(default_factory=Links)
     synchronised: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     agreed: "WeakKeyDictionary[ProcessGroup, WeakTensorKeyDictionary]" = field(default_factory=WeakKeyDictionary)

@@ -1,20 +1,24 @@
-"""Counts what an exchange sends: messages, bytes on the wire, and bytes of memory that are passed over."""
+"""Counts what an exchange sends: messages, hops, bytes on the wire, and bytes of memory that are passed over."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+
+from dct_compile.link import Link
 
 
 @dataclass(frozen=True)
 class Traffic:
     """Work of one rank for one call of an exchange.
 
-    ``messages``: collectives started, one after the other. ``wire``: bytes that the rank puts on the wire, exact. ``memory_bytes``: bytes
-    that its kernels read and write. ``wire`` is exact so that a comparison of two offers never depends on the number of rows.
+    ``messages``: collectives started, one after the other. ``wire``: bytes that the rank puts on the wire, exact. ``hops``: messages from
+    rank to rank of which each waits for the one before. ``memory_bytes``: bytes that its kernels read and write. ``wire`` is exact so that
+    a comparison of two offers never depends on the number of rows.
     """
 
     messages: int
     wire: Fraction
+    hops: int
     memory_bytes: int = 0
 
     @property
@@ -23,32 +27,50 @@ class Traffic:
         return int(self.wire)
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.messages + other.messages, self.wire + other.wire, self.memory_bytes + other.memory_bytes)
+        return Traffic(
+            self.messages + other.messages, self.wire + other.wire, self.hops + other.hops, self.memory_bytes + other.memory_bytes
+        )
+
+    def passing_over(self, memory_bytes: int) -> "Traffic":
+        """Returns this traffic, with kernels that read and write ``memory_bytes`` more."""
+        return replace(self, memory_bytes=self.memory_bytes + memory_bytes)
+
+    def seconds(self, link: Link) -> float:
+        """Returns the seconds that it takes on ``link``, where nothing else runs."""
+        return link.seconds(self.hops, float(self.wire), self.memory_bytes)
 
 
-def ring_twice(input_bytes: int, ranks: int) -> Fraction:
-    """Returns the wire bytes of an all_reduce: a ring passes every share around twice, which is the fewest bytes possible."""
-    return Fraction(2 * (ranks - 1) * input_bytes, ranks)
+NOTHING = Traffic(0, Fraction(0), 0)
 
 
-def to_all(input_bytes: int, ranks: int) -> Fraction:
-    """Returns the wire bytes of an all_gather: the whole input goes to every other rank."""
-    return Fraction((ranks - 1) * input_bytes)
+def ring_twice(input_bytes: int, ranks: int) -> Traffic:
+    """Returns the traffic of an all_reduce: a ring passes every share around twice, which is the fewest bytes possible."""
+    return Traffic(1, Fraction(2 * (ranks - 1) * input_bytes, ranks), 2 * (ranks - 1))
 
 
-def one_share_to_each(input_bytes: int, ranks: int) -> Fraction:
-    """Returns the wire bytes of an even all_to_all, or of a reduce_scatter as a ring."""
-    return Fraction((ranks - 1) * input_bytes, ranks)
+def to_all(input_bytes: int, ranks: int) -> Traffic:
+    """Returns the traffic of an all_gather: the whole input goes to every other rank, around a ring."""
+    return Traffic(1, Fraction((ranks - 1) * input_bytes), ranks - 1)
 
 
-def from_one(input_bytes: int, ranks: int) -> Fraction:
-    """Returns the wire bytes of a broadcast, mean over the ranks: the input reaches all but one, whoever passes it on."""
-    return Fraction((ranks - 1) * input_bytes, ranks)
+def one_share_to_each(input_bytes: int, ranks: int) -> Traffic:
+    """Returns the traffic of an even all_to_all, whose messages start at once."""
+    return Traffic(1, Fraction((ranks - 1) * input_bytes, ranks), min(1, ranks - 1))
 
 
-def once(input_bytes: int, ranks: int) -> Fraction:
-    """Returns the wire bytes of every collective that is not known: the input, once."""
-    return Fraction(input_bytes if ranks > 1 else 0)
+def ring_once(input_bytes: int, ranks: int) -> Traffic:
+    """Returns the traffic of a reduce_scatter: a ring passes every share around once."""
+    return Traffic(1, Fraction((ranks - 1) * input_bytes, ranks), ranks - 1)
+
+
+def from_one(input_bytes: int, ranks: int) -> Traffic:
+    """Returns the traffic of a broadcast, mean over the ranks: the input reaches all but one, whoever passes it on."""
+    return Traffic(1, Fraction((ranks - 1) * input_bytes, ranks), (ranks - 1).bit_length())
+
+
+def once(input_bytes: int, ranks: int) -> Traffic:
+    """Returns the traffic of every collective that is not known: the input, once."""
+    return Traffic(1, Fraction(input_bytes if ranks > 1 else 0), min(1, ranks - 1))
 
 
 def share_leaving(splits: Sequence[int], own: int) -> Fraction:

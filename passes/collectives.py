@@ -1,10 +1,9 @@
-"""The table of all collectives. By overload it holds the collective, what carries it when it is encoded, its backward and its bytes.
+"""The table of all collectives. By overload it holds the collective, what carries it when it is encoded, its backward and its traffic.
 
 A collective that has no row here is left alone, with that reason in the report. This holds for operators that a newer torch adds, too.
 """
 
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -12,26 +11,27 @@ from torch import fx
 
 from dct_compile import traffic
 from dct_compile.exchange import ALL_GATHER, ALL_TO_ALL, Collective
+from dct_compile.traffic import Traffic
 
 c10d = torch.ops._c10d_functional
 
 ALL_REDUCE = Collective("all_reduce", True, ALL_GATHER, "all_reduce", traffic.ring_twice)
 _ENCODED = (
     Collective("all_gather_into_tensor", False, ALL_GATHER, "reduce_scatter_tensor", traffic.to_all),
-    Collective("reduce_scatter_tensor", True, ALL_TO_ALL, "all_gather_into_tensor", traffic.one_share_to_each),
+    Collective("reduce_scatter_tensor", True, ALL_TO_ALL, "all_gather_into_tensor", traffic.ring_once),
     Collective("all_to_all_single", False, ALL_TO_ALL, "all_to_all_single", traffic.one_share_to_each),
     ALL_REDUCE,
 )
 """The collectives that schemes carry."""
 BROADCAST = Collective("broadcast", False, "", "", traffic.from_one)
-_BYTES: dict[str, Callable[[int, int], Fraction]] = {
+_TRAFFIC: dict[str, Callable[[int, int], Traffic]] = {
     "all_reduce": traffic.ring_twice,
     "all_gather": traffic.to_all,
-    "reduce_scatter": traffic.one_share_to_each,
+    "reduce_scatter": traffic.ring_once,
     "all_to_all": traffic.one_share_to_each,
     "broadcast": traffic.from_one,
 }
-"""The wire bytes of all others, by the beginning of the name: coalesced, in place, or with an output given."""
+"""The traffic of all others, by the beginning of the name: coalesced, in place, or with an output given."""
 
 
 def _overloads(collective: Collective) -> Iterator[tuple[Any, Collective]]:
@@ -65,5 +65,5 @@ def collective_of(node: fx.Node) -> Collective | None:
     namespace, _, name = node.target._schema.name.partition("::")
     if namespace not in _NAMESPACES or name.startswith(_NOT_COLLECTIVES):
         return None
-    sent = next((count for prefix, count in _BYTES.items() if name.startswith(prefix)), traffic.once)
+    sent = next((count for prefix, count in _TRAFFIC.items() if name.startswith(prefix)), traffic.once)
     return Collective(name, False, "", "", sent)

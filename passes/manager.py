@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -13,10 +14,12 @@ from torch.distributed import ProcessGroup
 
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
+from dct_compile.link import Link
 from dct_compile.measure import BucketMeasure
 from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.context import has_descriptors, read_context
 from dct_compile.passes.graph_input import GraphInput
+from dct_compile.passes.graph_utils import resolve_group
 from dct_compile.passes.insert_gradient_sync import averaged_buckets, insert_gradient_sync
 from dct_compile.passes.plan import Decision, decide_in_graph, held_until, plan
 from dct_compile.passes.record import Described, describe, describe_nodes, readable
@@ -111,7 +114,8 @@ class JointGraphPass(CustomGraphPass):
             parameters = [parameter for parameter in context.parameters.values() if parameter.position not in self.reduced]
             insert_gradient_sync(graph, context, averaged_buckets(self.inputs, parameters), self.group)
         sites = [*find_sites(graph, context), *subgraph_sites(graph, context)]
-        self.decisions = [held_until(decision, self.until) for decision in plan(sites, self.config, context.training)]
+        link_of = partial(link_between, self.runtime, self.config)
+        self.decisions = [held_until(decision, self.until) for decision in plan(sites, self.config, context.training, link_of)]
         self._check_state()
         # Describing a large graph takes a while: one without collectives is neither rewritten nor reported.
         if self.decisions:
@@ -147,7 +151,12 @@ class JointGraphPass(CustomGraphPass):
         ]
 
 
-def expected_requests(inputs: Sequence[GraphInput], group: ProcessGroup | None, config: DCTConfig) -> list[StateRequest]:
+def link_between(runtime: Runtime, config: DCTConfig, group_name: str) -> Link | None:
+    """Returns the link of the group of that name, as the options say it; "auto" may wait for its ranks."""
+    return runtime.links.of(resolve_group(group_name), config.link)
+
+
+def expected_requests(inputs: Sequence[GraphInput], group: ProcessGroup | None, config: DCTConfig, runtime: Runtime) -> list[StateRequest]:
     """Returns the state that ``data_parallel`` will need, before the graph is traced: its buckets follow from the parameters alone.
 
     The state differs if the graph does not return the gradient of a parameter, or if DTensor reduces it. Then the graph is traced a second
@@ -160,7 +169,8 @@ def expected_requests(inputs: Sequence[GraphInput], group: ProcessGroup | None, 
     for bucket in averaged_buckets(inputs, parameters):
         dtype = inputs[bucket[0].position].dtype
         assert dtype is not None
-        offer = decide_in_graph(gradient_exchange(ALL_REDUCE, segments_of(bucket), dtype, group), config).offer
+        exchange = gradient_exchange(ALL_REDUCE, segments_of(bucket), dtype, group)
+        offer = decide_in_graph(exchange, config, partial(link_between, runtime, config)).offer
         if isinstance(offer, GradientOffer):
             requests.append(StateRequest.of(offer))
     return requests

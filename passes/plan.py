@@ -1,20 +1,26 @@
 """Decides about every exchange: takes the cheapest offer of a scheme, or leaves the exchange dense for a reason. Changes no graph.
 
-A decision depends on the options, on dtypes and on static sizes only. It never depends on a batch size, which may differ between ranks.
-All ranks therefore decide alike.
+The cheapest is the one that takes the fewest seconds on the link of the group, the dense collective included. Where no link is known, it is
+the one that sends the fewest bytes.
+
+A decision depends on the options, on dtypes, on static sizes and on the link, which the ranks of a group have agreed on. It never depends
+on a batch size, which may differ between ranks. All ranks therefore decide alike.
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import ALL_REDUCE, BACKWARD_OF, COMPRESSIBLE, GRADIENT, OTHER, RETURNED, STORED, Exchange
+from dct_compile.link import ONE_MACHINE, Link, duration
 from dct_compile.passes.exchanges import exchanges_of
 from dct_compile.passes.sites import Site
 from dct_compile.reasons import Reason
 from dct_compile.schemes import SCHEMES, Declined, GradientOffer, Offer, RowOffer, Scheme
 from dct_compile.schemes.observed import Observed
+from dct_compile.traffic import NOTHING, Traffic
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,8 @@ class Decision:
 
     ``offer``: the offer taken, ``None`` for dense. The exchange of a gradient has the offer of its forward. ``reason``: the words of the
     report. ``dense_bytes``, ``wire_bytes``: sent per rank and call, before and after. ``offers``: the wire bytes of every scheme that made
-    an offer, where one was turned down. ``site``: its place in a graph, ``None`` for an exchange outside of graphs.
+    an offer, where one was turned down. ``site``: its place in a graph, ``None`` for an exchange outside of graphs. ``traffic``: the work
+    per rank and call, as it was decided. ``link``: the link of the group, where it was looked at.
     """
 
     exchange: Exchange
@@ -33,6 +40,8 @@ class Decision:
     wire_bytes: int
     offers: Mapping[str, int] = field(default_factory=dict)
     site: Site | None = None
+    traffic: Traffic = NOTHING
+    link: Link | None = None
 
     @property
     def compressed(self) -> bool:
@@ -48,14 +57,34 @@ class Decision:
         """The text that must be equal on all ranks."""
         return f"{self.scheme}: {self.offer.digest}" if self.offer is not None else "dense"
 
+    @property
+    def seconds(self) -> float | None:
+        """Predicted seconds per call where nothing else runs, ``None`` where the link is not known."""
+        return self.traffic.seconds(self.link) if self.link is not None else None
 
-def plan(sites: Sequence[Site], config: DCTConfig, training: bool) -> list[Decision]:
+    @property
+    def dense_seconds(self) -> float | None:
+        """Predicted seconds of the dense collective."""
+        return self.exchange.dense_traffic.seconds(self.link) if self.link is not None else None
+
+
+LinkOf = Callable[[str], Link | None]
+"""Returns the link between the ranks of a group, by the group's name; ``None`` where bytes decide."""
+
+
+def unknown_link(_: str) -> Link | None:
+    """Returns ``None``: the bytes decide."""
+    return None
+
+
+def plan(sites: Sequence[Site], config: DCTConfig, training: bool, link_of: LinkOf = unknown_link) -> list[Decision]:
     """Decides about all sites of one graph.
 
     Args:
         sites: The sites, in graph order.
         config: The options.
         training: True if the graph has a backward.
+        link_of: The links of the groups. It is called for groups for which schemes have made offers, in the order of the sites.
 
     Returns:
         One decision per site, in the same order.
@@ -66,17 +95,18 @@ def plan(sites: Sequence[Site], config: DCTConfig, training: bool) -> list[Decis
         if site.twin is not None and exchange.kind != GRADIENT:
             decision = _follow_forward(exchange, taken[id(site.twin)])
         else:
-            decision = decide_in_graph(exchange, config)
+            decision = decide_in_graph(exchange, config, link_of)
         taken[id(site)] = replace(decision, site=site)
     return [taken[id(site)] for site in sites]
 
 
-def decide(exchange: Exchange, config: DCTConfig) -> Decision:
+def decide(exchange: Exchange, config: DCTConfig, link_of: LinkOf = unknown_link) -> Decision:
     """Decides about an exchange that is not the backward of another one.
 
     Args:
         exchange: The exchange, with its backward if it has one.
         config: The options.
+        link_of: The links of the groups.
 
     Returns:
         The decision, without a site.
@@ -89,19 +119,23 @@ def decide(exchange: Exchange, config: DCTConfig) -> Decision:
     declined = [made.reason for _, made in asked if isinstance(made, Declined)]
     if not offers:
         return dense(exchange, declined[0] if declined else Reason.NO_SCHEME)
+    link = link_of(exchange.group)
     # Chosen by one row, which all ranks see alike; taken for the rows that there are.
-    scheme, cheapest = min(offers, key=lambda pair: pair[1].traffic.wire)
+    scheme, cheapest = min(offers, key=lambda pair: _cost(pair[1].traffic, link))
     actual = {other.name: _offer_of(other, exchange, config) for other, _ in offers}
     offer, sizes = actual[scheme.name], {name: made.traffic.wire_bytes for name, made in actual.items()}
-    if not _pays(cheapest):
+    if cheapest.traffic.wire >= cheapest.exchange.dense_traffic.wire:
         return replace(dense(exchange, offer.too_large), offers=sizes)
+    if link is not None and _cost(cheapest.traffic, link) >= _cost(cheapest.exchange.dense_traffic, link):
+        return replace(dense(exchange, _too_slow(offer, link)), offers=sizes, link=link)
     choice = sizes if len(sizes) > 1 else {}
-    return Decision(exchange, offer, offer.reason, int(exchange.dense_wire), offer.traffic.wire_bytes, choice)
+    decision = Decision(exchange, offer, offer.reason, exchange.dense_traffic.wire_bytes, offer.traffic.wire_bytes, choice)
+    return replace(decision, traffic=offer.traffic, link=link)
 
 
-def decide_in_graph(exchange: Exchange, config: DCTConfig) -> Decision:
+def decide_in_graph(exchange: Exchange, config: DCTConfig, link_of: LinkOf = unknown_link) -> Decision:
     """Decides like :func:`decide` about an exchange that a graph makes; with option ``audit`` the graph notes its gradients, too."""
-    decision = decide(exchange, config)
+    decision = decide(exchange, config, link_of)
     if not config.audit or not isinstance(decision.offer, GradientOffer):
         return decision
     return replace(decision, offer=Observed.of(decision.offer))
@@ -109,8 +143,8 @@ def decide_in_graph(exchange: Exchange, config: DCTConfig) -> Decision:
 
 def dense(exchange: Exchange, reason: str) -> Decision:
     """Returns the decision to leave ``exchange`` as it is, for ``reason``."""
-    size = int(exchange.dense_wire)
-    return Decision(exchange, None, str(reason), size, size)
+    size = exchange.dense_traffic.wire_bytes
+    return Decision(exchange, None, str(reason), size, size, traffic=exchange.dense_traffic)
 
 
 def held_until(decision: Decision, exchanges: int | None) -> Decision:
@@ -123,9 +157,17 @@ def held_until(decision: Decision, exchanges: int | None) -> Decision:
     return replace(decision, reason=Reason.UNTIL.format(reason=decision.reason, number=exchanges)) if depends else decision
 
 
-def _pays(offer: Offer) -> bool:
-    """Returns True if an offer sends fewer bytes than the dense collective."""
-    return offer.traffic.wire < offer.exchange.dense_wire
+def _cost(traffic: Traffic, link: Link | None) -> float | Fraction:
+    """Returns the number that is to be least: seconds on ``link``, bytes on the wire where no link is known."""
+    return traffic.wire if link is None else traffic.seconds(link)
+
+
+def _too_slow(offer: Offer, link: Link) -> str:
+    """Returns the report's words for an offer that takes longer than the dense collective."""
+    if link == ONE_MACHINE:
+        return Reason.ONE_MACHINE
+    seconds, dense_seconds = (duration(traffic.seconds(link)) for traffic in (offer.traffic, offer.exchange.dense_traffic))
+    return Reason.FAST_LINK.format(scheme=offer.scheme, seconds=seconds, dense=dense_seconds, link=link)
 
 
 def _offer_of(scheme: Scheme, exchange: Exchange, config: DCTConfig) -> Offer:
@@ -205,8 +247,9 @@ def _follow_forward(exchange: Exchange, forward: Decision) -> Decision:
         return dense(exchange, Reason.DENSE_FORWARD.format(reason=forward.reason))
     assert isinstance(forward.offer, RowOffer)
     assert forward.offer.backward_traffic is not None
-    size = forward.offer.backward_traffic.wire_bytes
-    return Decision(exchange, forward.offer, forward.offer.backward_reason, int(exchange.dense_wire), size)
+    traffic = forward.offer.backward_traffic
+    decision = Decision(exchange, forward.offer, forward.offer.backward_reason, exchange.dense_traffic.wire_bytes, traffic.wire_bytes)
+    return replace(decision, traffic=traffic, link=forward.link)
 
 
 def _name(exchange: Exchange) -> str:

@@ -111,4 +111,6 @@ def describe_site(decision: Decision, number: int = 0, pair: int | None = None) 
         source=line.place if line is not None else "",
         number=number,
         pair=pair,
+        seconds=decision.seconds,
+        dense_seconds=decision.dense_seconds,
     )

@@ -133,6 +133,7 @@ class RankPool:
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    RUNTIME.links.auto = None
     # What is tested are graphs and messages, not Inductor's C++: without it a graph compiles in one second instead of ten.
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.fallback_by_default = True
@@ -176,6 +177,7 @@ def _forget() -> None:
     fresh = Runtime()
     for field in fields(Runtime):
         setattr(RUNTIME, field.name, getattr(fresh, field.name))
+    RUNTIME.links.auto = None  # all ranks are on one machine, where nothing would be compressed
     gc.collect()
     gc.freeze()  # modules, most of all: the next collection need not look through them
     if dist.is_initialized():

@@ -12,6 +12,7 @@ from torch._inductor import list_options
 
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
 from dct_compile.config import DCTConfig, default_options, split_options
+from dct_compile.link import ALLOWED as LINKS
 from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from tests.tracing import fake_group
 
@@ -32,6 +33,21 @@ BAD: list[tuple[str, Any, str]] = [
     *[
         ("parameter_densities", value, DENSITIES)
         for value in (0.1, None, "a", ["a"], {"a": 0}, {"a": 1.1}, {"a": NAN}, {1: 0.1}, {"a": True})
+    ],
+    *[
+        ("link", value, LINKS)
+        for value in (
+            "1Gb/s",
+            "fast",
+            0,
+            1e9,
+            True,
+            {},
+            {"bytes_per_s": 0},
+            {"latency_s": 1},
+            {"bytes_per_s": INF},
+            {"bytes_per_s": 1, "x": 1},
+        )
     ],
     *[("mp_density", value, FRACTION) for value in (0.0, -1, 1.5, NAN, "all", None, False)],
     *[("threshold", value, THRESHOLDS) for value in ("exakt", "", "fixed")],

@@ -67,14 +67,14 @@ def computed_bytes(backend: str, model: nn.Module, ranks: int) -> list[tuple[int
     if backend == "dct":
         return []
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    buffers = from_one(_size(model.buffers()), ranks)
-    dense = float(ring_twice(_size(parameters), ranks) + buffers)
+    buffers = from_one(_size(model.buffers()), ranks).wire
+    dense = float(ring_twice(_size(parameters), ranks).wire + buffers)
     if backend == "fp16":
         halves = sum(2 * parameter.numel() for parameter in parameters)
-        return [(1, float(ring_twice(halves, ranks) + buffers))]
+        return [(1, float(ring_twice(halves, ranks).wire + buffers))]
     if backend in POWERSGD_RANKS:
         low_rank = sum(parameter.itemsize * _low_rank_numel(parameter, POWERSGD_RANKS[backend]) for parameter in parameters)
-        return [(1, dense), (POWERSGD_START + 1, float(ring_twice(low_rank, ranks) + buffers))]
+        return [(1, dense), (POWERSGD_START + 1, float(ring_twice(low_rank, ranks).wire + buffers))]
     return [(1, dense)]
 
 

@@ -113,7 +113,7 @@ class GraphCompiler:
             self.runtime.reports.called = True
             self._note_training(any(info.is_trainable for info in self.inputs))
             return compile_graph(self.gm, self.example_inputs, self.settings.patches, self.settings.inner_compile), []
-        requests = expected_requests(self.inputs, self.group, self.config)
+        requests = expected_requests(self.inputs, self.group, self.config, self.runtime)
         try:
             return self._attempt(requests), requests
         except StateNeededError as needed:

@@ -1,15 +1,14 @@
 """DistributedDataParallel: its reducer sends gradients from C++, outside of every graph. A communication hook takes its place."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import _DEFAULT_FIRST_BUCKET_BYTES, _compute_bucket_assignment_by_size
-from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
@@ -19,8 +18,8 @@ from dct_compile.integrations.ddp_plan import BucketPlan
 from dct_compile.integrations.ddp_reducer import GradientCompressor
 from dct_compile.integrations.ddp_report import bucket_name, publish_module, title_of
 from dct_compile.integrations.interface import Compiled
+from dct_compile.link import Link
 from dct_compile.phases import Phase, phases_of
-from dct_compile.posts import Signature
 from dct_compile.reasons import Note, Reason
 from dct_compile.report import wrapped_class
 from dct_compile.runtime import Runtime
@@ -50,13 +49,13 @@ class DDPIntegration:
             return
         gloo.shorten_names()  # the graph may have been compiled before there was a group
         phases = phases_of(config)
-        reason = _reason_to_leave(target, _future_plans(target, phases[-1]))
-        plans = [plan for phase in phases for plan in _future_plans(target, phase)]
-        agree = partial(_agree, target.process_group, config, runtime, [plan.signature(reason) for plan in plans])
+        link = runtime.links.at_once(target.process_group, config.link)
+        reason = _reason_to_leave(target, _future_plans(target, phases[-1], link))
+        agree = partial(_agree, weakref.ref(target), config, runtime, reason)
         publish_module(target, reason, runtime)
         if reason is not None:
             runtime.attached[target] = _Attached(config, None)
-            _at_first_gradient(target, agree)
+            _at_first_gradient(target, partial(agree, link))
             return
         compressor = GradientCompressor(target, config, runtime, agree)
         runtime.attached[target] = _Attached(config, compressor)
@@ -70,7 +69,7 @@ class DDPIntegration:
         The buckets are those that DDP will have from its second step on if gradients come in the reverse order of the parameters. The
         bytes that it sends do not depend on how parameters are bucketed. The phase is the last one.
         """
-        plans = _future_plans(target, phases_of(config)[-1])
+        plans = _future_plans(target, phases_of(config)[-1], runtime.links.at_once(target.process_group, config.link))
         reason = _reason_to_leave(target, plans)
         publish_module(target, reason, runtime)
         title = title_of(target, runtime)
@@ -78,7 +77,7 @@ class DDPIntegration:
             plan.publish(bucket_name(title, index, target.process_group), runtime, None).model = title
 
     def attach_at_calls(self, compiled: Compiled, positions: Sequence[int], config: DCTConfig, runtime: Runtime) -> Compiled:
-        settled: WeakSet[object] = WeakSet()
+        settled: weakref.WeakSet[object] = weakref.WeakSet()
         attach_around = partial(self._attach_around, config=config, runtime=runtime)
 
         def run(*args: object) -> object:
@@ -133,9 +132,17 @@ class DDPIntegration:
             yield
 
 
-def _agree(group: ProcessGroup, config: DCTConfig, runtime: Runtime, signatures: Sequence[Signature]) -> None:
-    """Compares the decisions about a module's gradients with those of the other ranks, which all come at its first backward."""
-    runtime.agreement.check(group, config.comparable(), signatures, fresh=True)
+def _agree(
+    module: "weakref.ref[DistributedDataParallel]", config: DCTConfig, runtime: Runtime, reason: str | None, link: Link | None
+) -> None:
+    """Compares the decisions about a module's gradients with those of the other ranks, which all come at its first backward.
+
+    ``reason``: the reason to keep DDP's own reducer, if it is kept.
+    """
+    target = module()
+    assert target is not None, "its backward runs"
+    signatures = [plan.signature(reason) for phase in phases_of(config) for plan in _future_plans(target, phase, link)]
+    runtime.agreement.check(target.process_group, config.comparable(), signatures, fresh=True)
 
 
 def _at_first_gradient(module: DistributedDataParallel, action: Callable[[], None]) -> None:
@@ -165,12 +172,12 @@ def _reason_to_leave(module: DistributedDataParallel, plans: Sequence[BucketPlan
     return "; ".join(dict.fromkeys(decision.reason for decision in decisions))
 
 
-def _future_plans(module: DistributedDataParallel, phase: Phase) -> list[BucketPlan]:
+def _future_plans(module: DistributedDataParallel, phase: Phase, link: Link | None) -> list[BucketPlan]:
     names = {id(parameter): name for name, parameter in named_parameters(module)}
     unused = module.find_unused_parameters
     sparse = {id(parameter) for parameter, expected in zip(*module._build_params_for_reducer(), strict=True) if expected}
     return [
-        BucketPlan.of(bucket, names, module.process_group, phase, may_be_unused=unused, sparse=id(bucket[0]) in sparse)
+        BucketPlan.of(bucket, names, module.process_group, phase, link, may_be_unused=unused, sparse=id(bucket[0]) in sparse)
         for bucket in _future_buckets(module)
     ]
 

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from dct_compile.comm import Comm
 from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
+from dct_compile.link import Link
 from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.manager import publish
 from dct_compile.passes.plan import Decision, decide, dense, held_until
@@ -42,13 +43,14 @@ class BucketPlan:
         names: dict[int, str],
         group: ProcessGroup,
         phase: Phase,
+        link: Link | None,
         *,
         may_be_unused: bool,
         sparse: bool,
     ) -> "BucketPlan":
         members = [Parameter(index, names[id(item)], tuple(item.shape), ElementOrder.of(item)) for index, item in enumerate(parameters)]
         exchange = gradient_exchange(ALL_REDUCE, segments_of(members), parameters[0].dtype, group, may_be_unused)
-        decision = dense(exchange, Reason.SPARSE) if sparse else held_until(decide(exchange, phase.config), phase.until)
+        decision = dense(exchange, Reason.SPARSE) if sparse else held_until(decide(exchange, phase.config, lambda _: link), phase.until)
         return cls(decision, Comm(group.group_name, group.size()), parameters[0].device, sparse)
 
     @property

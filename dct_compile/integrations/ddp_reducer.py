@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dct_compile.config import DCTConfig
 from dct_compile.integrations.ddp_plan import BucketPlan
 from dct_compile.integrations.ddp_report import averaged_parameters, bucket_name, title_of
+from dct_compile.link import Link
 from dct_compile.measure import BucketMeasure
 from dct_compile.phases import Phase, phase_at, phases_of
 from dct_compile.reasons import Note, abbreviated
@@ -33,10 +34,10 @@ from dct_compile.workers import ExchangeWorker
 class GradientCompressor:
     """The communication hook of one DDP module, and a reducer for each of its buckets.
 
-    ``agree``: compares the decisions with those of the other ranks; called once, before the first exchange.
+    ``agree``: compares the decisions, which follow from the link, with those of the other ranks; called once, before the first exchange.
     """
 
-    def __init__(self, module: DistributedDataParallel, config: DCTConfig, runtime: Runtime, agree: Callable[[], None]) -> None:
+    def __init__(self, module: DistributedDataParallel, config: DCTConfig, runtime: Runtime, agree: Callable[[Link | None], None]) -> None:
         self.find_unused = module.find_unused_parameters
         self.config, self.runtime, self.process_group, self.agree = config, runtime, module.process_group, agree
         self.title = title_of(module, runtime)
@@ -46,6 +47,7 @@ class GradientCompressor:
         # Parameters that no compiled graph was called with; a parameter that was not used at all cannot be told from those.
         self.uncompiled = {} if self.find_unused else {id(parameter): name for name, parameter in averaged_parameters(module)}
         self.worker: ExchangeWorker | None = None
+        self.link: Link | None = None
         for handle in runtime.states.use.watch(list(module.parameters())):
             weakref.finalize(module, handle.remove)
         self.stream: torch.cuda.Stream | None = None
@@ -77,7 +79,8 @@ class GradientCompressor:
     def own_worker(self) -> ExchangeWorker:
         """Returns the worker of the exchanges, found when the first bucket is ready: then all ranks are here."""
         if self.worker is None:
-            self.agree()
+            self.link = self.runtime.links.of(self.process_group, self.config.link)
+            self.agree(self.link)
             self.worker = self.runtime.workers.of(self.process_group)
         return self.worker
 
@@ -138,7 +141,7 @@ class BucketReducer:
         self.find_unused, self.process_group = owner.find_unused, owner.process_group
         self.runtime, self.phase, self.group = owner.runtime, phase, group
         self.joined = False
-        self.plan = BucketPlan.of(parameters, owner.names, group, phase, may_be_unused=self.find_unused, sparse=sparse)
+        self.plan = BucketPlan.of(parameters, owner.names, group, phase, owner.link, may_be_unused=self.find_unused, sparse=sparse)
         self.state = self._find_state(parameters, owner)
         measure = BucketMeasure([self.state]) if self.state is not None else None
         self.entry = self.plan.publish(bucket_name(owner.title, index, owner.process_group), owner.runtime, measure)

@@ -84,7 +84,7 @@ def _site(
 ) -> SiteReport:
     """Describes a collective of DDP's own that carries all of ``tensors``."""
     numel, size = sum(tensor.numel() for tensor in tensors), module.process_group.size()
-    sent = int(collective.sent(sum(tensor.numel() * tensor.itemsize for tensor in tensors), size))
+    sent = collective.sent(sum(tensor.numel() * tensor.itemsize for tensor in tensors), size).wire_bytes
     dtype = str(tensors[0].dtype).removeprefix("torch.")
     group = module.process_group.group_name
     return SiteReport(collective.name, kind, name, (numel,), dtype, "dense", str(reason), sent, sent, group, size)

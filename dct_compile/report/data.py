@@ -20,7 +20,8 @@ class SiteReport:
     ``offers``: what each scheme would send, in bytes; empty where no offer was turned down. ``source``: the user's line as ``path:line``,
     empty where the trace holds none. ``graph``: the position in the report's ``graphs``; ``number``: the place among the sites of that
     graph; ``pair``: the number of the site's twin, the backward of a forward collective or the other way round. ``calls``: how often one
-    step runs it, 0 where a later compilation has taken its place. ``training``: whether its graph has a backward.
+    step runs it, 0 where a later compilation has taken its place. ``training``: whether its graph has a backward. ``seconds``,
+    ``dense_seconds``: predicted per call, where nothing else runs; ``None`` where the link was not looked at.
     """
 
     collective: str
@@ -44,6 +45,8 @@ class SiteReport:
     calls: int = 1
     training: bool = True
     stepped: str | None = None
+    seconds: float | None = None
+    dense_seconds: float | None = None
 
     @property
     def ratio(self) -> float | None:

@@ -3,7 +3,6 @@
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from dct_compile.config import DCTConfig
 from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Exchange, Parameter, Segment
 from dct_compile.reasons import Reason
-from dct_compile.traffic import Traffic
+from dct_compile.traffic import NOTHING, Traffic
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Members:
         """Returns the work of the all_reduce that the rest takes."""
         assert exchange.dtype is not None
         size = sum(segment.parameter.numel for segment in self.rest) * exchange.dtype.itemsize
-        return Traffic(1, exchange.collective.sent(size, exchange.ranks), 2 * size) if self.rest else Traffic(0, Fraction(0))
+        return exchange.collective.sent(size, exchange.ranks).passing_over(2 * size) if self.rest else NOTHING
 
     def start_rest(self, grad: Tensor, comm: Comm, exchange: Exchange) -> Tensor | None:
         """Starts the all_reduce of the rest, end to end; ``None`` where there is none."""
@@ -107,5 +106,5 @@ def _exempt(parameter: Parameter, config: DCTConfig) -> str | None:
 
 def said_too_large(scheme: str, exchange: Exchange, traffic: Traffic) -> str:
     """Returns the report's words for an offer that sends more than the dense collective."""
-    sizes = {"wire": traffic.wire_bytes, "dense": int(exchange.dense_wire)}
+    sizes = {"wire": traffic.wire_bytes, "dense": exchange.dense_traffic.wire_bytes}
     return Reason.GRADIENT_TOO_LARGE.format(scheme=scheme, ranks=exchange.ranks, **sizes)

@@ -27,7 +27,6 @@ from dct_compile.reasons import Reason
 from dct_compile.schemes.members import divide, said_too_large
 from dct_compile.schemes.offer import Declined, GradientOffer
 from dct_compile.state.spec import StateSpec, StateTensor, counters_of, end_to_end, residual_of
-from dct_compile.traffic import Traffic
 from dct_compile.triton_kernels.layout import COUNTERS
 
 dct = torch.ops.dct
@@ -97,8 +96,9 @@ def offer(exchange: Exchange, config: DCTConfig) -> PowerSGD | Declined | None:
     shapes = tuple(_matrix(segment.parameter) for segment in members.compressed)
     columns = [config.rank * shape[1] for shape in shapes]
     sizes = tuple(config.rank * sum(shape) for shape in shapes)
-    wire = exchange.collective.sent(4 * sum(sizes), exchange.ranks)
-    traffic = Traffic(2, wire, 40 * sum(members.numels)) + members.rest_traffic(exchange)
+    left_bytes, right_bytes = 4 * config.rank * sum(rows for rows, _ in shapes), 4 * sum(columns)
+    factors = exchange.collective.sent(left_bytes, exchange.ranks) + exchange.collective.sent(right_bytes, exchange.ranks)
+    traffic = factors.passing_over(40 * sum(members.numels)) + members.rest_traffic(exchange)
     template = Reason.LOW_RANK_BUT if members.rest else Reason.LOW_RANK
     right = StateTensor("right_factor", (sum(columns),), torch.float32, end_to_end(columns), fill=None)
     return PowerSGD(

@@ -84,4 +84,4 @@ def _traffic(exchange: Exchange, bits: int) -> Traffic:
     assert exchange.dtype is not None
     payload = exchange.rows * quantized_row_bytes(exchange.width, bits)
     size = exchange.rows * exchange.width * exchange.dtype.itemsize
-    return Traffic(1, exchange.sent_encoded(payload), 2 * size + (1 + addends(exchange)) * payload)
+    return exchange.sent_encoded(payload).passing_over(2 * size + (1 + addends(exchange)) * payload)

@@ -28,7 +28,6 @@ from dct_compile.schemes.members import said_too_large
 from dct_compile.schemes.offer import Declined, GradientOffer
 from dct_compile.schemes.threshold import divide_by_density, said
 from dct_compile.state.spec import StateSpec, StateTensor, counters_of, end_to_end, residual_of
-from dct_compile.traffic import Traffic
 from dct_compile.triton_kernels.layout import COUNTERS
 
 dct = torch.ops.dct
@@ -91,7 +90,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> RandomK | Declined | None:
         return Declined(members)
     numel, count = sum(members.numels), len(members.numels)
     drawn = tuple(ceil(density * own) for density, own in zip(members.densities(config), members.numels, strict=True))
-    traffic = Traffic(1, exchange.collective.sent(4 * sum(drawn), exchange.ranks), 24 * numel) + members.rest_traffic(exchange)
+    traffic = exchange.collective.sent(4 * sum(drawn), exchange.ranks).passing_over(24 * numel) + members.rest_traffic(exchange)
     # The counters may come from another scheme, where a rank counts its own steps. The number of draws is the same on all ranks.
     draws = StateTensor("draws", (count,), torch.int64, tuple(range(count)))
     return RandomK(

@@ -27,7 +27,6 @@ from dct_compile.exchange import ACTIVATION, ALL_REDUCE, ALL_TO_ALL, EMBEDDING, 
 from dct_compile.reasons import Reason
 from dct_compile.schemes.offer import Declined, RowOffer
 from dct_compile.schemes.rows import addends, averaged, carry, refuse_rows
-from dct_compile.traffic import Traffic
 from dct_compile.triton_kernels.layout import RowLayout, row_bytes
 
 dct = torch.ops.dct
@@ -99,13 +98,13 @@ def _sized(exchange: Exchange, config: DCTConfig, capacity: int, method: str) ->
     if twin is not None:
         copies = addends(exchange)  # each rank whose rows were added sees the gradient at its own entries
         values = twin.rows * copies * capacity * config.mp_dtype.itemsize
-        returned = Traffic(1, twin.sent_by_all_to_all(values), 2 * values + copies * size)
+        returned = twin.sent_by_all_to_all(values).passing_over(2 * values + copies * size)
     return RowThreshold(
         exchange=exchange,
         scheme="row_threshold",
         reason=Reason.ROW_THRESHOLD.format(capacity=capacity, width=width),
         too_large=Reason.ROW_TOO_LARGE.format(wire=one_row, dense=width * exchange.dtype.itemsize),
-        traffic=Traffic(1, exchange.sent_encoded(payload), 2 * size + (1 + addends(exchange)) * payload),
+        traffic=exchange.sent_encoded(payload).passing_over(2 * size + (1 + addends(exchange)) * payload),
         digest=f"{capacity} of {width}, {config.mp_value_dtype} values, {method}",
         density=capacity / width,
         backward_traffic=returned,

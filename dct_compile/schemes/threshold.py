@@ -24,7 +24,7 @@ from dct_compile.schemes.members import Members, divide, said_too_large
 from dct_compile.schemes.offer import Declined, GradientOffer
 from dct_compile.schemes.threshold_codec import ThresholdCodec
 from dct_compile.state.spec import StateSpec
-from dct_compile.traffic import Traffic, to_all
+from dct_compile.traffic import to_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> Gather | Declined | None:
         return Declined(members)
     codec = ThresholdCodec.of(exchange, members, 1, config)
     payload = codec.layout.payload_bytes
-    traffic = Traffic(1, to_all(payload, exchange.ranks), codec.memory_bytes(exchange, payloads=exchange.ranks))
+    traffic = to_all(payload, exchange.ranks).passing_over(codec.memory_bytes(exchange, payloads=exchange.ranks))
     traffic = traffic + members.rest_traffic(exchange)
     return Gather(
         exchange=exchange,

@@ -25,7 +25,7 @@ from dct_compile.schemes.offer import Declined, GradientOffer
 from dct_compile.schemes.threshold import divide_by_density, said
 from dct_compile.schemes.threshold_codec import ThresholdCodec
 from dct_compile.state.spec import StateSpec
-from dct_compile.traffic import Traffic, one_share_to_each, to_all
+from dct_compile.traffic import one_share_to_each, to_all
 from dct_compile.triton_kernels.shares import UNIT
 
 
@@ -56,7 +56,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> Owner | Declined | None:
     owner_codec = replace(codec, layout=replace(codec.layout, chunk=exchange.rank), stage="owner")
     sent = one_share_to_each(codec.layout.payload_bytes, exchange.ranks) + to_all(codec.layout.chunk_bytes, exchange.ranks)
     memory = codec.memory_bytes(exchange, payloads=1) + 12 * owner_codec.layout.state_numel
-    traffic = Traffic(2, sent, memory) + members.rest_traffic(exchange)
+    traffic = sent.passing_over(memory) + members.rest_traffic(exchange)
     return Owner(
         exchange=exchange,
         scheme="owner",

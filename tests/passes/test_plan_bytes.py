@@ -129,7 +129,7 @@ def test_bucket_with_dense_members() -> None:
 )
 def test_bytes_of_dense_collectives(collective: str, ranks: int, sent: int) -> None:
     site = make_site(collective, ranks=ranks)
-    assert site.collective.sent(100, ranks) == sent
+    assert site.collective.sent(100, ranks).wire == sent
 
 
 def test_share_of_uneven_splits() -> None:
