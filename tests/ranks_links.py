@@ -1,0 +1,82 @@
+"""Calls that ranks make for tests of the link: measured, recognised, waited for, and decided by."""
+
+import os
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import dct_compile
+from dct_compile.link import Link
+from dct_compile.links import Links, agreed, measured, on_one_machine
+from dct_compile.runtime import RUNTIME
+from tests.ranks_ddp import Net, Options, batch, loss_of
+
+
+def measure(rank: int, world_size: int) -> dict[str, float]:
+    assert dist.group.WORLD is not None
+    start = time.perf_counter()
+    found = asdict(measured(dist.group.WORLD))
+    assert time.perf_counter() - start < 60  # two seconds, on a machine that does nothing else
+    return found
+
+
+def agree(rank: int, world_size: int, absent: int | None) -> Link | None:
+    """All ranks but ``absent`` look for the link; that one comes when the others have given up."""
+    assert dist.group.WORLD is not None
+    if rank == absent:
+        time.sleep(3)
+    return agreed(dist.group.WORLD, lambda group: Link(100.0 + rank, 1.0, 1.0), patience_s=1.0 if absent is not None else 60.0)
+
+
+def recognise(rank: int, world_size: int) -> list[Any]:
+    """Returns what is said about the machine: by the store; by a launcher with all ranks here, and with some of them."""
+    found: list[Any] = [on_one_machine()]
+    for local in (world_size, 1):
+        os.environ["LOCAL_WORLD_SIZE"] = str(local)
+        found.append(on_one_machine())
+    del os.environ["LOCAL_WORLD_SIZE"]
+    assert dist.group.WORLD is not None
+    links = Links()
+    found.append(links.of(dist.group.WORLD, "auto"))
+    found.append(links.of(dist.group.WORLD, Link(5.0)))
+    found.append(links.of(dist.group.WORLD, None))
+    return found
+
+
+def decide(rank: int, world_size: int, options: Options, hosts: int, outside: bool) -> tuple[list[tuple[str, str]], bool, float]:
+    """Trains for two steps with ranks that seem to be on ``hosts``. Returns decisions and reasons, whether DDP has a hook, and a weight."""
+    RUNTIME.links.auto = "auto"
+    os.environ["LOCAL_WORLD_SIZE"] = str(world_size // hosts)
+    try:
+        net = Net(width=64)
+        module: Any
+        if outside:
+            module = torch.compile(DistributedDataParallel(net), backend="dct", options=options)
+        else:
+            module = torch.compile(net, backend="dct", options={**options, "data_parallel": True})
+        for step in range(2):
+            loss_of(module(batch(rank, step))).backward()
+        report = dct_compile.report()
+        attached = [found.compressor is not None for found in RUNTIME.attached.values()]
+        assert net.bottom.weight.grad is not None
+        total = float(net.bottom.weight.grad.double().sum())
+        return [(site.decision, site.reason) for site in report.sites], any(attached), total
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+
+
+def explain(rank: int, world_size: int) -> list[str]:
+    """One rank alone asks what would become of a model whose link was not measured."""
+    RUNTIME.links.auto = "auto"
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    try:
+        if rank == 0:
+            report = dct_compile.explain(DistributedDataParallel(Net(), init_sync=False), batch(0, 0))
+            return [site.decision for site in report.sites]
+        return []
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
