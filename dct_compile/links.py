@@ -92,9 +92,11 @@ def _can_measure(group: ProcessGroup) -> bool:
 
 
 def device_of(group: ProcessGroup) -> torch.device:
-    """Returns the device whose tensors the group sends: the current GPU where it can, else the CPU."""
-    on_gpu = any(device.type == "cuda" for device in group._device_types)
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    """Returns the device whose tensors the group sends: the current GPU where it has a backend for those, else the CPU. Gloo takes both."""
+    gpu = next((device for device in group._device_types if device.type == "cuda" and torch.cuda.is_available()), None)
+    if gpu is None or group._get_backend(gpu).name() == "gloo":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def on_one_machine() -> bool:
