@@ -101,7 +101,7 @@ def _product(method: str, rate: float, seed: int, epochs: int, every: int) -> It
     torch._dynamo.reset()
     data = load("movielens", seed)
     model = DLRM(data.dense_features, data.tables, seed=seed)
-    compiled = torch.compile(DistributedDataParallel(model), backend="dct", options=PRODUCT[method])
+    compiled = torch.compile(DistributedDataParallel(model), backend="dct", options={"link": None, **PRODUCT[method]})
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
     for step, batch in zip(count(1), order(data.train, seed, epochs)):
         loss_of(compiled, batch, dist.get_rank()).backward()

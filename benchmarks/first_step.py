@@ -91,6 +91,12 @@ class GPT(nn.Module):
         return nn.functional.linear(self.norm(self.blocks(x)), self.tokens.weight)
 
 
+def _options(variant: Variant) -> dict[str, Any] | None:
+    if variant.backend != "dct":
+        return None
+    return {"link": None, "data_parallel": variant.data_parallel}
+
+
 def first_step(variant: Variant) -> float:
     """Seconds of the first step on this rank."""
     torch.manual_seed(0)
@@ -101,7 +107,7 @@ def first_step(variant: Variant) -> float:
     ids = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(dist.get_rank()))
     dist.barrier()
     start = time.perf_counter()
-    compiled = torch.compile(model, backend=variant.backend, options={"data_parallel": True} if variant.data_parallel else None)
+    compiled = torch.compile(model, backend=variant.backend, options=_options(variant))
     logits = compiled(ids[:, :-1])
     cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
     optimizer.step()

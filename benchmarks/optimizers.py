@@ -81,7 +81,7 @@ class Trainer:
         dct_compile.reset_report()
         backend, options = METHODS[run.method]
         self.task, self.mesh, self.model = task, mesh, task.build(mesh)
-        self.compiled: Compiled = compile_with(backend, self.model, mesh, options)
+        self.compiled: Compiled = compile_with(backend, self.model, mesh, {"link": None, **options})
         self.bytes = computed_bytes(backend, self.model, run.ranks)
 
     def train(self, run: Run, points: int) -> Iterator[Point]:

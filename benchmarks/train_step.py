@@ -27,8 +27,9 @@ from dct_compile.models.parallel import Table, average_sharded_gradients, make_m
 
 VARIANTS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "inductor": ("inductor", None),
-    "dct": ("dct", None),
-    "dct, undo_discarded=False": ("dct", {"undo_discarded": False}),
+    "dct": ("dct", {"link": None}),
+    "dct, undo_discarded=False": ("dct", {"link": None, "undo_discarded": False}),
+    "dct, link='auto'": ("dct", None),
 }
 """Backend and options by name. All are compared with the first."""
 TABLES = tuple(Table(f"table{i}", rows) for i, rows in enumerate((1682, 943, 795, 61, 21, 19, 7, 2)))

@@ -50,7 +50,7 @@ def measure(scheme: str, width: int, steps: int) -> tuple[float, int]:
     if scheme == "dense":
         compiled = torch.compile(model, backend="inductor")
     else:
-        compiled = torch.compile(model, backend="dct", options={"gradient_scheme": scheme})
+        compiled = torch.compile(model, backend="dct", options={"gradient_scheme": scheme, "link": None})
     start = 0
     for step in range(WARMUP_STEPS + steps):
         if step == WARMUP_STEPS:

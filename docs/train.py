@@ -1,4 +1,7 @@
-"""Data-parallel training with compressed gradients: `torchrun --nproc-per-node 2 docs/train.py`."""
+"""Data-parallel training with compressed gradients: `torchrun --nproc-per-node 2 docs/train.py`.
+
+The ranks of this trial share one machine, where nothing would be compressed. So it assumes the link of two hosts; leave `link` out there.
+"""
 
 import torch
 import torch.distributed as dist
@@ -23,7 +26,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 teacher = nn.Linear(64, 10)
 model = DistributedDataParallel(Classifier())
-compiled = torch.compile(model, backend="dct", options={"dp_density": 0.01})
+compiled = torch.compile(model, backend="dct", options={"dp_density": 0.01, "link": "1Gbit/s"})
 optimizer = torch.optim.Adagrad(model.parameters(), lr=0.02)
 torch.manual_seed(dist.get_rank())
 for step in range(301):

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from dct_compile.cli.plots import draw
 from dct_compile.cli.results import Results
-from dct_compile.cli.tables import Table, quality, sent, sites, traffic
+from dct_compile.cli.tables import Table, link, quality, sent, sites, traffic
 
 _SHORT = 40
 
@@ -17,7 +17,7 @@ _SHORT = 40
 def present(folder: Path) -> None:
     """Reads ``folder``/metrics.json, prints its tables and writes the plots and report.html beside it."""
     results = Results.read(folder)
-    tables = [table for table in (quality(results), sent(results), traffic(results), sites(results)) if table is not None]
+    tables = [table for table in (quality(results), sent(results), traffic(results), link(results), sites(results)) if table is not None]
     for table in tables:
         click.echo(f"\n{table.title}\n{as_text(table)}")
     dct = results.get("dct")
@@ -37,7 +37,7 @@ def present(folder: Path) -> None:
 def as_text(table: Table) -> str:
     """Returns the table for a terminal: long cells are shortened, numbers are as they are."""
     rows = [[cell if len(cell) <= _SHORT else cell[: _SHORT - 1] + "…" for cell in row] for row in table.rows]
-    left = ("backend", "traffic", "collective", "kind", "name", "decision", "reason", "replicas", "known by")
+    left = ("link", "backend", "traffic", "collective", "kind", "name", "decision", "reason", "replicas", "known by")
     align = ["left" if header in left else "right" for header in table.headers]
     text = tabulate(rows, table.headers, disable_numparse=True, colalign=align)
     return f"{text}\n{table.note}" if table.note else text

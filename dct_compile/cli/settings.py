@@ -13,6 +13,8 @@ from dct_compile.cli.backends import BACKENDS, HOOKS
 from dct_compile.config import split_options
 from dct_compile.models.tasks import TASKS, DataSource, Optimization, Task
 
+ASSUMED_LINK = "1Gbit/s"
+"""Ranks of one machine stand for hosts on Ethernet."""
 OWN_RATES: dict[tuple[str, str], dict[str, float]] = {("dlrm", "adagrad"): {"dct": 0.03}}
 """Learning rates of methods, by model and optimizer, where a method is better at another one than the recipe's (docs/accuracy.md)."""
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from dct_compile.cli.results import KINDS, RARE, BackendResult, Results, bytes_until
+from dct_compile.link import duration, parse
 from dct_compile.models.tasks import Metric
 
 
@@ -72,6 +73,20 @@ def traffic(results: Results) -> Table | None:
     rows.append(_bytes_row("all", dct, [kind for kinds in KINDS.values() for kind in kinds]))
     note = "Sent per rank and training step, mean over ranks, indices and other metadata included, forward and backward."
     return Table("Bytes on the wire", ["traffic", "dense", "dct", "ratio"], rows, note)
+
+
+def link(results: Results) -> Table | None:
+    """Returns the predicted seconds per step on the link that was assumed, and what this machine's own link would change."""
+    dct = results.get("dct")
+    if dct is None or not any(dct.sites):
+        return None
+    weighed = [site for site in dct.sites[0] if site["seconds"] is not None]
+    assumed = parse(results.settings["options"].get("link"))
+    name = str(assumed) if assumed is not None else "measured" if weighed else "none: the bytes decide"
+    dense, compressed = (sum(site["calls"] * site[field] for site in weighed) for field in ("dense_seconds", "seconds"))
+    row = [name, *((duration(dense), duration(compressed), f"{dense / compressed:.1f}x") if weighed and compressed else ("-", "-", "-"))]
+    note = "Predicted per step for the collectives that DCT can carry, by hops, bytes and passes over memory, where nothing else runs. "
+    return Table("Seconds on the link", ["link", "dense", "dct", "ratio"], [row], note + f"The link here: {results.environment['link']}.")
 
 
 def sites(results: Results) -> Table | None:

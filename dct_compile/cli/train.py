@@ -8,7 +8,7 @@ import click
 
 from dct_compile.cli.backends import BACKENDS, parse_backends
 from dct_compile.cli.extras import require
-from dct_compile.cli.settings import OWN_RATES, Settings, optimization_of, parse_options, parse_rates, parse_value
+from dct_compile.cli.settings import ASSUMED_LINK, OWN_RATES, Settings, optimization_of, parse_options, parse_rates, parse_value
 from dct_compile.models.images import FASHION_MNIST
 from dct_compile.models.tasks import TASKS, Recipe
 from dct_compile.models.tasks.optimization import OPTIMIZERS
@@ -57,6 +57,11 @@ def _rates(recipe: Recipe) -> str:
     metavar="NAME,...",
     help=f"{', '.join(BACKENDS)}; several with commas or repeatedly; both: dense and dct. dense is Inductor alone; fp16 and powersgd are "
     "torch's own hooks for DDP.",
+)
+@click.option(
+    "--link",
+    default=ASSUMED_LINK,
+    help="The link between the ranks that dct assumes. auto measures it: ranks of one machine then stay dense. none lets the bytes decide.",
 )
 @click.option("--dp-density", type=float, help=f"Fraction of a gradient that is sent. {_DEFAULT}")
 @click.option("--mp-density", type=float, help=f"Fraction of an activation's row that is sent. {_DEFAULT}")
@@ -126,8 +131,10 @@ def _settings(given: dict[str, Any]) -> Settings:
 
 def _backend_options(given: dict[str, Any]) -> dict[str, Any]:
     """Takes the options of the dct backend out of ``given``, those with a flag of their own and the others."""
-    names = ("dp_density", "mp_density", "embedding_codec", "threshold", "refresh_interval", "refresh_warmup")
+    names = ("link", "dp_density", "mp_density", "embedding_codec", "threshold", "refresh_interval", "refresh_warmup")
     flags = {name: value for name in names if (value := given.pop(name)) is not None}
+    if flags["link"].lower() == "none":
+        flags["link"] = None
     if "threshold" in flags:
         flags["threshold"] = parse_value(flags["threshold"])
     more = parse_options(given.pop("options"))

@@ -17,6 +17,7 @@ from dct_compile.cli.methods import Compiled, compile_with, computed_bytes
 from dct_compile.cli.replicas import check_replicas
 from dct_compile.cli.results import BackendResult, Results, Run, environment, gradient_density
 from dct_compile.cli.settings import Settings
+from dct_compile.link import ONE_MACHINE
 from dct_compile.models.parallel import Mesh, average_sharded_gradients, make_mesh
 from dct_compile.models.tasks import Batch, Task
 from dct_compile.monitor import Monitor
@@ -46,11 +47,21 @@ def work(rank: int, settings: Settings, port: int | None) -> None:
         mesh = make_mesh(settings.dp, settings.mp)
         task = settings.task()
         results = [_train_backend(backend, settings, task, mesh) for backend in settings.backends]
+        own = _own_link()
         if rank == 0:
-            Results(settings.as_json(), environment(), list(task.metrics), results).save(settings.out)
+            Results(settings.as_json(), {**environment(), "link": own}, list(task.metrics), results).save(settings.out)
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _own_link() -> str:
+    """Says which link the ranks really have, whatever was assumed. All ranks make this call."""
+    assert dist.group.WORLD is not None
+    found = RUNTIME.links.of(dist.group.WORLD, "auto")
+    if found == ONE_MACHINE:
+        return "all ranks are on one machine, where link='auto' leaves everything dense"
+    return str(found) if found is not None else "one rank" if dist.get_world_size() == 1 else "not measured"
 
 
 def _train_backend(backend: str, settings: Settings, task: Task, mesh: Mesh) -> BackendResult:
