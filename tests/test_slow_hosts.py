@@ -13,7 +13,7 @@ from benchmarks.slow_hosts import SlowHosts, SlowHostsError, missing
 
 ROOT = Path(__file__).parent.parent
 RATE = 100e6
-ALL_REDUCES = f"""
+ALL_REDUCES = """
 import time
 import torch
 import torch.distributed as dist
