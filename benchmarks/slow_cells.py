@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import os
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -103,33 +104,41 @@ class Cell:
 class Result:
     """What was measured in a cell.
 
-    ``steps``: timed ones. ``median_s``, ``q1_s``, ``q3_s``: of a step. ``compute_s``: the median of the dense step without communication,
-    just before and after on the same hosts. ``cpu_s``: CPU time of a step, all threads of a rank. ``sent_bytes``: by a host's interface,
-    per step, mean over the hosts. ``computed_bytes``: by the report, or from the shapes of the parameters; -1 where neither knows.
-    ``hops``: messages one after the other. ``error``: why there is no measurement.
+    ``steps``: timed ones. ``median_s``, ``q1_s``, ``q3_s``: of a step. ``cpu_s``: CPU time of a step, all threads of a rank.
+    ``compute_s``, ``compute_cpu_s``: the same of the dense step without communication, just before and after on the same hosts.
+    ``sent_bytes``: by a host's interface, per step, mean over the hosts. ``computed_bytes``: by the report, or from the shapes of the
+    parameters; -1 where neither knows. ``hops``: messages one after the other. ``error``: why there is no measurement.
     """
 
     steps: int = 0
     median_s: float = float("nan")
     q1_s: float = float("nan")
     q3_s: float = float("nan")
-    compute_s: float = float("nan")
     cpu_s: float = float("nan")
+    compute_s: float = float("nan")
+    compute_cpu_s: float = float("nan")
     sent_bytes: float = float("nan")
     computed_bytes: float = -1.0
     hops: int = 0
     error: str = ""
 
     @classmethod
-    def of(cls, answers: Sequence[dict[str, Any]], compute_s: Sequence[float]) -> "Result":
-        """Sums up the answers of all ranks: times are those of rank 0."""
+    def of(cls, answers: Sequence[dict[str, Any]], compute: Sequence[dict[str, Any]]) -> "Result":
+        """Sums up the answers of all ranks about the cell, and about steps without communication: times are those of rank 0."""
         times: list[float] = answers[0]["times"]
         quartiles = statistics.quantiles(times, n=4, method="inclusive")
-        sent = statistics.mean(answer["sent_bytes"] for answer in answers)
-        computed = statistics.mean(answer["computed_bytes"] for answer in answers)
-        compute, cpu = statistics.median(compute_s), statistics.mean(answer["cpu_s"] for answer in answers)
-        median = statistics.median(times)
-        return cls(len(times), median, quartiles[0], quartiles[2], compute, cpu, sent, computed, answers[0]["hops"])
+        return cls(
+            steps=len(times),
+            median_s=statistics.median(times),
+            q1_s=quartiles[0],
+            q3_s=quartiles[2],
+            cpu_s=_mean(answers, "cpu_s"),
+            compute_s=statistics.median(compute[0]["times"] + compute[len(answers)]["times"]),
+            compute_cpu_s=_mean(compute, "cpu_s"),
+            sent_bytes=_mean(answers, "sent_bytes"),
+            computed_bytes=_mean(answers, "computed_bytes"),
+            hops=answers[0]["hops"],
+        )
 
     @property
     def bytes(self) -> float:
@@ -167,7 +176,7 @@ class ResultFile:
             self._append([*_names(Cell), *_names(Result), *_machine()])
 
     def read(self) -> dict[Cell, Result]:
-        """Returns all results. The last one of a cell counts."""
+        """Returns all results, also failures. The last one of a cell counts."""
         with self.path.open(newline="") as file:
             return {_from_row(Cell, row): _from_row(Result, row) for row in csv.DictReader(file)}
 
@@ -180,9 +189,19 @@ class ResultFile:
             csv.writer(file, lineterminator="\n").writerow(row)
 
 
+def _mean(answers: Sequence[dict[str, Any]], name: str) -> float:
+    return statistics.mean(answer[name] for answer in answers)
+
+
 def _machine() -> dict[str, str]:
     date = datetime.datetime.now().isoformat(timespec="minutes")
-    return {"date": date, "machine": processor_name(), "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "date": date,
+        "machine": processor_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load": f"{os.getloadavg()[0]:.1f}",
+    }
 
 
 def _names(kind: type[Any]) -> list[str]:

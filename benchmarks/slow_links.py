@@ -1,7 +1,8 @@
 """Training steps on slow links: dense, compressed, and the hooks of torch's DDP that users would take instead.
 
 Each host is a network namespace of this machine (``slow_hosts.py``), so all of them share its cores. The step without communication is
-timed on the same hosts, just before each cell. All results are appended to a file, and a cell that is there is not measured again.
+timed on the same hosts, just before each cell. All results are appended to a file, and a cell that is there is not measured again,
+unless it has failed.
 
     python -m benchmarks.slow_links --model gpt --hosts 2,4 --rates 100mbit,1gbit
     python -m benchmarks.slow_links --to-loss --model gpt-small --hosts 2 --rates 100mbit
@@ -98,9 +99,9 @@ def measure(cells: Sequence[Cell], seconds: float, file: ResultFile) -> None:
                     if built != (cell.method, cell.repeat):
                         ranks.ask(None, do="build", model=cell.model, method=cell.method)
                         built = (cell.method, cell.repeat)
-                    compute = ranks.ask(None, do="compute")[0]["times"]
+                    compute = ranks.ask(None, do="compute")
                     answers = ranks.ask(cell.bits_per_s, do="steps", seconds=seconds)
-                    compute += ranks.ask(None, do="compute")[0]["times"]
+                    compute += ranks.ask(None, do="compute")
                     result = Result.of(answers, compute)
                 except SlowHostsError as error:
                     result = Result(error=str(error))
@@ -167,7 +168,7 @@ def main(
                 for repeat in range(repeats)
             ]
             known = file.read()
-            measure(ordered([cell for cell in cells if cell not in known], seed), seconds, file)
+            measure(ordered([cell for cell in cells if cell not in known or known[cell].error], seed), seconds, file)
         print_steps(file.read(), model)
         if picture is not None:
             draw_steps(file.read(), model, picture.with_stem(f"{picture.stem}-{_plain(model)}"))

@@ -67,10 +67,12 @@ class Training:
         self.schedule.step()
         return loss.detach()
 
-    def compute(self) -> list[float]:
-        """Returns seconds of steps in which DDP sends nothing."""
+    def compute(self) -> dict[str, Any]:
+        """Times steps in which DDP sends nothing."""
         with INTEGRATIONS[0].paused(self.compiled.module):
-            return [_seconds(self.step) for _ in range(COMPUTE_STEPS)]
+            start = time.process_time()
+            times = [_seconds(self.step) for _ in range(COMPUTE_STEPS)]
+            return {"times": times, "cpu_s": (time.process_time() - start) / COMPUTE_STEPS}
 
     def time_steps(self, seconds: float) -> dict[str, Any]:
         """Times as many steps as fit into ``seconds``, two at least."""
@@ -143,7 +145,7 @@ class Rank:
 
     def compute(self) -> dict[str, Any]:
         assert self.dense is not None
-        return {"times": self.dense[1].compute()}
+        return self.dense[1].compute()
 
     def steps(self, seconds: float) -> dict[str, Any]:
         assert self.training is not None

@@ -42,13 +42,26 @@ def print_steps(results: dict[Cell, Result], model: str) -> None:
             rows.append([hosts, rate, method, repeats[-1][1].error])
             continue
         step, q1, q3 = step_s(good), _median(good, "q1_s"), _median(good, "q3_s")
-        compute, cpu, sent = _median(good, "compute_s"), _median(good, "cpu_s"), _median(good, "sent_bytes")
+        compute, sent = _median(good, "compute_s"), _median(good, "sent_bytes")
+        cpu, least_cpu = _median(good, "cpu_s"), _median(good, "compute_cpu_s")
         predicted = [seconds for cell, result in good if (seconds := result.predicted_s(cell)) is not None]
         errors += [abs(seconds / result.median_s - 1) for cell, result in good if (seconds := result.predicted_s(cell)) is not None]
         dense = step_s(places.get((hosts, rate, next(iter(METHODS))), []))
         computed = good[-1][1].computed_bytes
         other, expected = 100 * (1 - compute / step), statistics.median(predicted or [float("nan")])
-        numbers = [step, q1, q3, dense / step, compute, cpu, other, expected, round(sent), "" if computed < 0 else round(computed)]
+        numbers = [
+            step,
+            q1,
+            q3,
+            dense / step,
+            compute,
+            other,
+            cpu,
+            least_cpu,
+            expected,
+            round(sent),
+            "" if computed < 0 else round(computed),
+        ]
         rows.append([hosts, rate, method, *numbers])
     print(f"\n{model}: seconds of a step; compute is the dense step without communication on the same hosts")
     columns = [
@@ -66,7 +79,7 @@ def print_steps(results: dict[Cell, Result], model: str) -> None:
         "B sent",
         "B computed",
     ]
-    print(tabulate(rows, columns, floatfmt=("", "", "", ".4f", ".4f", ".4f", ".2f", ".4f", ".4f", ".0f", ".4f")))
+    print(tabulate(rows, columns, floatfmt=("", "", "", ".4f", ".4f", ".4f", ".2f", ".4f", ".0f", ".4f", ".4f", ".4f")))
     if errors:
         print(f"median relative error of the prediction: {100 * statistics.median(errors):.0f} %")
 
