@@ -37,7 +37,7 @@ WARMUP_STEPS = POWERSGD_START + 3
 """Steps after a compilation that are not timed. DDP builds its buckets in them, and torch's PowerSGD sends dense."""
 MOST_STEPS = 60
 BATCHES = 8
-WINDOW = 20
+WINDOW = 50
 """Steps whose mean loss is compared with the aim of a training."""
 COMPUTE_STEPS = 8
 

@@ -15,6 +15,12 @@ _Place = tuple[int, str, str]
 _NO_LIMIT_AT = 1e11
 """The place of an unlimited link in a picture."""
 
+_COLUMNS = {
+    **{"step s": ".4f", "q1": ".4f", "q3": ".4f", "x dense": ".2f", "compute s": ".4f", "other %": ".0f"},
+    **{"CPU s": ".4f", "compute CPU s": ".4f", "predicted s": ".4f", "B sent": "", "B computed": ""},
+}
+"""Numbers of a table and their formats."""
+
 
 def grouped(results: dict[Cell, Result], model: str) -> dict[_Place, list[tuple[Cell, Result]]]:
     """Returns the repetitions of each (hosts, rate, method), in the order of hosts, rates and methods."""
@@ -49,37 +55,11 @@ def print_steps(results: dict[Cell, Result], model: str) -> None:
         dense = step_s(places.get((hosts, rate, next(iter(METHODS))), []))
         computed = good[-1][1].computed_bytes
         other, expected = 100 * (1 - compute / step), statistics.median(predicted or [float("nan")])
-        numbers = [
-            step,
-            q1,
-            q3,
-            dense / step,
-            compute,
-            other,
-            cpu,
-            least_cpu,
-            expected,
-            round(sent),
-            "" if computed < 0 else round(computed),
-        ]
+        numbers: list[object] = [step, q1, q3, dense / step, compute, other, cpu, least_cpu, expected, round(sent)]
+        numbers.append("" if computed < 0 else round(computed))
         rows.append([hosts, rate, method, *numbers])
     print(f"\n{model}: seconds of a step; compute is the dense step without communication on the same hosts")
-    columns = [
-        "hosts",
-        "rate",
-        "method",
-        "step s",
-        "q1",
-        "q3",
-        "x dense",
-        "compute s",
-        "CPU s",
-        "other %",
-        "predicted s",
-        "B sent",
-        "B computed",
-    ]
-    print(tabulate(rows, columns, floatfmt=("", "", "", ".4f", ".4f", ".4f", ".2f", ".4f", ".0f", ".4f", ".4f", ".4f")))
+    print(tabulate(rows, ["hosts", "rate", "method", *_COLUMNS], floatfmt=("", "", "", *_COLUMNS.values())))
     if errors:
         print(f"median relative error of the prediction: {100 * statistics.median(errors):.0f} %")
 
@@ -106,15 +86,23 @@ def draw_steps(results: dict[Cell, Result], model: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def first_at(curve: list[Point], aim: float) -> Point | None:
+    """Returns the first point of a curve whose loss is ``aim`` or less: dense training, too, may be there before its last step."""
+    return next((point for point in curve if point.loss <= aim), None)
+
+
 def print_losses(trainings: dict[Training, list[Point]], model: str) -> None:
     """Prints the time to the loss of dense training."""
-    rows = []
+    rows: list[list[object]] = []
     chosen = {training: curve for training, curve in trainings.items() if training.model == model}
     for training, curve in chosen.items():
-        end, reached = curve[-1], curve[-1].loss <= training.aim
-        dense = next(points[-1] for other, points in chosen.items() if _is_dense_of(other, training))
-        shown = [end.step, end.seconds, dense.seconds / end.seconds] if reached else [f"not in {end.step}", end.seconds, ""]
-        rows.append([training.hosts, training.rate, training.method, training.seed, training.aim, *shown, end.seconds / end.step])
+        end = first_at(curve, training.aim)
+        dense = next(first_at(points, training.aim) for other, points in chosen.items() if _is_dense_of(other, training))
+        shown: list[object] = [f"not in {curve[-1].step}", curve[-1].seconds, ""]
+        if end is not None and dense is not None:
+            shown = [end.step, end.seconds, dense.seconds / end.seconds]
+        row = [training.hosts, training.rate, training.method, training.seed, training.aim]
+        rows.append([*row, *shown, curve[-1].seconds / curve[-1].step])
     print(f"\n{model}: time to the training loss of dense training (mean of the last steps)")
     columns = ["hosts", "rate", "method", "seed", "loss", "steps", "seconds", "x faster than dense", "s per step"]
     print(tabulate(rows, columns, floatfmt=".4g"))
@@ -132,6 +120,8 @@ def draw_losses(trainings: dict[Training, list[Point]], model: str, path: Path) 
                 axis.plot([point.seconds for point in curve], [point.loss for point in curve], label=training.method)
                 axis.axhline(training.aim, color="gray", linestyle=":", linewidth=0.8)
         axis.set(xscale="log", xlabel="seconds of training", ylabel="training loss, nats", title=f"{place[0]} hosts, {place[1]}")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize="small")
     figure.savefig(path, dpi=110)

@@ -18,7 +18,7 @@ EVERY = 10
 
 @dataclass(frozen=True)
 class Training:
-    """A training. ``aim``: the loss at which it ends, that of dense training after ``dense_steps`` steps."""
+    """A training. ``aim``: the loss at which it ends, that of dense training after ``dense_steps`` steps; of that itself, its last one."""
 
     model: str
     hosts: int
