@@ -60,10 +60,10 @@ bench: $(READY)
 	@$(BIN)/dct bench kernels $(ARGS)
 	@$(BIN)/python benchmarks/train_step.py
 
-# Cells that benchmarks/results/slow_links.csv holds are not measured again; --results names another file.
+# A second run goes on where the first one ended: cells that the file of results holds are not measured again.
 slow-links: $(READY)
 	@echo "==> training on slow links"
-	@$(BIN)/python -m benchmarks.slow_links --hosts 2,4 --rates 100mbit,1gbit --seconds 5 $(ARGS)
+	@$(BIN)/python -m benchmarks.slow_links --hosts 2,4 --rates 100mbit,1gbit --seconds 5 --results runs/slow_links.csv $(ARGS)
 
 # All four run, whatever the ones before say.
 check: $(READY)
