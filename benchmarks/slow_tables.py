@@ -73,16 +73,18 @@ def draw_steps(results: dict[Cell, Result], model: str, path: Path) -> None:
     for axis, size in zip(axes[0], sizes, strict=True):
         for method in dict.fromkeys(method for hosts, _, method in places if hosts == size):
             own = {rate: repeats for (hosts, rate, name), repeats in places.items() if (hosts, name) == (size, method)}
-            axis.plot([RATES[rate] or _NO_LIMIT_AT for rate in own], [step_s(repeats) for repeats in own.values()], "o-", label=method)
+            x = [RATES[rate] or _NO_LIMIT_AT for rate in own]
+            axis.plot(x, [step_s(repeats) for repeats in own.values()], "o-", label=method, color=_color(method))
         computes = [result.compute_s for key, repeats in places.items() if key[0] == size for _, result in repeats if not result.error]
         if computes:
-            axis.axhline(statistics.median(computes), color="gray", linestyle=":", label="no communication")
+            axis.axhline(statistics.median(computes), color="black", linestyle=":", label="no communication")
         shown = [name for name in RATES if any(rate == name for _, rate, _ in places)]
         axis.set(xscale="log", yscale="log", title=f"{size} hosts", xlabel="rate of a link")
         axis.set_xticks([RATES[name] or _NO_LIMIT_AT for name in shown], shown)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(f"seconds of a step, {model}")
-    axes[0][-1].legend(fontsize="small")
+    shown_lines = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown_lines.values(), shown_lines, loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=110)
 
 
@@ -117,8 +119,13 @@ def draw_losses(trainings: dict[Training, list[Point]], model: str, path: Path) 
     for axis, place in zip(axes[0], places, strict=True):
         for training, curve in chosen.items():
             if (training.hosts, training.rate) == place:
-                axis.plot([point.seconds for point in curve], [point.loss for point in curve], label=training.method)
-                axis.axhline(training.aim, color="gray", linestyle=":", linewidth=0.8)
+                axis.plot(
+                    [point.seconds for point in curve],
+                    [point.loss for point in curve],
+                    label=training.method,
+                    color=_color(training.method),
+                )
+                axis.axhline(training.aim, color="black", linestyle=":", linewidth=0.8)
         axis.set(xscale="log", xlabel="seconds of training", ylabel="training loss, nats", title=f"{place[0]} hosts, {place[1]}")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("{x:g}")
@@ -129,6 +136,11 @@ def draw_losses(trainings: dict[Training, list[Point]], model: str, path: Path) 
 
 def _median(repeats: list[tuple[Cell, Result]], name: str) -> float:
     return statistics.median(getattr(result, name) for _, result in repeats)
+
+
+def _color(method: str) -> str:
+    """Returns the color of a method, the same in all pictures."""
+    return f"C{list(METHODS).index(method)}"
 
 
 def _order(cell: Cell) -> tuple[int, int, int, int]:
