@@ -39,7 +39,8 @@ MOST_STEPS = 60
 BATCHES = 8
 WINDOW = 50
 """Steps whose mean loss is compared with the aim of a training."""
-COMPUTE_STEPS = 8
+COMPUTE_S = 1.0
+"""Seconds in which steps without communication are timed."""
 
 
 class Training:
@@ -70,16 +71,15 @@ class Training:
     def compute(self) -> dict[str, Any]:
         """Times steps in which DDP sends nothing."""
         with INTEGRATIONS[0].paused(self.compiled.module):
+            steps = _steps_in(COMPUTE_S, _seconds(self.step), least=4)
             start = time.process_time()
-            times = [_seconds(self.step) for _ in range(COMPUTE_STEPS)]
-            return {"times": times, "cpu_s": (time.process_time() - start) / COMPUTE_STEPS}
+            times = [_seconds(self.step) for _ in range(steps)]
+            return {"times": times, "cpu_s": (time.process_time() - start) / steps}
 
     def time_steps(self, seconds: float) -> dict[str, Any]:
         """Times as many steps as fit into ``seconds``, two at least."""
         sent, times = _Sent(), [_seconds(self.step)]
-        slowest = torch.tensor(times[0], dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        steps = max(2, min(MOST_STEPS, int(seconds / slowest.item())))
+        steps = _steps_in(seconds, times[0], least=2)
         if steps > 2:  # after a pause the first step is no step like others; it only counts where there are few
             sent, times = _Sent(), []
         times += [_seconds(self.step) for _ in range(steps - len(times))]
@@ -176,6 +176,13 @@ class _Sent:
     def bytes(self) -> int:
         dist.barrier()
         return sent_bytes() - self.start
+
+
+def _steps_in(seconds: float, step_s: float, least: int) -> int:
+    """Returns how many steps fit into ``seconds``, the same on all ranks. ``step_s``: those of one step on this rank."""
+    slowest = torch.tensor(step_s, dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return max(least, min(MOST_STEPS, int(seconds / slowest.item())))
 
 
 def _seconds(action: Callable[[], object]) -> float:
