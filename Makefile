@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench check clean
+.PHONY: help setup demo test bench slow-links check clean
 
 # The stamp holds the folder it was made for: a copied or moved tree is set up anew.
 ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
@@ -19,6 +19,7 @@ help:
 	@echo "make demo    train the demo model, dense and compressed, and show the results"
 	@echo "make test    run the tests"
 	@echo "make bench   measure kernels and training steps"
+	@echo "make slow-links   measure training steps on slow links (root, iproute2; at most 20 minutes)"
 	@echo "make check   ruff, mypy, import layers"
 	@echo "make setup   only prepare $(VENV)"
 	@echo "make clean   remove $(VENV), builds and caches"
@@ -58,6 +59,11 @@ bench: $(READY)
 	@echo "==> measuring"
 	@$(BIN)/dct bench kernels $(ARGS)
 	@$(BIN)/python benchmarks/train_step.py
+
+# A second run goes on where the first one ended: cells that the file of results holds are not measured again.
+slow-links: $(READY)
+	@echo "==> training on slow links"
+	@$(BIN)/python -m benchmarks.slow_links --hosts 2,4 --rates 100mbit,1gbit --seconds 5 --results runs/slow_links.csv $(ARGS)
 
 # All four run, whatever the ones before say.
 check: $(READY)
