@@ -59,10 +59,10 @@ bench: $(READY)
 	@$(BIN)/dct bench kernels $(ARGS)
 	@$(BIN)/python benchmarks/train_step.py
 
-# All four run, whatever the ones before say.
+# All of them run, whatever the ones before say.
 check: $(READY)
 	@status=0; \
-	for tool in "ruff check ." "ruff format --check ." "mypy -p dct_compile" "lint-imports"; do \
+	for tool in "ruff check ." "ruff format --check ." "mypy -p dct_compile" "mypy benchmarks" "lint-imports"; do \
 		echo "==> $$tool"; $(BIN)/$$tool || status=1; \
 	done; exit $$status
 

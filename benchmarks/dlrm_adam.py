@@ -9,7 +9,7 @@ Two simulated ranks, half of each batch of 512 for each of them. All runs of one
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from simulation import Method, Record, Simulation
 from tabulate import tabulate
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,7 +59,7 @@ def order(samples: Samples, seed: int, epochs: int) -> Iterator[Samples]:
         yield from batches(samples, BATCH, seed=seed * 1000 + epoch)
 
 
-def loss_of(model: torch.nn.Module, batch: Samples, rank: int) -> Tensor:
+def loss_of(model: Callable[..., Tensor], batch: Samples, rank: int) -> Tensor:
     """Returns the loss of a rank's half of a batch."""
     own = batch.take(torch.arange(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS))
     return binary_cross_entropy_with_logits(model(own.dense, own.ids), own.labels)
@@ -116,7 +116,7 @@ def train_all(record: Record, runs: list[tuple[str, float, int]], epochs: int, e
     missing = [run for run in runs if not record.rows(run)]
     if product and missing:
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_rank, (folder, record.path, missing, epochs, every), nprocs=RANKS)
+            spawn(_rank, (folder, record.path, missing, epochs, every), nprocs=RANKS)
     for method, rate, seed in [] if product else missing:
         record.add((method, rate, seed), list(curve(*METHODS[method], rate, seed, epochs, every)))
 

@@ -21,10 +21,10 @@ import click
 import matplotlib as mpl
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from matplotlib import pyplot as plt
 from tabulate import tabulate
 from torch._logging._internal import set_logs
+from torch.multiprocessing.spawn import spawn
 
 import dct_compile
 from dct_compile.bench.machine import circumstances
@@ -155,7 +155,7 @@ def make(runs: Sequence[Run], points: int, results: Path) -> dict[Run, list[Poin
     missing = [run for run in dict.fromkeys(runs) if run not in known]
     if missing:
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_rank, (folder, missing, points, results), nprocs=missing[0].ranks)
+            spawn(_rank, (folder, missing, points, results), nprocs=missing[0].ranks)
     return finished(results)
 
 

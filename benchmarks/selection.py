@@ -66,7 +66,7 @@ def gpt(name: str, rate: float, seed: int, steps: int) -> float:
         schedule.step()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        return statistics.mean(net(*batch(test, generator, 64)).item() for _ in range(20))
+        return statistics.mean(float(net(*batch(test, generator, 64))) for _ in range(20))
 
 
 def dlrm(name: str, rate: float, seed: int, steps: int) -> float:

@@ -69,11 +69,11 @@ def main(width: int, steps: int) -> None:
     """Prints rank 0's bytes per step for dense, gather and owner."""
     dist.init_process_group("gloo")
     size, parameters = dist.get_world_size(), width * width + width
-    rows = []
+    rows: list[tuple[str, int, int, float]] = []
     for scheme in ("dense", "gather", "owner"):
         measured, reported = measure(scheme, width, steps)
         expected = reported or 2 * (size - 1) * parameters * 4 // size
-        rows.append([scheme, round(measured), expected, measured / expected])
+        rows.append((scheme, round(measured), expected, measured / expected))
     if dist.get_rank() == 0:
         dense = rows[0][1]
         print(f"{parameters} float32 gradients, {size} ranks, {steps} steps; {circumstances()}")
