@@ -53,7 +53,7 @@ class DDPIntegration:
         reason = _reason_to_leave(target, _future_plans(target, phases[-1]))
         plans = [plan for phase in phases for plan in _future_plans(target, phase)]
         agree = partial(_agree, target.process_group, config, runtime, [plan.signature(reason) for plan in plans])
-        publish_module(target, reason, runtime)
+        publish_module(target, reason, config, runtime)
         if reason is not None:
             runtime.attached[target] = _Attached(config, None)
             _at_first_gradient(target, agree)
@@ -72,7 +72,7 @@ class DDPIntegration:
         """
         plans = _future_plans(target, phases_of(config)[-1])
         reason = _reason_to_leave(target, plans)
-        publish_module(target, reason, runtime)
+        publish_module(target, reason, config, runtime)
         title = title_of(target, runtime)
         for index, plan in enumerate(plans if reason is None else []):
             plan.publish(bucket_name(title, index, target.process_group), runtime, None).model = title

@@ -11,6 +11,7 @@ from torch import Tensor
 from dct_compile.reasons import Note, abbreviated
 from dct_compile.report.data import DeferredGraph, GraphReport, SiteReport
 from dct_compile.report.entry import Measure, ReportEntry, Use, sites_of
+from dct_compile.report.patterns import Patterns
 from dct_compile.report.report import Report
 
 NOTHING_COMPILED = (
@@ -39,7 +40,7 @@ class ReportRegistry:
 
     ``called``: whether the backend has been asked to compile anything. ``trains_alone``: whether a graph returned gradients of parameters
     on one of several ranks, with neither DDP nor ``data_parallel`` to average them. ``has_shards``: whether DTensor or FSDP distributes
-    parameters: then it depends on the model which gradients have to be averaged.
+    parameters: then it depends on the model which gradients have to be averaged. ``patterns``: those of the options.
     """
 
     entries: list[ReportEntry] = field(default_factory=list)
@@ -47,6 +48,7 @@ class ReportRegistry:
     called: bool = False
     trains_alone: bool = False
     has_shards: bool = False
+    patterns: Patterns = field(default_factory=Patterns)
     _models: "weakref.WeakKeyDictionary[object, str]" = field(default_factory=weakref.WeakKeyDictionary)
     _averaged: "list[weakref.ref[Tensor]]" = field(default_factory=list)
     _ignored: "list[tuple[str, weakref.ref[Tensor]]]" = field(default_factory=list)
@@ -134,6 +136,7 @@ class ReportRegistry:
             self.notes.clear()
             self._averaged.clear()
             self._ignored.clear()
+            self.patterns.clear()
             self.trains_alone = self.has_shards = False
 
     def sites(self, *, measured: bool) -> list[SiteReport]:
@@ -164,6 +167,7 @@ class ReportRegistry:
         averaged = {id(parameter) for ref in self._averaged if (parameter := ref()) is not None}
         ignored = dict.fromkeys(name for name, ref in self._ignored if (parameter := ref()) is not None and id(parameter) not in averaged)
         hints = [Note.IGNORED.format(parameters=abbreviated(list(ignored)))] if ignored else []
+        hints += self.patterns.notes(sites)
         if names := not_reached():
             return [*hints, NOT_REACHED.format(modules=", ".join(names))]
         advised = self.trains_alone and not self.has_shards and not any(site.kind == "gradient" for site in sites)
