@@ -17,7 +17,8 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
-from simulation import Method, Record, Simulation
+from record import Record
+from simulation import Method, Simulation
 from tabulate import tabulate
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
@@ -50,7 +51,7 @@ METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
 PRODUCT: dict[str, dict[str, Any]] = {"dense": {"dp_density": 1.0}, "1 %": {}, "1 %, tables dense": {"exempt": ["embeddings.*"]}}
 RANKS, BATCH, MIN_NUMEL = 2, 512, 128
 RESULTS = Path(__file__).parent / "results"
-MEASURED = ("step", "test_auc", "test_log_loss")
+RUN, MEASURED = ("method", "rate", "seed"), ("step", "test_auc", "test_log_loss")
 
 
 def order(samples: Samples, seed: int, epochs: int) -> Iterator[Samples]:
@@ -91,7 +92,7 @@ def _rank(rank: int, folder: str, path: Path, runs: list[tuple[str, float, int]]
     for run in runs:
         rows = list(_product(*run, epochs, every))
         if rank == 0:
-            Record(path, MEASURED).add(run, rows)
+            Record(path, RUN, MEASURED).add(run, rows)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -140,7 +141,7 @@ def summary(curves: list[list[list[float]]], steps: int) -> list[float]:
 def main(epochs: int, every: int, at: int, rates: str, seeds: int, only: tuple[str, ...], product: bool) -> None:
     """Prints a table, and keeps all runs in benchmarks/results/."""
     torch.set_num_threads(1)
-    record = Record(RESULTS / f"dlrm_adam_{epochs}_epochs{'_product' if product else ''}.csv", MEASURED)
+    record = Record(RESULTS / f"dlrm_adam_{epochs}_epochs{'_product' if product else ''}.csv", RUN, MEASURED)
     tried = [float(rate) for rate in rates.split(",")]
     rows = []
     for method in only or (PRODUCT if product else METHODS):
