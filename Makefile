@@ -63,12 +63,12 @@ bench: $(READY)
 # A second run goes on where the first one ended: cells that the file of results holds are not measured again.
 slow-links: $(READY)
 	@echo "==> training on slow links"
-	@$(BIN)/python -m benchmarks.slow_links --hosts 2,4 --rates 100mbit,1gbit --seconds 5 --results runs/slow_links.csv $(ARGS)
+	@$(BIN)/python benchmarks/slow_links.py --hosts 2,4 --rates 100mbit,1gbit --seconds 5 --results runs/slow_links.csv $(ARGS)
 
-# All four run, whatever the ones before say.
+# All of them run, whatever the ones before say.
 check: $(READY)
 	@status=0; \
-	for tool in "ruff check ." "ruff format --check ." "mypy -p dct_compile" "lint-imports"; do \
+	for tool in "ruff check ." "ruff format --check ." "mypy -p dct_compile" "mypy benchmarks" "lint-imports"; do \
 		echo "==> $$tool"; $(BIN)/$$tool || status=1; \
 	done; exit $$status
 

@@ -9,7 +9,7 @@ Two simulated ranks, half of each batch of 512 for each of them. All runs of one
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from simulation import Method, Record, Simulation
+from record import Record
+from simulation import Method, Simulation
 from tabulate import tabulate
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,7 +51,7 @@ METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
 PRODUCT: dict[str, dict[str, Any]] = {"dense": {"dp_density": 1.0}, "1 %": {}, "1 %, tables dense": {"exempt": ["embeddings.*"]}}
 RANKS, BATCH, MIN_NUMEL = 2, 512, 128
 RESULTS = Path(__file__).parent / "results"
-MEASURED = ("step", "test_auc", "test_log_loss")
+RUN, MEASURED = ("method", "rate", "seed"), ("step", "test_auc", "test_log_loss")
 
 
 def order(samples: Samples, seed: int, epochs: int) -> Iterator[Samples]:
@@ -59,7 +60,7 @@ def order(samples: Samples, seed: int, epochs: int) -> Iterator[Samples]:
         yield from batches(samples, BATCH, seed=seed * 1000 + epoch)
 
 
-def loss_of(model: torch.nn.Module, batch: Samples, rank: int) -> Tensor:
+def loss_of(model: Callable[..., Tensor], batch: Samples, rank: int) -> Tensor:
     """Returns the loss of a rank's half of a batch."""
     own = batch.take(torch.arange(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS))
     return binary_cross_entropy_with_logits(model(own.dense, own.ids), own.labels)
@@ -91,7 +92,7 @@ def _rank(rank: int, folder: str, path: Path, runs: list[tuple[str, float, int]]
     for run in runs:
         rows = list(_product(*run, epochs, every))
         if rank == 0:
-            Record(path, MEASURED).add(run, rows)
+            Record(path, RUN, MEASURED).add(run, rows)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -101,7 +102,8 @@ def _product(method: str, rate: float, seed: int, epochs: int, every: int) -> It
     torch._dynamo.reset()
     data = load("movielens", seed)
     model = DLRM(data.dense_features, data.tables, seed=seed)
-    compiled = torch.compile(DistributedDataParallel(model), backend="dct", options={"link": None, **PRODUCT[method]})
+    options: dict[str, Any] = {"link": None, **PRODUCT[method]}
+    compiled = torch.compile(DistributedDataParallel(model), backend="dct", options=options)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
     for step, batch in zip(count(1), order(data.train, seed, epochs)):
         loss_of(compiled, batch, dist.get_rank()).backward()
@@ -116,7 +118,7 @@ def train_all(record: Record, runs: list[tuple[str, float, int]], epochs: int, e
     missing = [run for run in runs if not record.rows(run)]
     if product and missing:
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_rank, (folder, record.path, missing, epochs, every), nprocs=RANKS)
+            spawn(_rank, (folder, record.path, missing, epochs, every), nprocs=RANKS)
     for method, rate, seed in [] if product else missing:
         record.add((method, rate, seed), list(curve(*METHODS[method], rate, seed, epochs, every)))
 
@@ -140,7 +142,7 @@ def summary(curves: list[list[list[float]]], steps: int) -> list[float]:
 def main(epochs: int, every: int, at: int, rates: str, seeds: int, only: tuple[str, ...], product: bool) -> None:
     """Prints a table, and keeps all runs in benchmarks/results/."""
     torch.set_num_threads(1)
-    record = Record(RESULTS / f"dlrm_adam_{epochs}_epochs{'_product' if product else ''}.csv", MEASURED)
+    record = Record(RESULTS / f"dlrm_adam_{epochs}_epochs{'_product' if product else ''}.csv", RUN, MEASURED)
     tried = [float(rate) for rate in rates.split(",")]
     rows = []
     for method in only or (PRODUCT if product else METHODS):

@@ -28,9 +28,9 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
 
@@ -73,7 +73,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(batch, sequence, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         attention = scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(attention.transpose(1, 2).reshape(batch, sequence, WIDTH))
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        result: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        return result
 
 
 class GPT(nn.Module):
@@ -131,7 +132,7 @@ def _run(folder: str, threads: int, function: Callable[..., Any], *args: Any) ->
     store, result = Path(folder) / "store", Path(folder) / "result.pt"
     for left in (store, result):
         left.unlink(missing_ok=True)
-    mp.spawn(_rank, (folder, threads, function, *args), nprocs=RANKS)
+    spawn(_rank, (folder, threads, function, *args), nprocs=RANKS)
     return torch.load(result, weights_only=False)
 
 

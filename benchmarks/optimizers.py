@@ -6,14 +6,12 @@ seed, and at its best one with the other seeds. Every run is appended to the res
     python benchmarks/optimizers.py --model gpt --steps 5000 --search-steps 1000
 """
 
-import csv
 import logging
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,11 @@ import click
 import matplotlib as mpl
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from matplotlib import pyplot as plt
+from record import Record
 from tabulate import tabulate
 from torch._logging._internal import set_logs
+from torch.multiprocessing.spawn import spawn
 
 import dct_compile
 from dct_compile.bench.machine import circumstances
@@ -68,9 +67,12 @@ class Run:
 class Point:
     """What a test says after ``step`` steps, when each rank has sent ``megabytes``: the first metric of the task."""
 
-    step: int
+    step: float
     metric: float
     megabytes: float
+
+
+COLUMNS = tuple([item.name for item in fields(kind)] for kind in (Run, Point))
 
 
 class Trainer:
@@ -125,38 +127,23 @@ def _rank(rank: int, folder: str, runs: list[Run], points: int, results: Path) -
     task = kind(DataSource(kind.recipe.datasets[0]), runs[0].batch_size)
     trainer, of = None, ""
     for run in sorted(runs, key=lambda run: (run.seed, list(METHODS).index(run.method))):
-        start = time.perf_counter()
         if trainer is None or of != run.method:
             trainer, of = Trainer(run, task, mesh), run.method
         made = list(trainer.train(run, points))
         if rank == 0:
-            print(f"{run}: {made[-1].metric:.4f} ({time.perf_counter() - start:.0f} s)", flush=True)
-            with results.open("a", newline="") as file:
-                csv.writer(file).writerows([*asdict(run).values(), *asdict(point).values()] for point in made)
+            Record(results, *COLUMNS).add(astuple(run), map(astuple, made))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def finished(results: Path) -> dict[Run, list[Point]]:
-    """Returns the runs of a file of results, which is begun where there is none."""
-    if not results.exists():
-        results.write_text(",".join([*Run.__dataclass_fields__, *Point.__dataclass_fields__]) + "\n")
-    found: dict[Run, list[Point]] = {}
-    with results.open(newline="") as file:
-        for row in csv.DictReader(file):
-            run = Run(*(field.type(row[name]) for name, field in Run.__dataclass_fields__.items()))  # type: ignore[operator]
-            found.setdefault(run, []).append(Point(int(row["step"]), float(row["metric"]), float(row["megabytes"])))
-    return found
-
-
 def make(runs: Sequence[Run], points: int, results: Path) -> dict[Run, list[Point]]:
-    """Makes those of ``runs`` that are missing in ``results``, and returns all that are there."""
-    known = finished(results)
-    missing = [run for run in dict.fromkeys(runs) if run not in known]
+    """Makes those of ``runs`` that are missing in ``results``, and returns all of them."""
+    record = Record(results, *COLUMNS)
+    missing = [run for run in dict.fromkeys(runs) if not record.rows(astuple(run))]
     if missing:
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_rank, (folder, missing, points, results), nprocs=missing[0].ranks)
-    return finished(results)
+            spawn(_rank, (folder, missing, points, results), nprocs=missing[0].ranks)
+    return {run: [Point(*row) for row in record.rows(astuple(run))] for run in runs}
 
 
 def draw(groups: dict[str, list[list[Point]]], title: str, path: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import click
 import dlrm_adam
 import torch
-from simulation import Method, Record, Run, Simulation, density_of_int8
+from record import Record
+from simulation import Method, Simulation, density_of_int8
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -66,7 +67,7 @@ def gpt(name: str, rate: float, seed: int, steps: int) -> float:
         schedule.step()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        return statistics.mean(net(*batch(test, generator, 64)).item() for _ in range(20))
+        return statistics.mean(float(net(*batch(test, generator, 64))) for _ in range(20))
 
 
 def dlrm(name: str, rate: float, seed: int, steps: int) -> float:
@@ -90,18 +91,18 @@ def main(task: str, rates: str, seeds: int, only: tuple[str, ...]) -> None:
     """Prints a table, and keeps all runs in benchmarks/results/."""
     torch.set_num_threads(1)
     train, measured, steps = TASKS[task]
-    record = Record(RESULTS / f"selection_{task}.csv", [measured])
+    record = Record(RESULTS / f"selection_{task}.csv", dlrm_adam.RUN, [measured])
     tried = [float(rate) for rate in rates.split(",")]
 
-    def result(run: Run) -> float:
+    def result(*run: *tuple[str, float, int]) -> float:
         if not record.rows(run):
             record.add(run, [[train(*run, steps)]])
         return record.rows(run)[0][0]
 
     rows = []
     for method in only or METHODS:
-        best = min(tried, key=lambda rate: result((method, rate, 0)))
-        losses = [result((method, best, seed)) for seed in range(seeds)]
+        best = min(tried, key=lambda rate: result(method, rate, 0))
+        losses = [result(method, best, seed) for seed in range(seeds)]
         rows.append([method, best, statistics.mean(losses), min(losses), max(losses)])
     print(f"{task}, simulated, {RANKS} ranks, {steps} steps; {circumstances()}")
     print(tabulate(rows, ["method", "best rate", measured, "least", "most"], floatfmt=".4g"))

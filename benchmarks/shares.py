@@ -10,14 +10,15 @@ from math import ceil
 
 import click
 import torch
-from optimizers import BATCH, SMALL, batch, text
+from selection import BATCH, MIN_NUMEL, batch
 from tabulate import tabulate
 from torch import Tensor
 
 from dct_compile.models.gpt import GPT
+from dct_compile.models.texts import shakespeare
 from dct_compile.triton_kernels.shares import TURN
 
-UNITS = {
+UNITS: dict[str, Callable[[int, int], tuple[int, int]]] = {
     "one run": lambda numel, owners: (ceil(ceil(numel / 256) / owners) * 256, 0),
     "4096 in turn": lambda numel, owners: (4096, 0),
     "256 in turn": lambda numel, owners: (256, 0),
@@ -31,11 +32,11 @@ OWNERS = (2, 4, 8)
 def gpt_gradients(steps: int) -> Iterator[dict[str, Tensor]]:
     """Yields the gradients of a small GPT in training on real text, without those of small parameters."""
     torch.manual_seed(0)
-    net, source, generator = GPT(), text(), torch.Generator().manual_seed(0)
+    net, text, generator = GPT(), shakespeare(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.004, betas=(0.9, 0.99))
     for _ in range(steps):
-        net(*batch(source, generator, BATCH)).backward()
-        yield {name: p.grad.flatten().clone() for name, p in net.named_parameters() if p.grad is not None and p.numel() >= SMALL}
+        net(*batch(text, generator, BATCH)).backward()
+        yield {name: p.grad.flatten().clone() for name, p in net.named_parameters() if p.grad is not None and p.numel() >= MIN_NUMEL}
         optimizer.step()
         optimizer.zero_grad()
 

@@ -4,11 +4,9 @@ It follows "gather": each simulated rank adds its residual, sends the largest en
 rules for its moments are those of `dct_compile/optim.py`. The product chooses thresholds on a schedule instead of exactly.
 """
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -138,36 +136,3 @@ def rows_for(table: Tensor, density: float) -> int:
     """Returns how many rows of ``table`` [rows, width], bfloat16 with an index each, take the bytes of its entries at ``density``."""
     row_bytes = 2 * table.shape[1] + ROW_INDEX_BYTES
     return max(1, round(payload_bytes([table.numel()], density, torch.bfloat16) / row_bytes))
-
-
-Run = tuple[str, float, int]
-"""Method, learning rate, seed."""
-
-
-class Record:
-    """The results of runs, kept in a CSV file, so that a study can be interrupted. ``measured``: the names of the numbers of a row."""
-
-    def __init__(self, path: Path, measured: Sequence[str]) -> None:
-        self.path = path
-        if not path.exists():
-            self._append([["method", "rate", "seed", *measured]])
-
-    def rows(self, run: Run) -> list[list[float]]:
-        """Returns the rows of ``run`` that are in the file now; none if it has not been done."""
-        with self.path.open(newline="") as file:
-            return [[float(number) for number in row[3:]] for row in csv.reader(file) if row[:3] == _key(run)]
-
-    def add(self, run: Run, rows: Iterable[Sequence[float]]) -> None:
-        """Writes the rows of ``run``, and prints the last one."""
-        new = [[*_key(run), *(f"{number:.6g}" for number in row)] for row in rows]
-        self._append(new)
-        print(*new[-1], flush=True)
-
-    def _append(self, rows: list[list[str]]) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows(rows)
-
-
-def _key(run: Run) -> list[str]:
-    method, rate, seed = run
-    return [method, f"{rate:g}", str(seed)]

@@ -190,7 +190,7 @@ class ResultFile:
 
 
 def _mean(answers: Sequence[dict[str, Any]], name: str) -> float:
-    return statistics.mean(answer[name] for answer in answers)
+    return float(statistics.mean(answer[name] for answer in answers))
 
 
 def _machine() -> dict[str, str]:

@@ -4,8 +4,8 @@ Each host is a network namespace of this machine (``slow_hosts.py``), so all of 
 timed on the same hosts, just before each cell. All results are appended to a file, and a cell that is there is not measured again,
 unless it has failed.
 
-    python -m benchmarks.slow_links --model gpt --hosts 2,4 --rates 100mbit,1gbit
-    python -m benchmarks.slow_links --to-loss --model gpt-small --hosts 2 --rates 100mbit
+    python benchmarks/slow_links.py --model gpt --hosts 2,4 --rates 100mbit,1gbit
+    python benchmarks/slow_links.py --to-loss --model gpt-small --hosts 2 --rates 100mbit
 """
 
 import json
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from slow_cells import METHODS, RATES, WORKLOADS, Cell, Result, ResultFile, methods_of
+from slow_hosts import SlowHosts, SlowHostsError, missing
+from slow_rank import ANSWER
+from slow_tables import draw_losses, draw_steps, print_losses, print_steps
+from slow_training import LossFile, to_loss
 
-from benchmarks.slow_cells import METHODS, RATES, WORKLOADS, Cell, Result, ResultFile, methods_of
-from benchmarks.slow_hosts import SlowHosts, SlowHostsError, missing
-from benchmarks.slow_rank import ANSWER
-from benchmarks.slow_tables import draw_losses, draw_steps, print_losses, print_steps
-from benchmarks.slow_training import LossFile, to_loss
 from dct_compile.bench.machine import circumstances
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ class Ranks:
     def __init__(self, hosts: SlowHosts) -> None:
         self.hosts = hosts
         environment = {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        self.processes = hosts.start([sys.executable, "-m", "benchmarks.slow_rank"], environment)
+        self.processes = hosts.start([sys.executable, str(Path(__file__).parent / "slow_rank.py")], environment)
         self._lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         for rank in range(hosts.hosts):
             threading.Thread(target=self._read, args=(rank,), daemon=True).start()

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from slow_cells import METHODS, WORKLOADS
+from slow_hosts import sent_bytes
 from torch import Tensor
 from torch._logging._internal import set_logs
 
 import dct_compile
-from benchmarks.slow_cells import METHODS, WORKLOADS
-from benchmarks.slow_hosts import sent_bytes
 from dct_compile.cli.methods import POWERSGD_START, compile_with, computed_bytes
 from dct_compile.integrations import INTEGRATIONS
 from dct_compile.models.parallel import average_sharded_gradients, make_mesh

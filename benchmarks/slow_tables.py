@@ -6,10 +6,9 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
+from slow_cells import METHODS, RATES, Cell, Result
+from slow_training import Point, Training
 from tabulate import tabulate
-
-from benchmarks.slow_cells import METHODS, RATES, Cell, Result
-from benchmarks.slow_training import Point, Training
 
 _Place = tuple[int, str, str]
 _NO_LIMIT_AT = 1e11
@@ -135,7 +134,7 @@ def draw_losses(trainings: dict[Training, list[Point]], model: str, path: Path) 
 
 
 def _median(repeats: list[tuple[Cell, Result]], name: str) -> float:
-    return statistics.median(getattr(result, name) for _, result in repeats)
+    return float(statistics.median(getattr(result, name) for _, result in repeats))
 
 
 def _color(method: str) -> str:

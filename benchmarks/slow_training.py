@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.slow_cells import METHODS, RATES, WORKLOADS
+from slow_cells import METHODS, RATES, WORKLOADS
 
 LEARNING_RATES = {"PowerSGD hook, rank 1": 0.5, "PowerSGD hook, rank 4": 0.5}
 """The best learning rate of a method as a multiple of the model's, where it is another one (GPT, docs/accuracy.md)."""

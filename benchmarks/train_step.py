@@ -16,8 +16,8 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tabulate import tabulate
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dct_compile.bench.machine import circumstances
@@ -94,7 +94,7 @@ def _rank(rank: int, world_size: int, folder: str, function: Any, *args: Any) ->
 
 def _run(world_size: int, function: Any, *args: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world_size, folder, function, *args), nprocs=world_size)
+        spawn(_rank, (world_size, folder, function, *args), nprocs=world_size)
         return torch.load(Path(folder) / "result.pt", weights_only=False)
 
 

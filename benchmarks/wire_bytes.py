@@ -9,6 +9,7 @@ the measured figure, so it is a little more than the report's.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -50,7 +51,8 @@ def measure(scheme: str, width: int, steps: int) -> tuple[float, int]:
     if scheme == "dense":
         compiled = torch.compile(model, backend="inductor")
     else:
-        compiled = torch.compile(model, backend="dct", options={"gradient_scheme": scheme, "link": None})
+        options: dict[str, Any] = {"gradient_scheme": scheme, "link": None}
+        compiled = torch.compile(model, backend="dct", options=options)
     start = 0
     for step in range(WARMUP_STEPS + steps):
         if step == WARMUP_STEPS:
@@ -69,11 +71,11 @@ def main(width: int, steps: int) -> None:
     """Prints rank 0's bytes per step for dense, gather and owner."""
     dist.init_process_group("gloo")
     size, parameters = dist.get_world_size(), width * width + width
-    rows = []
+    rows: list[tuple[str, int, int, float]] = []
     for scheme in ("dense", "gather", "owner"):
         measured, reported = measure(scheme, width, steps)
         expected = reported or 2 * (size - 1) * parameters * 4 // size
-        rows.append([scheme, round(measured), expected, measured / expected])
+        rows.append((scheme, round(measured), expected, measured / expected))
     if dist.get_rank() == 0:
         dense = rows[0][1]
         print(f"{parameters} float32 gradients, {size} ranks, {steps} steps; {circumstances()}")

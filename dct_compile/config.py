@@ -44,7 +44,8 @@ class DCTConfig:
     """Gradients are averaged dense for this many exchanges of a parameter, before they are compressed."""
     density_warmup: int | Mapping[int, float] | Schedule = 0
     """Exchanges after ``start_iter`` in which the density goes down to ``dp_density``, from 0.25 by factors of 4; or a schedule of its own,
-    {first exchange: density}, counted from ``start_iter`` on.
+    {first exchange: density}, counted from ``start_iter`` on. Until then every step chooses its thresholds. Under AdamW it did harm where
+    ``start_iter`` did none (docs/accuracy.md).
     """
     parameter_densities: tuple[tuple[str, float], ...] = ()
     """Densities of parameters by patterns (``fnmatch``) of their names, given as a mapping. The first pattern that matches counts, before

@@ -32,11 +32,17 @@ def phases_of(config: DCTConfig) -> tuple[Phase, ...]:
 
 
 def _at(config: DCTConfig, density: float, until: int | None) -> DCTConfig:
-    """Returns the options of a phase: no parameter has a lower density than the phase, but in the last one (no ``until``)."""
-    own = config.parameter_densities
-    if until is not None:
-        own = tuple((pattern, max(kept, density)) for pattern, kept in own) if density < 1 else ()
-    return replace(config, dp_density=density, parameter_densities=own)
+    """Returns the options of a phase. The last one (no ``until``) has all of ``config``.
+
+    In the others no parameter has a lower density than the phase, and every step chooses its thresholds. Gradients change fast at the
+    begin of a training. There an old threshold lets more entries wait than are sent, and arrive when they are old.
+    """
+    if until is None:
+        return config
+    if density == 1:
+        return replace(config, dp_density=1.0, parameter_densities=())
+    own = tuple((pattern, max(kept, density)) for pattern, kept in config.parameter_densities)
+    return replace(config, dp_density=density, parameter_densities=own, refresh_interval=1)
 
 
 def phase_at(phases: tuple[Phase, ...], exchanges: int) -> Phase:

@@ -79,7 +79,7 @@ class Reason(StrEnum):
 class Note(StrEnum):
     """What no site can tell, because there is none. Templates like :class:`Reason`.
 
-    All but ``IGNORED`` and ``UNSEEN`` are also logged as a warning, by the first rank that has it.
+    All but ``IGNORED``, ``UNMATCHED`` and ``UNSEEN`` are also logged as a warning, by the first rank that has it.
     """
 
     NO_PROCESS_GROUP = "torch.distributed is not initialised: graphs were compiled as by backend 'inductor'"
@@ -114,6 +114,7 @@ class Note(StrEnum):
     )
     OTHER_OPTIONS = "the gradients of {module} travel by the options of the first graph that ran inside of its DDP: {differences}"
     IGNORED = "DDP was told to ignore {parameters}: it does not average their gradients, and they are not in this table"
+    UNMATCHED = "patterns of {option} that match nothing on this rank so far: {patterns}"
     UNSEEN = "not seen, not compressed and not counted: {what}"
 
 

@@ -147,6 +147,12 @@ def dense(exchange: Exchange, reason: str) -> Decision:
     return Decision(exchange, None, str(reason), size, size, traffic=exchange.dense_traffic)
 
 
+def exempting(decisions: Sequence[Decision], config: DCTConfig) -> set[str]:
+    """Returns the patterns of ``exempt`` that match an activation or embedding, also where an earlier pattern or reason leaves it dense."""
+    exchanges = [decision.exchange for decision in decisions if decision.exchange.kind in BACKWARD_OF]
+    return {pattern for pattern in config.exempt if any(_exempts(pattern, exchange) for exchange in exchanges)}
+
+
 def held_until(decision: Decision, exchanges: int | None) -> Decision:
     """Adds to the reason of a gradient's decision that another phase follows after ``exchanges`` exchanges, if one does."""
     depends = isinstance(decision.offer, GradientOffer) or bool(decision.offers)
@@ -207,8 +213,9 @@ def _left_alone(exchange: Exchange, config: DCTConfig) -> str | None:
         return Reason.NO_FORWARD
     if exchange.kind == OTHER:
         return Reason.PARAMETERS
-    if (pattern := _exempting(exchange, config)) is not None:
-        return Reason.EXEMPT.format(pattern=pattern)
+    for pattern in config.exempt:
+        if _exempts(pattern, exchange):
+            return Reason.EXEMPT.format(pattern=pattern)
     if exchange.origin == "foreign":
         return Reason.FOREIGN
     if exchange.destination == STORED:
@@ -220,16 +227,13 @@ def _left_alone(exchange: Exchange, config: DCTConfig) -> str | None:
     return _mismatch(exchange, exchange.backward) if exchange.backward is not None else None
 
 
-def _exempting(exchange: Exchange, config: DCTConfig) -> str | None:
-    """Returns the first pattern of ``exempt`` that matches the exchange's name, short name, module path or source line.
+def _exempts(pattern: str, exchange: Exchange) -> bool:
+    """Returns whether a pattern of ``exempt`` matches the exchange's name, short name, module path or source line.
 
     The name holds code, in which a bracket is no pattern, and so it is compared as it is. A source line may lack leading folders.
     """
     places = [place for place in (exchange.label, exchange.module, exchange.source) if place]
-    for pattern in config.exempt:
-        if exchange.name == pattern or any(fnmatch.fnmatchcase(place, wanted) for place in places for wanted in (pattern, f"*/{pattern}")):
-            return pattern
-    return None
+    return exchange.name == pattern or any(fnmatch.fnmatchcase(place, wanted) for place in places for wanted in (pattern, f"*/{pattern}"))
 
 
 def _mismatch(exchange: Exchange, backward: Exchange) -> str | None:

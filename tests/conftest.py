@@ -64,6 +64,8 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Provides a folder for libraries of kernels, and a compiler that is as slow as wanted."""
-    return Machine(tmp_path, monkeypatch)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """Provides a folder for libraries of kernels, and a compiler that is as slow as wanted. No build outlives the test."""
+    made = Machine(tmp_path, monkeypatch)
+    yield made
+    made.end_builds()

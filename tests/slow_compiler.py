@@ -13,13 +13,14 @@ from dct_compile.triton_kernels.cpu import build
 
 COMPILER = """#!/bin/sh
 for last; do :; done
-case "$*" in
-  *-###*) echo "a compiler" >&2; exit 0 ;;
-  *-shared*) echo link >> "$STEPS" ;;
-  *) echo compile >> "$STEPS" ;;
-esac
+case "$*" in *-###*) echo "a compiler" >&2; exit 0 ;; esac
 echo $$ >> "$STEPS.pids"
-sleep "$SECONDS_PER_STEP" &
+case "$*" in
+  *-shared*) step=link seconds=${SECONDS_TO_LINK:-$SECONDS_PER_STEP} ;;
+  *) step=compile seconds=$SECONDS_PER_STEP ;;
+esac
+echo $step >> "$STEPS"
+sleep "$seconds" &
 echo $! >> "$STEPS.pids"
 wait $!
 case "$*" in
@@ -51,8 +52,24 @@ class Machine:
         for name, value in {"CXX": script, "STEPS": self.steps_file, "SECONDS_PER_STEP": 0, "DCT_COMPILE_CACHE_DIR": self.folder}.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(build, "default_cache_dir", lambda: str(self.torch_folder.parent))
+        self._builds: list[build._Build] = []
+        monkeypatch.setattr(build, "_Build", self._new_build(build._Build))
         # One unit, so that a step takes as long as it is told.
         monkeypatch.setattr(build, "_sources", lambda: [Path(build.__file__).with_name("repack.cpp")])
+
+    def _new_build(self, kind: type[build._Build]) -> Callable[[], build._Build]:
+        def make() -> build._Build:
+            self._builds.append(kind())
+            return self._builds[-1]
+
+        return make
+
+    def end_builds(self) -> None:
+        """Ends the builds in the background: one that goes on would run the compiler of the next test, and write down its steps there."""
+        for made in self._builds:
+            made.compilation.cancel()
+            if made.is_alive():
+                made.join()
 
     def steps(self) -> list[str]:
         return self.steps_file.read_text().split()

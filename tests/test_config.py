@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch._inductor import list_options
 
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
-from dct_compile.config import DCTConfig, default_options, split_options
+from dct_compile.config import DCTConfig, split_options
 from dct_compile.link import ALLOWED as LINKS
 from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from tests.tracing import fake_group
@@ -189,46 +188,6 @@ def test_operators_take_the_largest_values(method: str | float, monkeypatch: pyt
         chosen.append(float(state[1]))
     assert chosen[0] == chosen[1]
     assert math.isfinite(chosen[0])
-
-
-@pytest.mark.parametrize("options", [None, {}])
-def test_no_options(options: dict[str, Any] | None) -> None:
-    assert split_options(options, list_options()) == (DCTConfig(), {})
-
-
-def test_defaults_are_listed() -> None:
-    assert DCTConfig(**default_options()) == DCTConfig()
-    assert set(default_options()) == {item.name for item in fields(DCTConfig)}
-
-
-def test_options_of_inductor_are_passed_on() -> None:
-    config, inductor = split_options({"mp_density": 0.1, "max_autotune": True, "triton.cudagraphs": False}, list_options())
-    assert config == DCTConfig(mp_density=0.1)
-    assert inductor == {"max_autotune": True, "triton.cudagraphs": False}
-
-
-def test_dashes_are_underscores_as_for_inductor() -> None:
-    assert split_options({"max-autotune": True}, list_options())[1] == {"max_autotune": True}
-
-
-def test_no_option_of_inductor_is_hidden() -> None:
-    assert not {item.name for item in fields(DCTConfig)} & set(list_options())
-
-
-@pytest.mark.parametrize(("key", "near"), [("mp_densty", "'mp_density'"), ("max_autotun", "'max_autotune'"), ("density", "'mp_density'")])
-def test_unknown_options_are_refused(key: str, near: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown option '{key}' \\(value 0.1\\) for backend 'dct'") as error:
-        split_options({key: 0.1}, list_options())
-    text = str(error.value)
-    assert near in text.partition("Did you mean ")[2]
-    assert all(item.name in text for item in fields(DCTConfig))
-    assert "the options of Inductor" in text
-
-
-def test_unknown_option_without_a_neighbour() -> None:
-    with pytest.raises(ValueError, match="unknown option 'zzzzz'") as error:
-        split_options({"zzzzz": 1}, ["max_autotune"])
-    assert "Did you mean" not in str(error.value)
 
 
 def test_threshold_as_the_operators_want_it() -> None:

@@ -1,10 +1,13 @@
 """The library of the C++ kernels: where it lies, and that no interruption leaves a broken one, a compiler or a false warning behind."""
 
 import logging
+import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +60,20 @@ def test_it_is_built_once(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp
     assert machine.files() == ["lock", "so"]
 
 
+def test_no_compiler_begins_twice_for_one_who_waits(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However soon the first one runs."""
+    original = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        original(thread)
+        until(machine.steps)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    machine.setenv("SECONDS_PER_STEP", "1")
+    assert load() is not None
+    assert machine.steps() == ["compile", "link"]
+
+
 def test_it_is_built_in_the_background(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_LIBRARY", build._Library())
     machine.setenv("SECONDS_PER_STEP", "1")
@@ -78,6 +95,7 @@ def test_a_damaged_file_is_replaced(damage: str, machine: Machine) -> None:
     (file,) = machine.folder.glob("*.so")
     content = file.read_bytes()
     changed = bytes([content[0] ^ 1]) + content[1:]
+    file.unlink()  # this process has mapped it, and would be killed by a bus error at its end
     file.write_bytes({"empty": b"", "half": content[: len(content) // 2], "a byte": changed, "no library": b"text" * 100}[damage])
     assert load() is not None
     assert file.read_bytes() == content
@@ -112,7 +130,7 @@ def test_the_leavings_of_dead_builds_are_removed(machine: Machine) -> None:
 @pytest.mark.parametrize("step", ["compile", "link"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_build(number: signal.Signals, step: str, machine: Machine) -> None:
-    machine.setenv("SECONDS_PER_STEP", "60" if step == "compile" else "1.5")
+    machine.setenv("SECONDS_PER_STEP" if step == "compile" else "SECONDS_TO_LINK", "60")
     process = machine.start()
     until(lambda: step in machine.steps())
     process.send_signal(number)
@@ -120,11 +138,47 @@ def test_an_interrupted_build(number: signal.Signals, step: str, machine: Machin
     assert process.returncode == -number
     assert output == ""
     assert "could not be compiled" not in errors
-    until(lambda: not machine.processes(), 5)
+    until(lambda: not machine.processes())
     assert "so" not in machine.files()
     machine.setenv("SECONDS_PER_STEP", "0")
+    machine.setenv("SECONDS_TO_LINK", "0")
     assert load() is not None
     assert machine.files() == ["lock", "so"]
+
+
+KILLED_BEFORE = "build.shutil.rmtree = lambda *_, **__: os._exit(0)"
+KILLED_AFTER = """
+replace = os.replace
+def replace_and_end(source, target):
+    replace(source, target)
+    if str(target).endswith(".so"):
+        os._exit(0)
+os.replace = replace_and_end
+"""
+
+
+@pytest.mark.parametrize("killed", [KILLED_BEFORE, KILLED_AFTER], ids=["before the folder goes", "after the last rename"])
+def test_a_build_that_is_killed_at_its_end(killed: str, machine: Machine) -> None:
+    """The next process takes a library that is there as it is, and looks at nothing else."""
+    machine.start(f"import os\n{killed}\nbuild.load_library()").communicate()
+    assert load() is not None
+    assert machine.files() == ["lock", "so"]
+
+
+def test_a_compiler_that_is_about_to_end_leaves_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = machine.folder / "kernels-dead.building-1"
+    left.mkdir(parents=True)
+    original = os.rmdir
+
+    def rmdir(path: Any, **choice: Any) -> None:
+        with suppress(OSError):
+            (left / "unit.o").touch()
+        original(path, **choice)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    assert load() is not None
+    assert not left.exists()
+    assert machine.files().count("building") == 0
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from dct_compile.optim import Bypass
 from dct_compile.state.gradient_use import GradientUse
-from tests.test_optim import Make, Wrapper, parameters, set_gradients
+from tests.test_optim import Make, parameters, set_gradients
+from tests.test_optim_known import Wrapper
 
 
 @pytest.fixture(scope="module")

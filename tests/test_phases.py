@@ -40,8 +40,15 @@ def test_densities_follow_the_schedule(options: dict[str, Any], expected: list[t
 
 def test_a_phase_has_all_other_options_and_one_phase() -> None:
     config = DCTConfig(dp_density=0.05, start_iter=3, density_warmup={0: 0.1, 4: 0.05}, min_numel=7)
-    assert [phase.config for phase in phases_of(config)] == [DCTConfig(dp_density=own, min_numel=7) for own in (1, 0.1, 0.05)]
+    expected = [{"dp_density": 1}, {"dp_density": 0.1, "refresh_interval": 1}, {"dp_density": 0.05}]
+    assert [phase.config for phase in phases_of(config)] == [DCTConfig(**own, min_numel=7) for own in expected]
     assert all(len(phases_of(phase.config)) == 1 for phase in phases_of(config))
+
+
+def test_a_warm_up_chooses_its_thresholds_at_every_step() -> None:
+    """The last phase does as the options say."""
+    phases = phases_of(DCTConfig(density_warmup=120, refresh_interval=500, parameter_densities={"head.*": 0.5}))
+    assert [(phase.config.refresh_interval, phase.config.density_of("head.weight")) for phase in phases] == [(1, 0.5)] * 3 + [(500, 0.5)]
 
 
 def test_a_number_of_exchanges_has_one_phase() -> None:

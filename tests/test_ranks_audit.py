@@ -10,7 +10,8 @@ from torch import nn
 
 import dct_compile
 from tests import audited_trainings as trainings
-from tests.audited_trainings import ChannelsLast, Checkpointed, Mixed, Net, Setting, Tied
+from tests.audited_models import ChannelsLast, Checkpointed, Mixed, Net, Tied
+from tests.audited_trainings import Setting
 from tests.rank_pool import Ranks
 
 pytestmark = pytest.mark.distributed

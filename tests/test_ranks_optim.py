@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import dct_compile
-from tests.audited_trainings import Net, Setting, loss_of
+from tests.audited_models import Net
+from tests.audited_trainings import Setting, loss_of
 from tests.rank_pool import Ranks
 
 pytestmark = pytest.mark.distributed

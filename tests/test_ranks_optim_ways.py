@@ -11,7 +11,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 import dct_compile
-from tests.audited_trainings import Net, Setting, loss_of
+from tests.audited_models import Net
+from tests.audited_trainings import Setting, loss_of
 from tests.rank_pool import Ranks
 
 pytestmark = pytest.mark.distributed

@@ -9,7 +9,8 @@ import torch
 from torch.optim import Adam
 
 import dct_compile
-from tests.audited_trainings import Net, Setting, loss_of
+from tests.audited_models import Net
+from tests.audited_trainings import Setting, loss_of
 from tests.rank_pool import Ranks
 from tests.ranks import digest
 

@@ -80,6 +80,7 @@ class GraphCompiler:
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, *, reduced_outside: bool = False) -> None:
         self.gm, self.example_inputs, self.settings = gm, example_inputs, settings
         self.config, self.group, self.runtime = settings.config, settings.group, settings.runtime
+        self.reduced_outside = reduced_outside
         self.is_reduced = reduced_outside or settings.group is not None or dist.get_world_size() == 1
         self.ahead_of_time = functorch_config.bypass_autograd_cache_key
         self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
@@ -109,6 +110,8 @@ class GraphCompiler:
 
     def compile(self) -> tuple[Compiled, list[StateRequest]]:
         """Returns the compiled graph and the state that it wants behind its own inputs."""
+        if not self.reduced_outside:  # the names of others are those of their wrapper
+            self.runtime.reports.patterns.look(self.config, [info.name for info in self.inputs if info.is_parameter])
         if self.group is None and not self.backward_only and not can_hold_sites(self.gm, self.example_inputs):
             self.runtime.reports.called = True
             self._note_training(any(info.is_trainable for info in self.inputs))

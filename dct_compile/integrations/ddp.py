@@ -52,7 +52,7 @@ class DDPIntegration:
         link = runtime.links.at_once(target.process_group, config.link)
         reason = _reason_to_leave(target, _future_plans(target, phases[-1], link))
         agree = partial(_agree, weakref.ref(target), config, runtime, reason)
-        publish_module(target, reason, runtime)
+        publish_module(target, reason, config, runtime)
         if reason is not None:
             runtime.attached[target] = _Attached(config, None)
             _at_first_gradient(target, partial(agree, link))
@@ -71,7 +71,7 @@ class DDPIntegration:
         """
         plans = _future_plans(target, phases_of(config)[-1], runtime.links.at_once(target.process_group, config.link))
         reason = _reason_to_leave(target, plans)
-        publish_module(target, reason, runtime)
+        publish_module(target, reason, config, runtime)
         title = title_of(target, runtime)
         for index, plan in enumerate(plans if reason is None else []):
             plan.publish(bucket_name(title, index, target.process_group), runtime, None).model = title

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
+from dct_compile.config import DCTConfig
 from dct_compile.exchange import BUFFERS, GRADIENT, OTHER, Collective
 from dct_compile.passes.collectives import ALL_REDUCE, BROADCAST
 from dct_compile.passes.manager import publish
@@ -36,8 +37,11 @@ def averaged_parameters(module: DistributedDataParallel) -> list[tuple[str, nn.P
     return [(name, parameter) for name, parameter in named_parameters(module) if id(parameter) in averaged]
 
 
-def publish_module(module: DistributedDataParallel, reason: str | None, runtime: Runtime) -> None:
-    """Reports all that DDP sends itself in every step. ``reason``: the reason why its reducer stays, if it does."""
+def publish_module(module: DistributedDataParallel, reason: str | None, config: DCTConfig, runtime: Runtime) -> None:
+    """Reports all that DDP sends itself in every step, and looks for what the patterns of ``config`` match.
+
+    ``reason``: the reason why its reducer stays, if it does.
+    """
     title, sites = title_of(module, runtime), list(_beside_buckets(module, runtime))
     if reason is not None:
         sites.insert(0, _dense_site(module, reason))
@@ -48,6 +52,7 @@ def publish_module(module: DistributedDataParallel, reason: str | None, runtime:
     held = {id(parameter) for parameter in averaged}
     others = [(name, parameter) for name, parameter in named_parameters(module) if parameter.requires_grad and id(parameter) not in held]
     runtime.reports.divide(averaged, others)
+    runtime.reports.patterns.look(config, [name for name, _ in named_parameters(module)])
 
 
 def _dense_site(module: DistributedDataParallel, reason: str) -> SiteReport:

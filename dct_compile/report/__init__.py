@@ -2,7 +2,8 @@
 
 from dct_compile.report.data import DeferredGraph, GraphReport, NodeReport, SiteReport, Sums, step_and_evaluation
 from dct_compile.report.diff import ReportDiff
-from dct_compile.report.registry import GRADIENTS_OUTSIDE, NOT_REACHED, NOTHING_COMPILED, Measure, ReportEntry, ReportRegistry
+from dct_compile.report.entry import Measure, ReportEntry
+from dct_compile.report.registry import GRADIENTS_OUTSIDE, NOT_REACHED, NOTHING_COMPILED, ReportRegistry
 from dct_compile.report.report import Report
 from dct_compile.report.unreached import unreached_modules, wrapped_class
 

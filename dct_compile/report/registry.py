@@ -3,17 +3,16 @@
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 
 from torch import Tensor
 
 from dct_compile.reasons import Note, abbreviated
 from dct_compile.report.data import DeferredGraph, GraphReport, SiteReport
+from dct_compile.report.entry import Measure, ReportEntry, Use, sites_of
+from dct_compile.report.patterns import Patterns
 from dct_compile.report.report import Report
-
-Measure = Callable[[], tuple[float, int, str | None] | None]
-"""Reads a site's achieved density and overflow from its counters, and how its parameters are stepped; ``None`` before its first step."""
 
 NOTHING_COMPILED = (
     "backend 'dct' has not been called: no compiled function has run yet, or torch.compile skipped the model "
@@ -30,69 +29,6 @@ NOT_REACHED = (
 
 
 @dataclass
-class _Use:
-    """The calls of a graph with the same parameters. ``last``: the pass of the last one, see :class:`ReportRegistry`."""
-
-    parameters: "list[weakref.ref[Tensor]]"
-    last: int = 0
-
-    @property
-    def lives(self) -> bool:
-        return all(ref() is not None for ref in self.parameters)
-
-
-@dataclass(eq=False)
-class ReportEntry:
-    """The addition of one compilation to the report.
-
-    ``training``: whether the graph has a backward. ``model``: the name of the DDP module that it belongs to, if it does. ``owner``: the
-    object that runs it; when that is gone, so is the entry. An entry without an owner stays. ``uses``: by the parameters' identities.
-    ``backwards``: the number of backwards that followed each other without a forward: those of one step. ``of_phase``: whether it is for
-    one phase of a training, and left out of the report while another one runs.
-    """
-
-    graph: GraphReport | DeferredGraph
-    sites: Sequence[tuple[SiteReport, Measure | None]]
-    training: bool = True
-    model: str = ""
-    owner: "weakref.ref[object] | None" = None
-    uses: dict[tuple[int, ...], _Use] = field(default_factory=dict)
-    backwards: int = 0
-    of_phase: bool = False
-    is_forward_last: bool = True
-
-    @property
-    def lives(self) -> bool:
-        """Whether the graph can run again with parameters that it knows."""
-        if self.owner is not None and self.owner() is None:
-            return False
-        return not self.uses or any(use.lives for use in self.uses.values())
-
-    def forward_ran(self) -> None:
-        """Ends the backwards of a step."""
-        self.is_forward_last = True
-
-    def backward_ran(self) -> None:
-        """Counts a backward."""
-        self.backwards = 1 if self.is_forward_last else self.backwards + 1
-        self.is_forward_last = False
-
-    def is_replaced_by(self, other: "ReportEntry", key: tuple[int, ...]) -> bool:
-        """Whether calls with the parameters ``key`` go to ``other`` by now, another compilation of the same code."""
-        if self is other or self.training != other.training or key not in other.uses or other.uses[key].last <= self.uses[key].last:
-            return False
-        code, is_same = self.graph.name.rpartition("/")[0], self.graph.name == other.graph.name
-        # One compilation can hold several graphs: DDP's buckets cut it. They share a name, and no parameters.
-        return bool(code) and code == other.graph.name.rpartition("/")[0] and (bool(key) or not is_same)
-
-    def described(self) -> GraphReport:
-        """Returns the description of the graph, made at the first call."""
-        if isinstance(self.graph, DeferredGraph):
-            self.graph = self.graph.describe()
-        return self.graph
-
-
-@dataclass
 class ReportRegistry:
     """Collects what compilations report.
 
@@ -104,7 +40,7 @@ class ReportRegistry:
 
     ``called``: whether the backend has been asked to compile anything. ``trains_alone``: whether a graph returned gradients of parameters
     on one of several ranks, with neither DDP nor ``data_parallel`` to average them. ``has_shards``: whether DTensor or FSDP distributes
-    parameters: then it depends on the model which gradients have to be averaged.
+    parameters: then it depends on the model which gradients have to be averaged. ``patterns``: those of the options.
     """
 
     entries: list[ReportEntry] = field(default_factory=list)
@@ -112,6 +48,7 @@ class ReportRegistry:
     called: bool = False
     trains_alone: bool = False
     has_shards: bool = False
+    patterns: Patterns = field(default_factory=Patterns)
     _models: "weakref.WeakKeyDictionary[object, str]" = field(default_factory=weakref.WeakKeyDictionary)
     _averaged: "list[weakref.ref[Tensor]]" = field(default_factory=list)
     _ignored: "list[tuple[str, weakref.ref[Tensor]]]" = field(default_factory=list)
@@ -142,7 +79,7 @@ class ReportRegistry:
             key = tuple(map(id, parameters))
             if key not in entry.uses or not entry.uses[key].lives:
                 self._drop_dead()
-                entry.uses[key] = _Use([weakref.ref(parameter) for parameter in parameters])
+                entry.uses[key] = Use([weakref.ref(parameter) for parameter in parameters])
                 if entry in self._dropped:  # its model is gone, and another one of that class has come
                     self._dropped.remove(entry)
                     self.entries.append(entry)
@@ -199,11 +136,12 @@ class ReportRegistry:
             self.notes.clear()
             self._averaged.clear()
             self._ignored.clear()
+            self.patterns.clear()
             self.trains_alone = self.has_shards = False
 
     def sites(self, *, measured: bool) -> list[SiteReport]:
         """Returns all sites. ``measured``: reads their counters, which waits for the device."""
-        return _sites_of(self._current(), measured)
+        return sites_of(self._current(), measured)
 
     def snapshot(self, not_reached: Callable[[], Sequence[str]] = tuple) -> Report:
         """Returns the report so far.
@@ -212,7 +150,7 @@ class ReportRegistry:
             not_reached: Returns the names of the DDP modules that average their gradients and have no compiled graph inside.
         """
         current = self._current()
-        sites = _sites_of(current, measured=True)
+        sites = sites_of(current, measured=True)
         graphs = tuple(entry.described() for entry, _ in current)
         return Report(tuple(sites), graphs, (*self.notes, *self._hints(sites, not_reached)))
 
@@ -229,23 +167,8 @@ class ReportRegistry:
         averaged = {id(parameter) for ref in self._averaged if (parameter := ref()) is not None}
         ignored = dict.fromkeys(name for name, ref in self._ignored if (parameter := ref()) is not None and id(parameter) not in averaged)
         hints = [Note.IGNORED.format(parameters=abbreviated(list(ignored)))] if ignored else []
+        hints += self.patterns.notes(sites)
         if names := not_reached():
             return [*hints, NOT_REACHED.format(modules=", ".join(names))]
         advised = self.trains_alone and not self.has_shards and not any(site.kind == "gradient" for site in sites)
         return [*hints, GRADIENTS_OUTSIDE] if advised else hints
-
-
-def _sites_of(entries: Sequence[tuple[ReportEntry, int]], measured: bool) -> list[SiteReport]:
-    return [
-        replace(_measured(site, measure) if measured else site, graph=position, number=number, calls=calls, training=entry.training)
-        for position, (entry, calls) in enumerate(entries)
-        for number, (site, measure) in enumerate(entry.sites)
-    ]
-
-
-def _measured(site: SiteReport, measure: Measure | None) -> SiteReport:
-    measured = measure() if measure is not None else None
-    if measured is None:
-        return site
-    density, overflow, stepped = measured
-    return replace(site, density=density, overflow=overflow, stepped=stepped)

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from dct_compile.triton_kernels.cpu.compiler import FLAGS, CancelledError, Compilation, compiler_name
-from dct_compile.triton_kernels.cpu.library_file import load, seal
+from dct_compile.triton_kernels.cpu.library_file import load, seal, sync_folder
 
 logger = logging.getLogger("dct_compile.ops")
 
@@ -70,24 +70,17 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _build(target: Path, compilation: Compilation) -> None:
-    """Builds a library in a folder of its own and moves it to its place when it is whole."""
+    """Builds a library in a folder of its own and moves it to its place when it is whole, which is the last thing that is left to do."""
     folder = Path(tempfile.mkdtemp(prefix=f"{target.stem}.building-", dir=target.parent))
+    whole = folder.with_name(f"{folder.name}.whole")
     try:
         library = compilation.compile([path for path in _sources() if path.suffix == ".cpp"], folder)
         seal(library)
-        os.replace(library, target)
-        _sync_folder(target.parent)
+        os.replace(library, whole)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flushes a rename to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.replace(whole, target)
+    sync_folder(target.parent)
 
 
 def _lock(name: str, folder: Path, timeout: float) -> FileLock:
@@ -101,9 +94,20 @@ def _remove_dead_builds(folder: Path, own: str) -> None:
         name = left.name.split(".building-")[0]
         try:
             with nullcontext() if name == own else _lock(name, folder, 0):
-                shutil.rmtree(left, ignore_errors=True)
+                _remove(left)
         except Timeout:
             continue
+
+
+def _remove(left: Path) -> None:
+    """Removes a file or folder of a dead build. A compiler of it that is about to end makes no file in a folder of another name."""
+    doomed = left.with_name(f"{left.name}.dead")
+    with suppress(OSError):
+        os.rename(left, doomed)
+        if doomed.is_dir():
+            shutil.rmtree(doomed)
+        else:
+            doomed.unlink()
 
 
 class _Build(threading.Thread):
@@ -174,11 +178,13 @@ class _Library:
         self._lock = threading.Lock()
         self._build: _Build | None = None
 
-    def start(self) -> _Build:
-        """Starts the build, if there is none."""
+    def start(self, *, is_missed: bool = False) -> _Build:
+        """Starts the build, if there is none. ``is_missed``: whether somebody waits for it, so that no compiler begins at low priority."""
         with self._lock:
             if self._build is None:
                 self._build = _Build()
+                if is_missed:
+                    self._build.compilation.hurry()
                 self._build.start()
             return self._build
 
@@ -194,15 +200,16 @@ class _Library:
     def wait(self) -> ctypes.CDLL | None:
         """Returns the library, or None where there can be none. An exception that arrives meanwhile ends the build, and is raised."""
         while True:
-            build = self._build or self.start()
-            if build.is_done:
-                return build.library
-            build.compilation.hurry()
             try:
+                build = self._build or self.start(is_missed=True)
+                if build.is_done:
+                    return build.library
+                build.compilation.hurry()
                 build.join()
             except BaseException:
-                build.compilation.cancel()
-                self._forget(build)
+                if (started := self._build) is not None:
+                    started.compilation.cancel()
+                    self._forget(started)
                 raise
             if not build.is_done:
                 self._forget(build)

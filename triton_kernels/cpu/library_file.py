@@ -67,3 +67,12 @@ def load(file: Path) -> ctypes.CDLL:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise UnusableError(f"{file} is for a CPU with {', '.join(missing[:_NAMED])}{more}, which this one lacks")
     return ctypes.CDLL(str(file))
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a rename to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
