@@ -19,7 +19,7 @@ from torch import Tensor
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import BACKWARD_OF, GRADIENT, Exchange
 from dct_compile.inspection import undisturbed
-from dct_compile.link import Link
+from dct_compile.link import ONE_MACHINE, Link
 from dct_compile.passes.plan import Decision, decide, dense, follow_forward
 from dct_compile.schemes import SCHEMES, GradientOffer, Offer
 from dct_compile.traffic import NOTHING, Traffic
@@ -113,6 +113,7 @@ class Training:
 
     def decided(self, link: Link | None, ranks: int | None = None) -> list[Decision]:
         """Returns the plan's decisions on ``link``; ``None`` lets the bytes decide."""
+        link = self._with_copy_rate(link) if link is not None else None
         decisions: list[Decision] = []
         for exchange, known in zip(self.exchanges(ranks), self.decisions, strict=True):
             pairs = decisions if exchange.kind in BACKWARD_OF.values() else []
@@ -147,7 +148,11 @@ class Training:
 
     def step_s(self, method: str, link: Link, ranks: int | None = None, *, late: bool = False) -> float:
         """Returns the seconds of one step."""
-        return self.sent(method, link, ranks).step_s(link.on(self.device), self.compute_s, late=late)
+        return self.sent(method, link, ranks).step_s(self._with_copy_rate(link), self.compute_s, late=late)
+
+    def seconds(self, traffic: Traffic, link: Link) -> float:
+        """Returns the seconds that ``traffic`` takes on ``link``."""
+        return traffic.seconds(self._with_copy_rate(link))
 
     def crossing(self, link: Link, kinds: Sequence[str]) -> float:
         """Returns the largest rate at which an exchange of one of ``kinds`` is compressed, with the latency of ``link``.
@@ -157,7 +162,7 @@ class Training:
         """
 
         def compresses(bytes_per_s: float) -> bool:
-            decisions = self.decided(replace(link.on(self.device), bytes_per_s=bytes_per_s))
+            decisions = self.decided(replace(link, bytes_per_s=bytes_per_s))
             return any(decision.compressed and decision.exchange.kind in kinds for decision in decisions)
 
         slow, fast = _SLOWEST, _FASTEST
@@ -178,6 +183,9 @@ class Training:
         if sizes and self.config.undo_discarded and self.config.error_feedback:
             sizes["copy for undo_discarded"] = sum(sizes.values())
         return sizes
+
+    def _with_copy_rate(self, link: Link) -> Link:
+        return link if link == ONE_MACHINE else link.on(self.device)
 
 
 def fp16_traffic(exchange: Exchange) -> Traffic:
@@ -203,7 +211,7 @@ def measured_compute_s(model: Callable[..., Any], inputs: tuple[Any, ...], named
             leaves = pytree.tree_leaves(plain(*inputs, **named_inputs))
             results = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
             if not results:
-                raise ValueError("no result of the model has a gradient, so there is no backward to time")
+                raise ValueError("no result of the model has a gradient, so there is no backward to time: give the seconds of a step")
             torch.autograd.backward(results, [torch.ones_like(result) for result in results])
             if any(result.is_cuda for result in results):
                 torch.cuda.synchronize()

@@ -93,7 +93,8 @@ def _can_measure(group: ProcessGroup) -> bool:
 
 def device_of(group: ProcessGroup) -> torch.device:
     """Returns the device whose tensors the group sends: the current GPU where it can, else the CPU."""
-    on_gpu = any(device.type == "cuda" for device in group._device_types)
+    # Gloo, too, says that it sends tensors of GPUs, on machines without any.
+    on_gpu = torch.cuda.is_available() and any(device.type == "cuda" for device in group._device_types)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
@@ -164,7 +165,8 @@ def _gather_seconds(message: Tensor, group: ProcessGroup) -> float:
     gathered = message.new_empty(group.size() * message.numel())
     _finish(message)
     start = time.perf_counter()
-    dist.all_gather_into_tensor(gathered, message, group=group)
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.13 on, and before
+    all_gather(gathered, message, group=group)
     _finish(message)
     return time.perf_counter() - start
 

@@ -47,11 +47,11 @@ class Case:
 
     def sent(self) -> dict[str, Sent]:
         """Returns the work of a step by method."""
-        return {method: self.training.sent(method, self.link.on(self.training.device)) for method in METHODS}
+        return {method: self.training.sent(method, self.link) for method in METHODS}
 
     def seconds(self, traffic: Traffic) -> float:
         """Returns the seconds that ``traffic`` takes on the link."""
-        return traffic.seconds(self.link.on(self.training.device))
+        return self.training.seconds(traffic, self.link)
 
     def at_rate(self, bytes_per_s: float) -> Link:
         """Returns a link of another rate, with the latency of this one, or of Ethernet where this one is no link between machines."""
@@ -81,11 +81,12 @@ def _device_of(found: Target) -> str:
 
 def recommended(case: Case) -> tuple[dict[str, Any] | None, str]:
     """Returns the options to set (``None``: leave it dense), and why."""
-    decisions = case.training.decided(case.link.on(case.training.device))
+    decisions = case.training.decided(case.link)
     if not decisions:
         return None, "nothing is sent"
     if not any(decision.compressed for decision in decisions):
-        return None, "; ".join(dict.fromkeys(decision.reason for decision in decisions if decision.exchange.kind in (GRADIENT, *ROWS)))
+        reasons = dict.fromkeys(decision.reason for decision in decisions if decision.exchange.kind in (GRADIENT, *ROWS))
+        return None, "; ".join(reasons) or "no gradient, activation or embedding is sent"
     dense_s, fp16_s, dct_s = (case.step_s(method) for method in METHODS)
     if dct_s > (1 - _WORTH_WHILE) * dense_s:
         return None, f"a step would be shorter by {1 - dct_s / dense_s:.1%} only: the computation takes most of it"
@@ -104,7 +105,7 @@ def _as_option(link: Link) -> str | dict[str, float]:
 
 def at_scale(case: Case) -> dict[int, dict[str, Traffic]]:
     """Returns the work for gradients in one step, by data-parallel ranks and by method; "auto" is what the plan takes on this link."""
-    training, link = case.training, case.link.on(case.training.device)
+    training, link = case.training, case.link
     rows = {}
     for ranks in RANKS:
         sent = {method: training.sent(method, None, ranks).gradients for method in ("dense", *GRADIENT_SCHEMES)}
@@ -133,7 +134,7 @@ def values(case: Case) -> dict[str, Any]:
         "traffic": by_kind,
         "step_s": {method: case.step_s(method) for method in (*METHODS, LATE)},
         "crossing_bytes_per_s": {kind: value if math.isfinite(value) else None for kind, value in crossings.items()},
-        "state_bytes": case.training.state_bytes(case.link.on(case.training.device)),
+        "state_bytes": case.training.state_bytes(case.link),
         "options": options,
         "why": why,
         "scale": scale,

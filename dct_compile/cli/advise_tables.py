@@ -20,7 +20,11 @@ def tables(case: Case, *, scale: bool) -> str:
 
 def _head(case: Case) -> str:
     training = case.training
-    link = f"{case.link} per hop" if math.isfinite(case.link.bytes_per_s) else "none, as all ranks are on one machine"
+    link = (
+        f"{case.link} per hop"
+        if math.isfinite(case.link.bytes_per_s)
+        else "none, all ranks are on one machine; memory, through which all passes there, is not counted"
+    )
     source = "measured" if case.is_measured else "assumed"
     how = "timed on this machine: median of 5, eager, one rank" if case.timed else "as given"
     copies = f", {training.data_parallel_ranks} data parallel" if training.data_parallel_ranks not in (1, case.ranks) else ""
@@ -63,7 +67,7 @@ def _crossing(bytes_per_s: float) -> str:
 
 
 def _memory(case: Case) -> str:
-    sizes = case.training.state_bytes(case.link.on(case.training.device))
+    sizes = case.training.state_bytes(case.link)
     if not sizes:
         return "memory: no state, as no gradient is compressed on this link"
     named = ", ".join(f"{name} {size:,}" for name, size in sizes.items())

@@ -72,7 +72,7 @@ def told(group: ProcessGroup) -> list[str]:
     if found is None:
         raise click.ClickException(f"a rank has not come within {PATIENCE_S:g} s, so nothing was measured")
     lines = [
-        f"link between {group.size()} ranks, measured with all_gather over {dist.get_backend(group)}",
+        f"link between {group.size()} ranks, measured with all_gather over {group._get_backend(device_of(group)).name()}",
         f"  rate             {rate(found.bytes_per_s)} ({found.bytes_per_s / 1e6:,.1f} MB/s) that a rank puts on the wire",
         f"  latency          {duration(found.latency_s)} per hop",
     ]
