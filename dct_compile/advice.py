@@ -201,7 +201,7 @@ def measured_compute_s(model: Callable[..., Any], inputs: tuple[Any, ...], named
     """Runs forward and backward uncompiled, a few times, and returns the median of their seconds. Nothing is sent or changed.
 
     Raises:
-        ValueError: No result of ``model`` has a gradient.
+        ValueError: No result of ``model`` has a gradient, or it is on the device "meta".
         Exception: Any error that ``model`` raises.
     """
     seconds = []
@@ -212,6 +212,8 @@ def measured_compute_s(model: Callable[..., Any], inputs: tuple[Any, ...], named
             results = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
             if not results:
                 raise ValueError("no result of the model has a gradient, so there is no backward to time: give the seconds of a step")
+            if any(result.is_meta for result in results):
+                raise ValueError("the model is on the device 'meta', where nothing is computed: give the seconds of a step")
             torch.autograd.backward(results, [torch.ones_like(result) for result in results])
             if any(result.is_cuda for result in results):
                 torch.cuda.synchronize()

@@ -173,6 +173,8 @@ def test_timing_changes_nothing() -> None:
     assert before.equal(torch.random.get_rng_state()) is False  # the input was drawn
     with pytest.raises(ValueError, match="no result of the model has a gradient"):
         measured_compute_s(lambda x: x.sum(), (torch.ones(2),), {})
+    with pytest.raises(ValueError, match="on the device 'meta', where nothing is computed"):
+        measured_compute_s(Affine().to("meta"), (torch.empty(2, 64, device="meta"),), {})
 
 
 def invoke(*arguments: object) -> Result:

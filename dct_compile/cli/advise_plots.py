@@ -35,6 +35,7 @@ def draw(case: Case) -> bytes:
         else:
             right.set_axis_off()
             right.set_title("no gradient is averaged")
+        left.legend()
         figure.suptitle(f"{case.target}: predicted time of a training step, {duration(case.training.compute_s)} of it computation")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", facecolor="white")
@@ -73,4 +74,3 @@ def _finish(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("step (log scale)")
     axes.grid(axis="y", alpha=0.2)
-    axes.legend()
