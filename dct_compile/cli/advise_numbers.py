@@ -1,7 +1,7 @@
 """What ``dct advise`` says, as plain values."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -11,11 +11,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from dct_compile.advice import GRADIENT_SCHEMES, METHODS, ROWS, Sent, Training, measured_compute_s
-from dct_compile.cli.targets import Target
+from dct_compile.cli.targets import Target, TargetError
 from dct_compile.compiler.options import read_options
 from dct_compile.exchange import GRADIENT
 from dct_compile.inspection import inspected
 from dct_compile.link import ETHERNET_LATENCY_S, Link, rate
+from dct_compile.passes.plan import Decision
 from dct_compile.phases import phases_of
 from dct_compile.traffic import Traffic
 
@@ -63,14 +64,28 @@ class Case:
 
 
 def prepare(found: Target, options: Mapping[str, Any], compute_s: float | None, link: Link, name: str, *, is_measured: bool) -> Case:
-    """Compiles the target without running it, and times it where ``compute_s`` is not given. Needs a process group."""
+    """Compiles the target without running it, and times it where ``compute_s`` is not given. Needs a process group.
+
+    Raises:
+        TargetError: The computation cannot be timed.
+        Exception: Any error that the model raises.
+    """
     # Without a link, so that every scheme makes its offer. The plan decides anew for each link.
     report, decisions = inspected(found.model, found.inputs, found.named_inputs, {**options, "link": None})
     timed = compute_s is None
-    seconds = measured_compute_s(found.model, found.inputs, found.named_inputs) if compute_s is None else compute_s
+    seconds = _timed(found, decisions) if compute_s is None else compute_s
     config = phases_of(read_options(options)[0])[-1].config
     training = Training(decisions, config, seconds, _device_of(found))
     return Case(name, training, link, dist.get_world_size(), is_measured, timed, report.notes)
+
+
+def _timed(found: Target, decisions: Sequence[Decision]) -> float:
+    if dist.get_backend() != "fake" and any(decision.exchange.kind in ROWS for decision in decisions):
+        raise TargetError("the model exchanges activations, which between real ranks would be timed with its computation: give --compute")
+    try:
+        return measured_compute_s(found.model, found.inputs, found.named_inputs)
+    except ValueError as error:
+        raise TargetError(f"forward and backward cannot be timed: {error} (--compute)") from error
 
 
 def _device_of(found: Target) -> str:
