@@ -20,15 +20,12 @@ def tables(case: Case, *, scale: bool) -> str:
 
 def _head(case: Case) -> str:
     training = case.training
-    link = (
-        f"{case.link} per hop"
-        if math.isfinite(case.link.bytes_per_s)
-        else "none, all ranks are on one machine; memory, through which all passes there, is not counted"
-    )
-    source = "measured" if case.is_measured else "assumed"
+    link = f"{case.link} per hop, {'measured' if case.is_measured else 'assumed'}"
+    if math.isinf(case.link.bytes_per_s):
+        link = "none, as all ranks are on one machine; the time that data takes through its memory is not counted"
     how = "timed on this machine: median of 5, eager, one rank" if case.timed else "as given"
     copies = f", {training.data_parallel_ranks} data parallel" if training.data_parallel_ranks not in (1, case.ranks) else ""
-    return f"{case.target}, {case.ranks} ranks{copies}\nlink: {link}, {source}\ncomputation: {duration(training.compute_s)} per step, {how}"
+    return f"{case.target}, {case.ranks} ranks{copies}\nlink: {link}\ncomputation: {duration(training.compute_s)} per step, {how}"
 
 
 def _by_kind(case: Case) -> str:
