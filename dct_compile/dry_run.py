@@ -1,6 +1,6 @@
 """A backend that decides and rewrites as backend "dct" does, and computes nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +12,21 @@ from dct_compile.compiler.state_inputs import blank_state
 from dct_compile.integrations import INTEGRATIONS
 from dct_compile.integrations.unseen import note_unseen
 from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.plan import Decision
 from dct_compile.phases import phases_of
 from dct_compile.runtime import Runtime
 
 
-def dry_run(options: Mapping[str, Any] | None, runtime: Runtime) -> Compiled:
+def dry_run(options: Mapping[str, Any] | None, runtime: Runtime, collect: Callable[[Sequence[Decision]], object] | None = None) -> Compiled:
     """Returns a backend that compiles up to the graphs that Inductor would generate code from.
 
     Its findings about the last phase of a training are reported to ``runtime``. A compiled graph computes nothing: outputs are zeros of the
     right shape. Nothing is attached to a wrapper such as DDP, and nothing is exchanged with other ranks. Needs a process group.
+
+    Args:
+        options: The options of backend "dct" and of Inductor.
+        runtime: Where to report.
+        collect: Is given the decisions of each call of a graph, and once those of each wrapper such as DDP: all that one step sends.
 
     Raises:
         ValueError: An option is unknown, or its value is not allowed.
@@ -33,7 +39,9 @@ def dry_run(options: Mapping[str, Any] | None, runtime: Runtime) -> Compiled:
         group = gradient_group(config, bool(active))
         for integration, target in active:
             if target not in previewed:
-                integration.preview(target, config, runtime)
+                decisions = integration.preview(target, config, runtime)
+                if collect is not None:
+                    collect(decisions)
                 previewed.append(target)
         settings = Settings(phases_of(config)[-1].config, patches, group, runtime, _nothing_computed)
         note_unseen(example_inputs, runtime)
@@ -42,6 +50,8 @@ def dry_run(options: Mapping[str, Any] | None, runtime: Runtime) -> Compiled:
         entry = compiler.first_use.entry
 
         def run(*args: Any) -> Any:
+            if collect is not None:
+                collect(compiler.decisions)
             if entry is not None:  # one step: there is no forward between two of these backwards
                 runtime.reports.serve(entry, [args[position] for position in compiler.parameter_positions])
                 entry.backward_ran()

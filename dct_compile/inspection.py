@@ -1,4 +1,4 @@
-"""Reports the effect of backend "dct" on a model: compiles forward and backward, and runs neither."""
+"""Finds the effect of backend "dct" on a model: compiles forward and backward, and runs neither."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dct_compile.dry_run import dry_run
 from dct_compile.integrations import INTEGRATIONS
+from dct_compile.passes.plan import Decision
 from dct_compile.report import Report
 from dct_compile.runtime import RUNTIME, Runtime
 
@@ -69,22 +70,45 @@ def explain(
         TypeError: ``model`` cannot be called.
         Exception: Any error that ``model`` raises.
     """
+    return inspected(model, inputs, named_inputs, options, ranks)[0]
+
+
+def inspected(
+    model: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    named_inputs: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    ranks: int | None = None,
+) -> tuple[Report, list[Decision]]:
+    """Returns the report of :func:`explain`, and the decisions about all that one step sends, one for each call of an exchange."""
     if not callable(model):
         raise TypeError(f"model is of type {type(model).__name__}; a torch.nn.Module or a function is expected")
-    if isinstance(model, OptimizedModule):
-        model = model._orig_mod
     runtime = Runtime(links=RUNTIME.links.unmeasured())
+    decisions: list[Decision] = []
     with ExitStack() as stack:
         if not dist.is_initialized():
             stack.enter_context(fake_ranks(DEFAULT_RANKS if ranks is None else ranks))
         elif ranks not in (None, dist.get_world_size()):
             raise ValueError(f"ranks is {ranks}, but a process group of {dist.get_world_size()} ranks is initialised: leave ranks out")
-        stack.enter_context(_unchanged(model, (inputs, named_inputs)))
-        stack.enter_context(_uncompiled(model))
+        model = stack.enter_context(undisturbed(model, (inputs, named_inputs)))
         stack.enter_context(dynamo_config.patch(fail_on_recompile_limit_hit=True))
         with torch.enable_grad():
-            _compile(model, dry_run(options, runtime))(*inputs, **named_inputs)
-    return runtime.reports.snapshot()
+            _compile(model, dry_run(options, runtime, decisions.extend))(*inputs, **named_inputs)
+    return runtime.reports.snapshot(), decisions
+
+
+@contextmanager
+def undisturbed(model: Callable[..., Any], inputs: Any) -> Iterator[Callable[..., Any]]:
+    """Yields ``model`` uncompiled: it may be run until the context ends, with gradients, and nothing is sent. Then all is as before.
+
+    Args:
+        model: The module or function.
+        inputs: What it will be called with, in any structure.
+    """
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    with _unchanged(model, inputs), _uncompiled(model):
+        yield model
 
 
 def _compile(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

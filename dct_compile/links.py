@@ -37,8 +37,8 @@ _LONG_S = 0.05
 _SMALLEST, _LARGEST = 2**16, 2**26
 """Bytes that a rank sends in the messages that tell the rate."""
 _SHORT_MESSAGES = 9
-_COPIED = 2**22
-"""Elements of the tensors whose sum tells the rate of memory: 16 MiB each."""
+_COPIED = 2**24
+"""Elements of the tensors whose sum tells the rate of memory: 64 MiB each, more than most caches hold."""
 
 
 @dataclass
@@ -166,7 +166,8 @@ def _gather_seconds(message: Tensor, group: ProcessGroup) -> float:
     gathered = message.new_empty(group.size() * message.numel())
     _finish(message)
     start = time.perf_counter()
-    dist.all_gather_into_tensor(gathered, message, group=group)
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.13 on, and before
+    all_gather(gathered, message, group=group)
     _finish(message)
     return time.perf_counter() - start
 

@@ -93,7 +93,7 @@ def plan(sites: Sequence[Site], config: DCTConfig, training: bool, link_of: Link
     taken: dict[int, Decision] = {}
     for site, exchange in zip(sites, exchanges, strict=True):
         if site.twin is not None and exchange.kind != GRADIENT:
-            decision = _follow_forward(exchange, taken[id(site.twin)])
+            decision = follow_forward(exchange, taken[id(site.twin)])
         else:
             decision = decide_in_graph(exchange, config, link_of)
         taken[id(site)] = replace(decision, site=site)
@@ -245,7 +245,7 @@ def _mismatch(exchange: Exchange, backward: Exchange) -> str | None:
     return Reason.BACKWARD_DTYPE.format(dtype=_name(backward)) if backward.dtype not in COMPRESSIBLE else None
 
 
-def _follow_forward(exchange: Exchange, forward: Decision) -> Decision:
+def follow_forward(exchange: Exchange, forward: Decision) -> Decision:
     """Decides about the gradient of an exchange: it takes the offer that the forward takes."""
     if forward.offer is None:
         return dense(exchange, Reason.DENSE_FORWARD.format(reason=forward.reason))

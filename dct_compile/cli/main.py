@@ -2,8 +2,10 @@
 
 import click
 
+from dct_compile.cli.advise import advise
 from dct_compile.cli.bench import bench
 from dct_compile.cli.inspect import inspect
+from dct_compile.cli.link import link
 from dct_compile.cli.train import train
 
 
@@ -12,6 +14,8 @@ def main() -> None:
     """Dynamic Communication Thresholding for torch.compile."""
 
 
+main.add_command(advise)
 main.add_command(bench)
 main.add_command(inspect)
+main.add_command(link)
 main.add_command(train)

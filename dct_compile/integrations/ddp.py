@@ -19,6 +19,7 @@ from dct_compile.integrations.ddp_reducer import GradientCompressor
 from dct_compile.integrations.ddp_report import bucket_name, publish_module, title_of
 from dct_compile.integrations.interface import Compiled
 from dct_compile.link import Link
+from dct_compile.passes.plan import Decision, dense
 from dct_compile.phases import Phase, phases_of
 from dct_compile.reasons import Note, Reason
 from dct_compile.report import wrapped_class
@@ -63,7 +64,7 @@ class DDPIntegration:
         # The hook is the reducer's, which a copy of the module makes anew; nothing in the module itself may be copied or pickled along.
         target._comm_hooks.pop()
 
-    def preview(self, target: DistributedDataParallel, config: DCTConfig, runtime: Runtime) -> None:
+    def preview(self, target: DistributedDataParallel, config: DCTConfig, runtime: Runtime) -> list[Decision]:
         """Reports the result that :meth:`attach` will have, and attaches nothing.
 
         The buckets are those that DDP will have from its second step on if gradients come in the reverse order of the parameters. The
@@ -71,10 +72,12 @@ class DDPIntegration:
         """
         plans = _future_plans(target, phases_of(config)[-1], runtime.links.at_once(target.process_group, config.link))
         reason = _reason_to_leave(target, plans)
-        publish_module(target, reason, config, runtime)
+        beside = publish_module(target, reason, config, runtime)
         title = title_of(target, runtime)
         for index, plan in enumerate(plans if reason is None else []):
             plan.publish(bucket_name(title, index, target.process_group), runtime, None).model = title
+        kept = _reason_to_keep(target)
+        return [plan.decision if kept is None else dense(plan.decision.exchange, kept) for plan in plans] + beside
 
     def attach_at_calls(self, compiled: Compiled, positions: Sequence[int], config: DCTConfig, runtime: Runtime) -> Compiled:
         settled: weakref.WeakSet[object] = weakref.WeakSet()
@@ -160,16 +163,22 @@ def _at_first_gradient(module: DistributedDataParallel, action: Callable[[], Non
 
 def _reason_to_leave(module: DistributedDataParallel, plans: Sequence[BucketPlan]) -> str | None:
     """Why DDP's own reducer stays: the user has taken its place, or no bucket would be compressed."""
-    if module.process_group.size() == 1:
-        return Reason.ONE_RANK
-    if module._comm_hooks or "comm_hook" in module._get_ddp_logging_data():  # of Python, or of C++
-        return Reason.OWN_HOOK
-    if getattr(module, "_use_python_reducer", False):
-        return Reason.PYTHON_REDUCER
+    kept = _reason_to_keep(module)
+    if kept is not None:
+        return kept
     decisions = [plan.decision for plan in plans]
     if any(decision.compressed for decision in decisions):
         return None
     return "; ".join(dict.fromkeys(decision.reason for decision in decisions))
+
+
+def _reason_to_keep(module: DistributedDataParallel) -> str | None:
+    """Why DDP's own reducer stays whatever the schemes could do, if it does."""
+    if module.process_group.size() == 1:
+        return Reason.ONE_RANK
+    if module._comm_hooks or "comm_hook" in module._get_ddp_logging_data():  # of Python, or of C++
+        return Reason.OWN_HOOK
+    return Reason.PYTHON_REDUCER if getattr(module, "_use_python_reducer", False) else None
 
 
 def _future_plans(module: DistributedDataParallel, phase: Phase, link: Link | None) -> list[BucketPlan]:

@@ -11,11 +11,13 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.config import DCTConfig
-from dct_compile.exchange import BUFFERS, GRADIENT, OTHER, Collective
+from dct_compile.exchange import BUFFERS, GRADIENT, OTHER, Collective, Exchange
 from dct_compile.passes.collectives import ALL_REDUCE, BROADCAST
 from dct_compile.passes.manager import publish
+from dct_compile.passes.plan import Decision, dense
+from dct_compile.passes.record import describe_site
 from dct_compile.reasons import Note, Reason, Unseen
-from dct_compile.report import GraphReport, SiteReport, wrapped_class
+from dct_compile.report import GraphReport, wrapped_class
 from dct_compile.runtime import Runtime
 from dct_compile.state.store import named_parameters
 
@@ -37,41 +39,44 @@ def averaged_parameters(module: DistributedDataParallel) -> list[tuple[str, nn.P
     return [(name, parameter) for name, parameter in named_parameters(module) if id(parameter) in averaged]
 
 
-def publish_module(module: DistributedDataParallel, reason: str | None, config: DCTConfig, runtime: Runtime) -> None:
+def publish_module(module: DistributedDataParallel, reason: str | None, config: DCTConfig, runtime: Runtime) -> list[Decision]:
     """Reports all that DDP sends itself in every step, and looks for what the patterns of ``config`` match.
 
     ``reason``: the reason why its reducer stays, if it does.
+
+    Returns:
+        The decisions about all that is sent beside the buckets.
     """
-    title, sites = title_of(module, runtime), list(_beside_buckets(module, runtime))
-    if reason is not None:
-        sites.insert(0, _dense_site(module, reason))
-    if sites:
-        entry = publish(GraphReport(title, "", ""), [(site, None) for site in sites], runtime)
+    title, beside = title_of(module, runtime), list(_beside_buckets(module, runtime))
+    decisions = [*([_dense_buckets(module, reason)] if reason is not None else []), *beside]
+    if decisions:
+        entry = publish(GraphReport(title, "", ""), [(describe_site(decision), None) for decision in decisions], runtime)
         entry.owner, entry.model = weakref.ref(module), title
     averaged = [*(parameter for _, parameter in averaged_parameters(module)), *module._delay_all_reduce_params]
     held = {id(parameter) for parameter in averaged}
     others = [(name, parameter) for name, parameter in named_parameters(module) if parameter.requires_grad and id(parameter) not in held]
     runtime.reports.divide(averaged, others)
     runtime.reports.patterns.look(config, [name for name, _ in named_parameters(module)])
+    return beside
 
 
-def _dense_site(module: DistributedDataParallel, reason: str) -> SiteReport:
+def _dense_buckets(module: DistributedDataParallel, reason: str) -> Decision:
     parameters = [parameter for _, parameter in averaged_parameters(module)]
-    return _site(module, ALL_REDUCE, GRADIENT, "all of DDP's parameters", parameters, str(reason))
+    return _dense(module, ALL_REDUCE, GRADIENT, "all of DDP's parameters", parameters, str(reason))
 
 
-def _beside_buckets(module: DistributedDataParallel, runtime: Runtime) -> Iterator[SiteReport]:
+def _beside_buckets(module: DistributedDataParallel, runtime: Runtime) -> Iterator[Decision]:
     if module.process_group.size() == 1:
         return
     if module._delay_all_reduce_params:
         delayed = {id(parameter) for parameter in module._delay_all_reduce_params}
         names = [name for name, parameter in named_parameters(module) if id(parameter) in delayed]
-        yield _site(module, ALL_REDUCE, GRADIENT, ", ".join(names), module._delay_all_reduce_params, Reason.DELAYED)
+        yield _dense(module, ALL_REDUCE, GRADIENT, ", ".join(names), module._delay_all_reduce_params, Reason.DELAYED)
     if module._delay_all_reduce_all_params or getattr(module, "_use_python_reducer", False):
         return  # it leaves out all of the following
     if module.find_unused_parameters and not module.static_graph:
         used = torch.empty(len(averaged_parameters(module)), dtype=torch.int32, device="meta")
-        yield _site(module, ALL_REDUCE, OTHER, "flags of DDP: which parameters were used", [used], Reason.USED_PARAMETERS)
+        yield _dense(module, ALL_REDUCE, OTHER, "flags of DDP: which parameters were used", [used], Reason.USED_PARAMETERS)
     if not module.broadcast_buffers or not module.named_module_buffers:
         return
     if hasattr(module, "buffer_hook"):
@@ -81,15 +86,14 @@ def _beside_buckets(module: DistributedDataParallel, runtime: Runtime) -> Iterat
     for name, buffer in module.named_module_buffers.items():
         by_dtype[buffer.dtype][name.replace("_orig_mod.", "")] = buffer
     for buffers in by_dtype.values():
-        yield _site(module, BROADCAST, BUFFERS, ", ".join(buffers), list(buffers.values()), Reason.BUFFERS)
+        yield _dense(module, BROADCAST, BUFFERS, ", ".join(buffers), list(buffers.values()), Reason.BUFFERS)
 
 
-def _site(
+def _dense(
     module: DistributedDataParallel, collective: Collective, kind: str, name: str, tensors: Sequence[Tensor], reason: str
-) -> SiteReport:
+) -> Decision:
     """Describes a collective of DDP's own that carries all of ``tensors``."""
-    numel, size = sum(tensor.numel() for tensor in tensors), module.process_group.size()
-    sent = collective.sent(sum(tensor.numel() * tensor.itemsize for tensor in tensors), size).wire_bytes
-    dtype = str(tensors[0].dtype).removeprefix("torch.")
-    group = module.process_group.group_name
-    return SiteReport(collective.name, kind, name, (numel,), dtype, "dense", str(reason), sent, sent, group, size)
+    numel, size = sum(tensor.numel() for tensor in tensors), sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    group = module.process_group
+    exchange = Exchange(collective, kind, name, (numel,), tensors[0].dtype, group.group_name, group.size(), group.rank(), size)
+    return dense(exchange, reason)

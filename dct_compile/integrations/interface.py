@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from dct_compile.config import DCTConfig
+from dct_compile.passes.plan import Decision
 from dct_compile.runtime import Runtime
 
 Compiled = Callable[..., Any]
@@ -37,8 +38,12 @@ class Integration(Protocol):
             runtime: Where to report.
         """
 
-    def preview(self, target: Any, config: DCTConfig, runtime: Runtime) -> None:
-        """Reports the result that :meth:`attach` will have, and attaches nothing."""
+    def preview(self, target: Any, config: DCTConfig, runtime: Runtime) -> list[Decision]:
+        """Reports the result that :meth:`attach` will have, and attaches nothing.
+
+        Returns:
+            The decisions about all that ``target`` sends in a step, gradients in the order in which they are ready.
+        """
 
     def paused(self, model: nn.Module) -> AbstractContextManager[None]:
         """While it lasts, the targets in ``model`` neither send anything nor prepare for a backward."""

@@ -1,0 +1,63 @@
+"""The part that ``dct inspect`` and ``dct advise`` share: what to compile, with which options, and what is said where that fails."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dct_compile.cli.settings import parse_options
+from dct_compile.config import default_options
+
+if TYPE_CHECKING:
+    from dct_compile.cli.targets import Target
+
+OPTIONS = "\b\nOptions of the backend and their defaults, for --options:\n" + "\n".join(
+    f"  {name}={'[]' if value == () else value}" for name, value in default_options().items()
+)
+
+
+def check_arguments(options: Sequence[str], more: Sequence[str], *paths: Path | None) -> None:
+    """Raises ``click.UsageError`` for an argument that follows no ``--options``, and for a file in a folder that does not exist."""
+    if more and not options:
+        raise click.UsageError(f"unexpected argument {more[0]!r}: options of the backend follow --options")
+    for path in paths:
+        if path is not None and not path.resolve().parent.is_dir():
+            raise click.UsageError(f"cannot write {path}: there is no folder {path.resolve().parent}")
+
+
+def read(target: str, options: Sequence[str]) -> tuple[Callable[[], "Target"], dict[str, Any]]:
+    """Returns the maker of the target and the options. Raises ``click.UsageError`` for what cannot be read."""
+    # Late, so that `dct --help` and usage errors do not wait for it.
+    from torch._inductor import list_options
+
+    from dct_compile.cli.targets import find
+    from dct_compile.config import split_options
+
+    try:
+        parsed = parse_options(options)
+        split_options(parsed, list_options())
+        return find(target), parsed
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+@contextmanager
+def said(target: str) -> Iterator[None]:
+    """Turns every error of making or compiling the target into a ``click.ClickException``; what torch logs on the way is silent."""
+    from torch._logging._internal import set_logs
+
+    from dct_compile.cli.targets import TargetError
+
+    if "TORCH_LOGS" not in os.environ:
+        set_logs(all=logging.CRITICAL)  # the error says it
+    try:
+        yield
+    except TargetError as error:
+        raise click.ClickException(str(error)) from error
+    except Exception as error:
+        cause = getattr(error, "inner_exception", error)  # what torch says around a backend's error is of no help here
+        raise click.ClickException(f"{target} could not be compiled: {type(cause).__name__}: {cause}") from error
