@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
-from dct_compile.config import DCTConfig, split_options
+from dct_compile.config import DCTConfig
 from dct_compile.link import ALLOWED as LINKS
+from dct_compile.options import split_options
 from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from tests.tracing import fake_group
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from torch._inductor import list_options
 
-from dct_compile.config import DCTConfig, default_options, split_options
+from dct_compile.config import DCTConfig
+from dct_compile.options import default_options, split_options
 
 
 @pytest.mark.parametrize("options", [None, {}])

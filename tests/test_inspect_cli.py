@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 
 from dct_compile.cli.main import main
 from dct_compile.cli.targets import MOVIELENS_TABLES
-from dct_compile.config import default_options
 from dct_compile.models.sources import MissingData, movielens
+from dct_compile.options import default_options
 
 USERS_FILE = """
 import torch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dct_compile.cli.settings import parse_options
-from dct_compile.config import default_options
+from dct_compile.options import default_options
 
 if TYPE_CHECKING:
     from dct_compile.cli.targets import Target
@@ -35,7 +35,7 @@ def read(target: str, options: Sequence[str]) -> tuple[Callable[[], "Target"], d
     from torch._inductor import list_options
 
     from dct_compile.cli.targets import find
-    from dct_compile.config import split_options
+    from dct_compile.options import split_options
 
     try:
         parsed = parse_options(options)

@@ -10,8 +10,8 @@ from typing import Any
 from torch._inductor import list_options
 
 from dct_compile.cli.backends import BACKENDS, HOOKS
-from dct_compile.config import split_options
 from dct_compile.models.tasks import TASKS, DataSource, Optimization, Task
+from dct_compile.options import split_options
 
 ASSUMED_LINK = "1Gbit/s"
 """Ranks of one machine stand for hosts on Ethernet."""

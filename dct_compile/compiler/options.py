@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch._inductor import list_mode_options, list_options
 from torch.distributed import ProcessGroup
 
-from dct_compile.config import DCTConfig, split_options
+from dct_compile.config import DCTConfig
+from dct_compile.options import split_options
 from dct_compile.triton_kernels.compat import HAS_TRITON
 
 
