@@ -20,7 +20,8 @@ from dct_compile.config import DCTConfig
 from dct_compile.exchange import BACKWARD_OF, GRADIENT, Exchange
 from dct_compile.inspection import undisturbed
 from dct_compile.link import ONE_MACHINE, Link
-from dct_compile.passes.plan import Decision, decide, dense, follow_forward
+from dct_compile.passes.decision import Decision, dense
+from dct_compile.passes.plan import decide, follow_forward
 from dct_compile.schemes import SCHEMES, GradientOffer, Offer
 from dct_compile.traffic import NOTHING, Traffic
 

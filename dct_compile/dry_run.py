@@ -12,7 +12,7 @@ from dct_compile.compiler.state_inputs import blank_state
 from dct_compile.integrations import INTEGRATIONS
 from dct_compile.integrations.unseen import note_unseen
 from dct_compile.passes import graph_utils as gu
-from dct_compile.passes.plan import Decision
+from dct_compile.passes.decision import Decision
 from dct_compile.phases import phases_of
 from dct_compile.runtime import Runtime
 

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dct_compile.dry_run import dry_run
 from dct_compile.integrations import INTEGRATIONS
-from dct_compile.passes.plan import Decision
+from dct_compile.passes.decision import Decision
 from dct_compile.report import Report
 from dct_compile.runtime import RUNTIME, Runtime
 

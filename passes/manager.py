@@ -18,10 +18,11 @@ from dct_compile.link import Link
 from dct_compile.measure import BucketMeasure
 from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.context import has_descriptors, read_context
+from dct_compile.passes.decision import Decision, held_until
 from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.graph_utils import resolve_group
 from dct_compile.passes.insert_gradient_sync import averaged_buckets, insert_gradient_sync
-from dct_compile.passes.plan import Decision, decide_in_graph, exempting, held_until, plan
+from dct_compile.passes.plan import decide_in_graph, exempting, plan
 from dct_compile.passes.record import Described, describe, describe_nodes, readable
 from dct_compile.passes.rewrite import rewrite
 from dct_compile.passes.sites import GraphContext, find_sites

@@ -8,65 +8,20 @@ on a batch size, which may differ between ranks. All ranks therefore decide alik
 """
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import ALL_REDUCE, BACKWARD_OF, COMPRESSIBLE, GRADIENT, OTHER, RETURNED, STORED, Exchange
 from dct_compile.link import ONE_MACHINE, Link, duration
+from dct_compile.passes.decision import Decision, dense
 from dct_compile.passes.exchanges import exchanges_of
 from dct_compile.passes.sites import Site
 from dct_compile.reasons import Reason
 from dct_compile.schemes import SCHEMES, Declined, GradientOffer, Offer, RowOffer, Scheme
 from dct_compile.schemes.observed import Observed
-from dct_compile.traffic import NOTHING, Traffic
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The decision about one exchange.
-
-    ``offer``: the offer taken, ``None`` for dense. The exchange of a gradient has the offer of its forward. ``reason``: the words of the
-    report. ``dense_bytes``, ``wire_bytes``: sent per rank and call, before and after. ``offers``: the wire bytes of every scheme that made
-    an offer, where one was turned down. ``site``: its place in a graph, ``None`` for an exchange outside of graphs. ``traffic``: the work
-    per rank and call, as it was decided. ``link``: the link of the group, where it was looked at.
-    """
-
-    exchange: Exchange
-    offer: Offer | None
-    reason: str
-    dense_bytes: int
-    wire_bytes: int
-    offers: Mapping[str, int] = field(default_factory=dict)
-    site: Site | None = None
-    traffic: Traffic = NOTHING
-    link: Link | None = None
-
-    @property
-    def compressed(self) -> bool:
-        return self.offer is not None
-
-    @property
-    def scheme(self) -> str:
-        """The name of the scheme, "dense" for none."""
-        return self.offer.scheme if self.offer is not None else "dense"
-
-    @property
-    def digest(self) -> str:
-        """The text that must be equal on all ranks."""
-        return f"{self.scheme}: {self.offer.digest}" if self.offer is not None else "dense"
-
-    @property
-    def seconds(self) -> float | None:
-        """Predicted seconds per call where nothing else runs, ``None`` where the link is not known."""
-        return self.traffic.seconds(self.link) if self.link is not None else None
-
-    @property
-    def dense_seconds(self) -> float | None:
-        """Predicted seconds of the dense collective."""
-        return self.exchange.dense_traffic.seconds(self.link) if self.link is not None else None
-
+from dct_compile.traffic import Traffic
 
 LinkOf = Callable[[str], Link | None]
 """Returns the link between the ranks of a group, by the group's name; ``None`` where bytes decide."""
@@ -141,26 +96,10 @@ def decide_in_graph(exchange: Exchange, config: DCTConfig, link_of: LinkOf = unk
     return replace(decision, offer=Observed.of(decision.offer))
 
 
-def dense(exchange: Exchange, reason: str) -> Decision:
-    """Returns the decision to leave ``exchange`` as it is, for ``reason``."""
-    size = exchange.dense_traffic.wire_bytes
-    return Decision(exchange, None, str(reason), size, size, traffic=exchange.dense_traffic)
-
-
 def exempting(decisions: Sequence[Decision], config: DCTConfig) -> set[str]:
     """Returns the patterns of ``exempt`` that match an activation or embedding, also where an earlier pattern or reason leaves it dense."""
     exchanges = [decision.exchange for decision in decisions if decision.exchange.kind in BACKWARD_OF]
     return {pattern for pattern in config.exempt if any(_exempts(pattern, exchange) for exchange in exchanges)}
-
-
-def held_until(decision: Decision, exchanges: int | None) -> Decision:
-    """Adds to the reason of a gradient's decision that another phase follows after ``exchanges`` exchanges, if one does."""
-    depends = isinstance(decision.offer, GradientOffer) or bool(decision.offers)
-    if exchanges is None or decision.exchange.kind != GRADIENT:
-        return decision
-    if decision.reason == Reason.DP_DENSITY_ONE:
-        return replace(decision, reason=Reason.DENSE_UNTIL.format(number=exchanges))
-    return replace(decision, reason=Reason.UNTIL.format(reason=decision.reason, number=exchanges)) if depends else decision
 
 
 def _cost(traffic: Traffic, link: Link | None) -> float | Fraction:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from dct_compile.passes import graph_utils as gu
-from dct_compile.passes.plan import Decision
+from dct_compile.passes.decision import Decision
 from dct_compile.passes.source import source_line
 from dct_compile.passes.splice import trace
 from dct_compile.report import NodeReport, SiteReport

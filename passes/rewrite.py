@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from dct_compile.comm import Comm
 from dct_compile.exchange import Exchange
 from dct_compile.passes import graph_utils as gu
-from dct_compile.passes.plan import Decision
+from dct_compile.passes.decision import Decision
 from dct_compile.passes.sites import Site
 from dct_compile.passes.splice import splice
 from dct_compile.schemes import GradientOffer, RowOffer

@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import Parameter, Segment, segments_of
 from dct_compile.passes.collectives import collective_of
+from dct_compile.passes.decision import Decision
 from dct_compile.passes.graph_utils import WAIT
-from dct_compile.passes.plan import Decision, plan
+from dct_compile.passes.plan import plan
 from dct_compile.passes.sites import Site
 
 c10d = torch.ops._c10d_functional

@@ -11,7 +11,8 @@ from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import GRADIENT, Exchange, Parameter, segments_of
 from dct_compile.passes.collectives import ALL_REDUCE
-from dct_compile.passes.plan import Decision, decide
+from dct_compile.passes.decision import Decision
+from dct_compile.passes.plan import decide
 from dct_compile.passes.splice import trace
 from dct_compile.schemes import GradientOffer
 from dct_compile.state.bucket import BucketState

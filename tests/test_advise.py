@@ -14,7 +14,8 @@ from dct_compile.exchange import GRADIENT, Exchange, Parameter, segments_of
 from dct_compile.inspection import fake_ranks, inspected
 from dct_compile.link import ONE_MACHINE, Link
 from dct_compile.passes.collectives import ALL_REDUCE
-from dct_compile.passes.plan import Decision, decide
+from dct_compile.passes.decision import Decision
+from dct_compile.passes.plan import decide
 from dct_compile.reasons import Reason
 
 GIGABIT = Link(1.25e8, 50e-6)

@@ -24,10 +24,10 @@ from dct_compile.compiler.options import gradient_group
 from dct_compile.compiler.state_inputs import add_state_inputs
 from dct_compile.config import DCTConfig
 from dct_compile.passes.context import has_descriptors
+from dct_compile.passes.decision import Decision
 from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.graph_utils import WAIT
 from dct_compile.passes.manager import JointGraphPass, StateRequest
-from dct_compile.passes.plan import Decision
 from dct_compile.report import Report
 from dct_compile.runtime import Runtime
 

@@ -16,7 +16,7 @@ from dct_compile.compiler.options import read_options
 from dct_compile.exchange import GRADIENT
 from dct_compile.inspection import inspected
 from dct_compile.link import ETHERNET_LATENCY_S, Link, rate
-from dct_compile.passes.plan import Decision
+from dct_compile.passes.decision import Decision
 from dct_compile.phases import phases_of
 from dct_compile.traffic import Traffic
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import Exchange
+from dct_compile.passes.decision import Decision
 from dct_compile.passes.graph_utils import resolve_group
 from dct_compile.passes.manager import StateRequest
-from dct_compile.passes.plan import Decision
 from dct_compile.runtime import Runtime
 from dct_compile.state.bucket import BucketState
 from dct_compile.state.exchanges import count_exchange

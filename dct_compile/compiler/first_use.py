@@ -10,8 +10,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import BACKWARD_OF, GRADIENT
+from dct_compile.passes.decision import Decision
 from dct_compile.passes.graph_utils import resolve_group
-from dct_compile.passes.plan import Decision
 from dct_compile.posts import Signature
 from dct_compile.report import ReportEntry
 from dct_compile.runtime import Runtime

@@ -22,11 +22,11 @@ from dct_compile.compiler.spread import Meshes, fsdp_meshes, spread_of, watchers
 from dct_compile.compiler.state_inputs import add_state_inputs, with_state
 from dct_compile.config import DCTConfig
 from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.decision import Decision
 from dct_compile.passes.foresight import can_hold_sites
 from dct_compile.passes.graph_input import PLAIN, GraphInput
 from dct_compile.passes.inline_kernels import InlineKernels
 from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRequest, expected_requests
-from dct_compile.passes.plan import Decision
 from dct_compile.reasons import Note
 from dct_compile.runtime import Runtime
 

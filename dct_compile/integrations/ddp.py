@@ -19,7 +19,7 @@ from dct_compile.integrations.ddp_reducer import GradientCompressor
 from dct_compile.integrations.ddp_report import bucket_name, publish_module, title_of
 from dct_compile.integrations.interface import Compiled
 from dct_compile.link import Link
-from dct_compile.passes.plan import Decision, dense
+from dct_compile.passes.decision import Decision, dense
 from dct_compile.phases import Phase, phases_of
 from dct_compile.reasons import Note, Reason
 from dct_compile.report import wrapped_class

@@ -15,8 +15,9 @@ from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
 from dct_compile.link import Link
 from dct_compile.passes.collectives import ALL_REDUCE
+from dct_compile.passes.decision import Decision, dense, held_until
 from dct_compile.passes.manager import publish
-from dct_compile.passes.plan import Decision, decide, dense, held_until
+from dct_compile.passes.plan import decide
 from dct_compile.passes.record import describe_function, describe_site
 from dct_compile.phases import Phase
 from dct_compile.posts import Signature

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import BUFFERS, GRADIENT, OTHER, Collective, Exchange
 from dct_compile.passes.collectives import ALL_REDUCE, BROADCAST
+from dct_compile.passes.decision import Decision, dense
 from dct_compile.passes.manager import publish
-from dct_compile.passes.plan import Decision, dense
 from dct_compile.passes.record import describe_site
 from dct_compile.reasons import Note, Reason, Unseen
 from dct_compile.report import GraphReport, wrapped_class

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from dct_compile.config import DCTConfig
-from dct_compile.passes.plan import Decision
+from dct_compile.passes.decision import Decision
 from dct_compile.runtime import Runtime
 
 Compiled = Callable[..., Any]
