@@ -15,7 +15,7 @@ from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
 from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.manager import publish
-from dct_compile.passes.plan import Decision, decide, dense, held_until
+from dct_compile.passes.plan import Decision, decide_outside, dense, held_until
 from dct_compile.passes.record import describe_function, describe_site
 from dct_compile.phases import Phase
 from dct_compile.posts import Signature
@@ -48,7 +48,7 @@ class BucketPlan:
     ) -> "BucketPlan":
         members = [Parameter(index, names[id(item)], tuple(item.shape), ElementOrder.of(item)) for index, item in enumerate(parameters)]
         exchange = gradient_exchange(ALL_REDUCE, segments_of(members), parameters[0].dtype, group, may_be_unused)
-        decision = dense(exchange, Reason.SPARSE) if sparse else held_until(decide(exchange, phase.config), phase.until)
+        decision = dense(exchange, Reason.SPARSE) if sparse else held_until(decide_outside(exchange, phase.config), phase.until)
         return cls(decision, Comm(group.group_name, group.size()), parameters[0].device, sparse)
 
     @property
