@@ -131,6 +131,17 @@ class Pending:
                 if item.input_name in tensors:
                     view(tensors[item.input_name], item.parts[index]).data.fill_(item.fill or 0)
 
+    def drain(self, index: int) -> None:
+        """Adds the late mean of one parameter to its residual, in the state of before a pending exchange too; see ``entry.fold_late``."""
+        parts = {item.name: item.parts[index] for item in self.spec.tensors if not item.stage}
+        order = self.spec.orders[index] if self.spec.orders else None
+        for tensors in (self.tensors, self._before) if LATE in parts else ():
+            if tensors:
+                late, residual = (view(tensors[name], parts[name]).data for name in (LATE, "residual"))
+                mean = late.nan_to_num(0.0, 0.0, 0.0)
+                residual += mean if order is None else order.to_buffer(mean)
+                late.zero_()
+
     def _restore(self, index: int, flag: Tensor) -> None:
         """Restores the state of one parameter where ``flag`` (bool []) is True, without a wait for the device."""
         for item in self.spec.tensors if self._before else ():

@@ -140,7 +140,7 @@ class StateStore:
             self._settle_now(list(held))
             for bucket, indices in held.items():
                 for index in indices:
-                    bucket.write(index, fold_late(bucket.saved(index)))
+                    bucket.pending.drain(index)
             own = {id(parameter) for parameter in model.parameters()}
             for ref, waiting in self._pending:
                 if id(ref()) in own:
