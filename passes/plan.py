@@ -103,11 +103,12 @@ def decide(exchange: Exchange, config: DCTConfig) -> Decision:
 def decide_in_graph(exchange: Exchange, config: DCTConfig) -> Decision:
     """Decides like :func:`decide` about an exchange that a graph makes; with option ``audit`` the graph notes its gradients, too."""
     decision = decide(exchange, config)
-    if not isinstance(decision.offer, GradientOffer):
+    offer, reason = decision.offer, decision.reason
+    if not isinstance(offer, GradientOffer):
         return decision
     if config.arrival == "late":
-        decision = replace(decision, reason=Reason.NOW_IN_GRAPH.format(reason=decision.reason))
-    return replace(decision, offer=Observed.of(decision.offer)) if config.audit else decision
+        reason = Reason.NOW_IN_GRAPH.format(reason=reason)
+    return replace(decision, offer=Observed.of(offer) if config.audit else offer, reason=reason)
 
 
 def decide_outside(exchange: Exchange, config: DCTConfig) -> Decision:

@@ -28,10 +28,10 @@ class Use:
 
     ``steps``: grows with every optimizer step that applies its gradient. ``optimizer``, ``scaler``: those of the last such step, or found
     before the first one. ``absent``: whether its gradient was ``None`` or zero at the begin of a backward since the last exchange (on a
-    GPU a bool tensor). ``blank``: whether what arrived at the last exchange was zero, as late means are at first, so that zeros do not tell of
-    a discarded gradient. ``task``: the backward pass that looked last. ``skipped``: a tensor that is not zero where a fused optimizer left
-    out its last step. ``version``: that of the parameter at the last exchange of its gradient, ``None`` before the first. ``searches``:
-    how often an optimizer was searched for.
+    GPU a bool tensor). ``blank``: whether what the last exchange handed out was zero, as late means are at first: then zeros do not tell
+    of a discarded gradient. ``task``: the backward pass that looked last. ``skipped``: a tensor that is not zero where a fused optimizer
+    left out its last step. ``version``: that of the parameter at the last exchange of its gradient, ``None`` before the first.
+    ``searches``: how often an optimizer was searched for.
 
     For :mod:`dct_compile.optim`. ``late``: whether an element of its gradient arrives once in many steps, with all that has added up.
     ``waits``: whether its optimizer is to adapt to that. ``gap``: the steps that an element waits, as far as the second moment is to know.
