@@ -17,7 +17,6 @@ SECOND_MOMENTS = ("auto", "gaps", "plain")
 DP_VALUE_DTYPES = (*MP_VALUE_DTYPES, "int8")
 THRESHOLDS = ("exact", "sampled", "laplace")
 REFRESH_WARMUPS = ("geometric", "off")
-ARRIVALS = ("now", "late")
 FIRST_MOMENTS = ("auto", "bypass", "keep")
 _LATE = 0.1
 """The largest density at which an element waits as long as a first moment usually looks back: ten steps."""
@@ -63,9 +62,7 @@ class DCTConfig:
     error_feedback: bool = True
     """Keep what was not sent and add it to the next gradient."""
     arrival: str = "now"
-    """The step that a mean of gradients joins under DDP: "now", its own, which waits for the exchange; "late", the next one, beside which
-    the exchange runs. What stays dense arrives now.
-    """
+    """The step that a mean of gradients joins under DDP: "now", its own, or "late", the next one, beside which the exchange runs."""
     undo_discarded: bool = True
     """Take out of the residual what a discarded gradient (``zero_grad`` without a step) has left there. Takes memory for a second residual,
     and a copy of it per step.
@@ -125,7 +122,7 @@ class DCTConfig:
         checks.check_choice("refresh_warmup", self.refresh_warmup, REFRESH_WARMUPS)
         checks.check_bool("hold_density", self.hold_density)
         checks.check_bool("error_feedback", self.error_feedback)
-        checks.check_choice("arrival", self.arrival, ARRIVALS)
+        checks.check_choice("arrival", self.arrival, ("now", "late"))
         if self.arrival == "late" and not self.error_feedback:
             raise checks.error("arrival", self.arrival, "'now' with error_feedback=False: no residual could take back what arrives late")
         checks.check_bool("undo_discarded", self.undo_discarded)

@@ -9,6 +9,7 @@ start them there in the same order.
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def reduce_late(
         blank = ~arrived.any()
         for use in state.pending.uses:
             use.blank = blank if buffer.is_cuda else bool(blank)
-        result = _done(late.join(arrived, None)) if rest is None else average(rest, group, lambda mean: late.join(arrived, mean))
+        result = _done(late.join(arrived, None)) if rest is None else average(rest, group, partial(_joined, late, arrived))
         state.under_way = start(lambda: late.send(compressed, tensors, comm))
     return result
 
@@ -87,16 +88,27 @@ def on_worker(worker: ExchangeWorker, explain: Callable[[Exception], None]) -> S
 
 
 def on_stream(stream: torch.cuda.Stream) -> Start:
-    """Returns a function that starts tasks on ``stream``: the stream that is current then, and the one that waits, do not wait for it."""
+    """Returns a function that starts tasks on ``stream``. The host waits at no place."""
 
     def start(task: Callable[[], None]) -> Wait:
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             task()
             ended = stream.record_event()
-        return lambda: torch.cuda.current_stream(stream.device).wait_event(ended)
+        return partial(_wait_for, ended, stream.device, task)
 
     return start
+
+
+def _wait_for(ended: torch.cuda.Event, device: torch.device, task: Callable[[], None]) -> None:
+    """Lets the current stream wait. ``task`` holds the tensors that the side stream reads: until then their memory is not used again."""
+    torch.cuda.current_stream(device).wait_event(ended)
+
+
+def _joined(late: Late, arrived: Tensor, mean: Tensor) -> Tensor:
+    if mean.is_cuda:  # torch calls back on a stream of its own
+        arrived.record_stream(torch.cuda.current_stream(mean.device))
+    return late.join(arrived, mean)
 
 
 def _done(result: Tensor) -> torch.futures.Future[Tensor]:
