@@ -122,9 +122,8 @@ class DCTConfig:
         checks.check_choice("refresh_warmup", self.refresh_warmup, REFRESH_WARMUPS)
         checks.check_bool("hold_density", self.hold_density)
         checks.check_bool("error_feedback", self.error_feedback)
-        checks.check_choice("arrival", self.arrival, ("now", "late"))
-        if self.arrival == "late" and not self.error_feedback:
-            raise checks.error("arrival", self.arrival, "'now' with error_feedback=False: no residual could take back what arrives late")
+        more = "" if self.error_feedback else " with error_feedback=False: no residual could take back what arrives late"
+        checks.check_choice("arrival", self.arrival, ("now", "late") if self.error_feedback else ("now",), more)
         checks.check_bool("undo_discarded", self.undo_discarded)
         checks.check_choice("second_moment", self.second_moment, SECOND_MOMENTS)
         checks.check_choice("first_moment", self.first_moment, FIRST_MOMENTS)

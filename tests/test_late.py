@@ -29,7 +29,7 @@ def late_spec() -> StateSpec:
 
 
 def test_a_late_mean_needs_a_residual() -> None:
-    with pytest.raises(ValueError, match=r"option 'arrival' is 'late' .*; allowed is 'now' with error_feedback=False"):
+    with pytest.raises(ValueError, match=r"option 'arrival' is 'late' .*; allowed is one of 'now' with error_feedback=False"):
         DCTConfig(arrival="late", error_feedback=False)
 
 
