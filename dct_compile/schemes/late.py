@@ -5,7 +5,8 @@
     step k     mean k starts                    the gradient becomes mean k-1
     step k+1   mean k has arrived, mean k+1 starts    the gradient becomes mean k
 
-Error feedback makes this a delay of one more step for an element that waits a hundred. Synchronisation beside the training is the idea of
+For an element that waits a hundred steps it is one more. Those that are sent in nearly every step feel it, as all do without compression:
+a training at a high learning rate loses accuracy. Synchronisation beside the training is the idea of
 ShadowSync (Zheng et al., 2020, arXiv 2003.03477). The parameters that the scheme leaves dense have no residual, so nothing could take back
 what was under way: they are averaged beside it, in an all_reduce of their own, and arrive at once.
 """
