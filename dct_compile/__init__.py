@@ -34,6 +34,7 @@ __all__ = [
     "adapt",
     "audit",
     "discard_gradients",
+    "drain",
     "explain",
     "load_state_dict",
     "monitor",
@@ -153,6 +154,23 @@ def discard_gradients(model: nn.Module) -> None:
     RUNTIME.states.discard(model)
     for parameter in model.parameters():
         parameter.grad = None
+
+
+def drain(model: nn.Module) -> None:
+    """Ends what is under way with option ``arrival="late"``: waits for it, and hands the means that no gradient has joined yet back.
+
+    Each rank adds them to its own residual, so nothing is lost: they are sent again with the next gradients. Call it where what was
+    computed so far should not meet what comes next, as before another loss. It is not needed at the end of a training, nor before
+    :func:`state_dict`.
+
+    Args:
+        model: The model, with or without the wrappers of DDP and torch.compile. Every rank that averages its gradients makes this call,
+            between the same two steps.
+
+    Raises:
+        Exception: The error of an exchange that has failed meanwhile.
+    """
+    RUNTIME.states.drain(model)
 
 
 def scale_residuals(model: nn.Module, factor: float) -> None:

@@ -3,6 +3,8 @@
 For every parameter, over all steps that an optimizer has made::
 
     sum over the ranks of the local gradients  =  ranks * sum of the applied gradients  +  sum over the ranks of the residuals
+
+A mean that arrives late counts as a part of each rank's residual until it joins a gradient.
 """
 
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from dct_compile.runtime import RUNTIME, Runtime
-from dct_compile.state.entry import Entry, fold_share
+from dct_compile.state.entry import Entry, fold_late, fold_share
 from dct_compile.state.gradient_use import NO_BACKWARD
 from dct_compile.state.spec import LOCAL
 from dct_compile.state.store import named_parameters
@@ -58,8 +60,9 @@ class _Account:
         self.volume, self.steps = 0.0, 0
 
     def begin(self) -> None:
-        """Forgets a gradient that was discarded: ``zero_grad`` leaves none, or zeros."""
-        if self.parameter.grad is None or not self.parameter.grad.any():
+        """Forgets a gradient that was discarded: ``zero_grad`` leaves none, or zeros in the place of what had arrived."""
+        was_zero = self.received is not None and not self.received.any()
+        if self.parameter.grad is None or not (was_zero or self.parameter.grad.any()):
             self.local = self.received = None
 
     def add(self, gradient: Tensor) -> None:
@@ -139,7 +142,7 @@ class Audit:
             local, applied = local + account.local / scale, applied + account.received / scale
         waiting = torch.zeros_like(_flat(local))
         for entry in entries:
-            waiting += fold_share(entry)["residual"].double()
+            waiting += fold_late(fold_share(entry))["residual"].double()
         volume = torch.tensor([account.volume + (local.abs().max().item() if local.numel() else 0.0)], dtype=torch.float64)
         total, applied = _flat(local).clone(), self._of_the_last(_flat(applied), account.steps)
         for tensor in (total, waiting, volume):

@@ -62,6 +62,8 @@ class DCTConfig:
     """Between two choices, let a gradient's threshold follow what each step has kept, so that ``dp_density`` is held."""
     error_feedback: bool = True
     """Keep what was not sent and add it to the next gradient."""
+    arrival: str = "now"
+    """The step that a mean of gradients joins under DDP: "now", its own, or "late", the next one, beside which the exchange runs."""
     undo_discarded: bool = True
     """Take out of the residual what a discarded gradient (``zero_grad`` without a step) has left there. Takes memory for a second residual,
     and a copy of it per step.
@@ -126,6 +128,8 @@ class DCTConfig:
         checks.check_choice("refresh_warmup", self.refresh_warmup, REFRESH_WARMUPS)
         checks.check_bool("hold_density", self.hold_density)
         checks.check_bool("error_feedback", self.error_feedback)
+        more = "" if self.error_feedback else " with error_feedback=False: no residual could take back what arrives late"
+        checks.check_choice("arrival", self.arrival, ("now", "late") if self.error_feedback else ("now",), more)
         checks.check_bool("undo_discarded", self.undo_discarded)
         checks.check_choice("second_moment", self.second_moment, SECOND_MOMENTS)
         checks.check_choice("first_moment", self.first_moment, FIRST_MOMENTS)

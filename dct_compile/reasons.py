@@ -71,6 +71,9 @@ class Reason(StrEnum):
     ROW_THRESHOLD = "row threshold, {capacity} of {width} kept"
     FOLLOWS_FORWARD = "the forward's mask, values only"
 
+    LATE = "{reason}; arrives one step later"
+    NOW_IN_GRAPH = "{reason}; arrives now: arrival='late' holds for gradients that DDP averages outside of graphs"
+    NOW_UNUSED = "{reason}; arrives now: with find_unused_parameters, DDP would drop what arrives for a parameter that no rank uses"
     UNTIL = "{reason}; until exchange {number}"
     DENSE_UNTIL = "dense until exchange {number}, as start_iter or density_warmup asks"
 

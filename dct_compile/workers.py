@@ -5,6 +5,7 @@ start its collectives, so it is the same on all ranks wherever it is for DDP. Mo
 group each, as with DDP itself.
 """
 
+import atexit
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 from dct_compile.groups import store_of_life, timeout_s
 
 _Tasks = SimpleQueue[Callable[[], None] | None]
+_LOOK_S = 0.1
+"""Seconds between two looks at a thread that may have ended."""
 
 
 class ExchangeWorker:
@@ -33,11 +36,19 @@ class ExchangeWorker:
         self._tasks: _Tasks = SimpleQueue()
         # The queue is made for it: a finalizer runs in the middle of any code, with any lock held.
         weakref.finalize(process_group, self._tasks.put, None).atexit = False
-        threading.Thread(target=_work, args=(self._tasks, weakref.ref(self.group)), name="dct-exchanges", daemon=True).start()
+        self._thread = threading.Thread(target=_work, args=(self._tasks, weakref.ref(self.group)), name="dct-exchanges", daemon=True)
+        self._thread.start()
 
     def submit(self, task: Callable[[], None]) -> None:
         """Runs ``task``, which raises nothing, after those submitted before. Returns at once."""
         self._tasks.put(task)
+
+    def finish(self) -> None:
+        """Waits until all tasks that were submitted have ended, or the thread with its process group."""
+        done = threading.Event()
+        self._tasks.put(done.set)
+        while self._thread.is_alive() and not done.wait(_LOOK_S):
+            pass
 
 
 @dataclass
@@ -52,6 +63,8 @@ class Workers:
     def __init__(self) -> None:
         self._slots: weakref.WeakKeyDictionary[ProcessGroup, _Slot] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
+        # A thread that comes back from an exchange while the interpreter ends would abort the process.
+        atexit.register(_finish, weakref.ref(self))
 
     def of(self, process_group: ProcessGroup) -> ExchangeWorker:
         """Returns the worker for DDP modules over ``process_group``. The first call makes it, and waits for all ranks of the group."""
@@ -61,6 +74,13 @@ class Workers:
             if slot.worker is None:
                 slot.worker = ExchangeWorker(process_group)
             return slot.worker
+
+
+def _finish(workers: "weakref.ref[Workers]") -> None:
+    found = workers()
+    for slot in list(found._slots.values()) if found is not None else ():
+        if slot.worker is not None:
+            slot.worker.finish()
 
 
 def _work(tasks: _Tasks, group: "weakref.ref[ProcessGroup]") -> None:

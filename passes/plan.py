@@ -13,13 +13,14 @@ from dataclasses import replace
 from fractions import Fraction
 
 from dct_compile.config import DCTConfig
-from dct_compile.exchange import ALL_REDUCE, BACKWARD_OF, COMPRESSIBLE, GRADIENT, OTHER, RETURNED, STORED, Exchange
+from dct_compile.exchange import ALL_REDUCE, BACKWARD_OF, COMPRESSIBLE, GRADIENT, OTHER, RETURNED, STORED, Exchange, segments_of
 from dct_compile.link import ONE_MACHINE, Link, duration
 from dct_compile.passes.decision import Decision, dense
 from dct_compile.passes.exchanges import exchanges_of
 from dct_compile.passes.sites import Site
 from dct_compile.reasons import Reason
 from dct_compile.schemes import SCHEMES, Declined, GradientOffer, Offer, RowOffer, Scheme
+from dct_compile.schemes.late import Late
 from dct_compile.schemes.observed import Observed
 from dct_compile.traffic import Traffic
 
@@ -91,9 +92,36 @@ def decide(exchange: Exchange, config: DCTConfig, link_of: LinkOf = unknown_link
 def decide_in_graph(exchange: Exchange, config: DCTConfig, link_of: LinkOf = unknown_link) -> Decision:
     """Decides like :func:`decide` about an exchange that a graph makes; with option ``audit`` the graph notes its gradients, too."""
     decision = decide(exchange, config, link_of)
-    if not config.audit or not isinstance(decision.offer, GradientOffer):
+    offer, reason = decision.offer, decision.reason
+    if not isinstance(offer, GradientOffer):
         return decision
-    return replace(decision, offer=Observed.of(decision.offer))
+    if config.arrival == "late":
+        reason = Reason.NOW_IN_GRAPH.format(reason=reason)
+    return replace(decision, offer=Observed.of(offer) if config.audit else offer, reason=reason)
+
+
+def decide_outside(exchange: Exchange, config: DCTConfig, link_of: LinkOf = unknown_link) -> Decision:
+    """Decides like :func:`decide` about a gradient that travels outside of graphs; with option ``arrival`` its mean arrives late."""
+    decision = decide(exchange, config, link_of)
+    if config.arrival == "now" or not isinstance(decision.offer, GradientOffer):
+        return decision
+    if exchange.may_be_unused:
+        return replace(decision, reason=Reason.NOW_UNUSED.format(reason=decision.reason))
+    scheme = next(scheme for scheme in SCHEMES if scheme.name == decision.scheme)
+    inner = _offer_of(scheme, _of_compressed(exchange, decision.offer), config)
+    assert isinstance(inner, GradientOffer)
+    offer = Late.of(decision.offer, inner)
+    return replace(
+        decision, offer=offer, reason=Reason.LATE.format(reason=decision.reason), wire_bytes=offer.traffic.wire_bytes, traffic=offer.traffic
+    )
+
+
+def _of_compressed(exchange: Exchange, offer: GradientOffer) -> Exchange:
+    """Describes the exchange of those parameters alone that ``offer`` compresses, end to end."""
+    assert exchange.dtype is not None
+    segments = segments_of([segment.parameter for segment in offer.members.compressed])
+    numel = sum(segment.parameter.numel for segment in segments)
+    return replace(exchange, segments=segments, shape=(numel,), input_bytes=numel * exchange.dtype.itemsize)
 
 
 def exempting(decisions: Sequence[Decision], config: DCTConfig) -> set[str]:

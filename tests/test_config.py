@@ -64,6 +64,7 @@ BAD: list[tuple[str, Any, str]] = [
     *[("refresh_warmup", value, "one of 'geometric', 'off'") for value in ("geometrical", "on", None, True, 1)],
     *[("hold_density", value, "True or False") for value in (0, 1, "no", None)],
     *[("error_feedback", value, "True or False") for value in (0, 1, "yes", None)],
+    *[("arrival", value, "one of 'now', 'late'") for value in ("later", None, True)],
     *[("undo_discarded", value, "True or False") for value in (0, "no", None)],
     *[("first_moment", value, "one of 'auto', 'bypass', 'keep'") for value in ("off", None, True)],
     *[("second_moment", value, "one of 'auto', 'gaps', 'plain'") for value in ("gap", None, 1)],

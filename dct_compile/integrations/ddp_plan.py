@@ -17,7 +17,7 @@ from dct_compile.link import Link
 from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.decision import Decision, dense, held_until
 from dct_compile.passes.manager import publish
-from dct_compile.passes.plan import decide
+from dct_compile.passes.plan import decide_outside
 from dct_compile.passes.record import describe_function, describe_site
 from dct_compile.phases import Phase
 from dct_compile.posts import Signature
@@ -51,7 +51,8 @@ class BucketPlan:
     ) -> "BucketPlan":
         members = [Parameter(index, names[id(item)], tuple(item.shape), ElementOrder.of(item)) for index, item in enumerate(parameters)]
         exchange = gradient_exchange(ALL_REDUCE, segments_of(members), parameters[0].dtype, group, may_be_unused)
-        decision = dense(exchange, Reason.SPARSE) if sparse else held_until(decide(exchange, phase.config, lambda _: link), phase.until)
+        decision = dense(exchange, Reason.SPARSE) if sparse else decide_outside(exchange, phase.config, lambda _: link)
+        decision = held_until(decision, phase.until)
         return cls(decision, Comm(group.group_name, group.size()), parameters[0].device, sparse)
 
     @property

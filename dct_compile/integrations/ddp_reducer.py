@@ -1,7 +1,8 @@
 """Averages the gradient buckets of one DDP module: calls the function of a scheme where DDP would call all_reduce.
 
 On CPU the function runs on a worker thread with a process group of its own (``workers.py``). So a bucket never blocks the backward that
-fills the next one, and the exchanges of several buckets come in the same order on every rank. On CUDA it runs on a side stream.
+fills the next one, and the exchanges of several buckets come in the same order on every rank. On CUDA it runs on a side stream. With option
+``arrival="late"`` it runs beside the next step as well (``ddp_late.py``).
 """
 
 import weakref
@@ -17,6 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.config import DCTConfig
+from dct_compile.integrations.ddp_late import average, on_stream, on_worker, reduce_late
 from dct_compile.integrations.ddp_plan import BucketPlan
 from dct_compile.integrations.ddp_report import averaged_parameters, bucket_name, title_of
 from dct_compile.link import Link
@@ -24,6 +26,7 @@ from dct_compile.measure import BucketMeasure
 from dct_compile.phases import Phase, phase_at, phases_of
 from dct_compile.reasons import Note, abbreviated
 from dct_compile.runtime import Runtime
+from dct_compile.schemes.late import Late
 from dct_compile.state.bucket import BucketState, refer_to
 from dct_compile.state.exchanges import count_exchange, exchanges_of
 from dct_compile.state.gradient_use import NO_BACKWARD
@@ -65,6 +68,8 @@ class GradientCompressor:
             self._warn_of_uncompiled()
         # A rank that has no more inputs is called outside of a backward (``torch.distributed.algorithms.Join``).
         reducer.joined = torch._C._current_graph_task_id() == NO_BACKWARD
+        if self.config.arrival == "late" and not (self.find_unused or buffer.is_sparse):
+            return self._reduce_late(reducer, buffer, worker)
         if buffer.is_cuda:
             return self._reduce_on_side_stream(reducer, buffer)
         promise: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -102,14 +107,28 @@ class GradientCompressor:
             self.runtime.warn_once(Note.NOT_COMPILED.format(parameters=abbreviated(list(self.uncompiled.values()))))
             self.uncompiled = {}
 
+    def _reduce_late(self, reducer: "BucketReducer", buffer: Tensor, worker: ExchangeWorker) -> torch.futures.Future[Tensor]:
+        late = reducer.plan.offer
+        if not isinstance(late, Late):
+            return average(buffer, self.process_group)
+        assert reducer.state is not None
+        reducer.state.finish()
+        reducer.begin(reducer.state)
+        start = on_stream(self._side_stream(buffer.device)) if buffer.is_cuda else on_worker(worker, reducer.explain)
+        return reduce_late(late, reducer.state, buffer, reducer.plan.comm, self.process_group, start)
+
     def _reduce_on_side_stream(self, reducer: "BucketReducer", buffer: Tensor) -> torch.futures.Future[Tensor]:
-        if self.stream is None:
-            self.stream = torch.cuda.Stream(buffer.device)
+        stream = self._side_stream(buffer.device)
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
-        self.stream.wait_stream(torch.cuda.current_stream(buffer.device))
-        with torch.cuda.stream(self.stream):
+        stream.wait_stream(torch.cuda.current_stream(buffer.device))
+        with torch.cuda.stream(stream):
             future.set_result(reducer(buffer))
         return future
+
+    def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(device)
+        return self.stream
 
     def _reducer(self, index: int, parameters: Sequence[Tensor], group: ProcessGroup, phase: Phase, sparse: bool) -> "BucketReducer":
         current = self.reducers.get(index)
@@ -154,9 +173,13 @@ class BucketReducer:
         offer = self.plan.offer
         if self.state is None or offer is None:
             return self.plan.reduce_dense(buffer)
-        self.runtime.begin_exchange(self.state, self.phase.config, final=self.joined)
+        self.begin(self.state)
         with self.state.skip_unused(buffer, offer.members.compressed) if self.find_unused else nullcontext():
             return offer.reduce(buffer, self.state.tensors, self.plan.comm)
+
+    def begin(self, state: BucketState) -> None:
+        """Prepares the bucket's ``state`` for an exchange."""
+        self.runtime.begin_exchange(state, self.phase.config, final=self.joined)
 
     def _reduce_sparse(self, buffer: Tensor) -> Tensor:
         """Averages a sparse gradient as DDP's own reducer does; no functional collective takes one."""

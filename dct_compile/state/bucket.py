@@ -5,7 +5,7 @@ each parameter is a view. A spec (``spec.py``) says which tensors there are and 
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,17 +13,18 @@ from torch import Tensor
 
 from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Segment
-from dct_compile.state.entry import Entry, copy_of, fold_share, with_all_counters
+from dct_compile.state.entry import Entry, copy_of, fold_late, fold_share, with_all_counters
 from dct_compile.state.gradient_use import Use
 from dct_compile.state.pending import Pending, view
-from dct_compile.state.spec import LOCAL, StateSpec, StateTensor
+from dct_compile.state.spec import LATE, LOCAL, StateSpec, StateTensor
 
 
 class BucketState:
     """The state of the parameters that are compressed together.
 
     ``tensors``: by input name, in the order of the spec. ``family``: see :meth:`StateStore.bucket`. ``pending``: the exchanges that may
-    still be taken back. ``uses``: the fate of the gradient of each parameter; not needed for a state that is only looked at.
+    still be taken back. Whoever takes one of these two waits for the exchange that is under way. ``under_way``: waits for it and raises its
+    error; ``None`` without one. ``uses``: the fate of the gradient of each parameter; not needed for a state that is only looked at.
     """
 
     def __init__(
@@ -31,13 +32,34 @@ class BucketState:
     ) -> None:
         self.parameters = [weakref.ref(parameter) for parameter in parameters]
         self.spec, self.family = spec, family
-        self.tensors = {item.input_name: torch.full(item.shape, item.fill or 0, dtype=item.dtype, device=device) for item in spec.tensors}
+        self.under_way: Callable[[], None] | None = None
+        self._tensors = {item.input_name: torch.full(item.shape, item.fill or 0, dtype=item.dtype, device=device) for item in spec.tensors}
         for item in spec.tensors:
             for part in item.parts if item.fill is None else ():
                 _reset(item, view(self.tensors[item.input_name], part))
-        self.pending = Pending(self.tensors, spec, uses)
+        self._pending = Pending(self.tensors, spec, uses)
         self.densities: list[float | None] = [None] * len(spec.numels)
         """The density that each parameter was exchanged with last; ``None`` where that is not known."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        self._wait()
+        return self._tensors
+
+    @property
+    def pending(self) -> Pending:
+        self._wait()
+        return self._pending
+
+    def _wait(self) -> None:
+        if self.under_way is not None:
+            self.under_way()
+
+    def finish(self) -> None:
+        """Waits for the exchange that is under way. Its error is raised here for the last time: the training is told."""
+        under_way, self.under_way = self.under_way, None
+        if under_way is not None:
+            under_way()
 
     def holds(self, parameters: Sequence[Tensor]) -> bool:
         """Returns True if these are the parameters of the bucket, in this order."""
@@ -59,8 +81,8 @@ class BucketState:
 
     def take_over(self, index: int, other: "BucketState", place: int) -> None:
         """Moves the state of a parameter here from ``place`` in ``other``, with that of before an exchange that may be taken back."""
-        other.give_up(place)
         now, steps = other.saved(place), other.pending.take_back(place)
+        other.give_up(place)
         if steps is not None:
             self.write(index, other.saved(place))
             self.pending.keep(index, steps)
@@ -99,13 +121,16 @@ class BucketState:
         """Overwrites the state of one parameter with ``source`` (as :meth:`saved` returns it), or with the initial state.
 
         What ``source`` does not have starts afresh, and the counters with it: a new threshold's schedule begins at step 0. A share that
-        this rank owned under another geometry is added to its own residual: the sum over the ranks is unchanged, so nothing is lost.
+        this rank owned under another geometry is added to its own residual, and so is a late mean that nothing would hand out: the sum over
+        the ranks is unchanged, so nothing is lost.
         Raises ``ValueError`` for a residual of another shape.
         """
         residual = self.entry(index)["residual"]
         if source is not None and source["residual"].shape != residual.shape:
             raise ValueError(f"a residual of shape {tuple(source['residual'].shape)} was given, {tuple(residual.shape)} is needed")
         source, order = source or {}, self._order(index)
+        if all(item.name != LATE for item in self.spec.tensors):
+            source = fold_late(source)
         self.densities[index] = source.get("density")
         own = [self.spec.owner_share and list(self.spec.owner_share), order and [list(order.shape), list(order.dims)]]
         if "owner" in source and own != [source["owner_share"], source.get("owner_order")]:
@@ -120,7 +145,7 @@ class BucketState:
         given = with_all_counters(given)
         targets = {item: self._part(item, index) for item in items}
         fits = {item: item.name in given and given[item.name].shape == target.shape for item, target in targets.items()}
-        whole = all(fit for item, fit in fits.items() if item.name != LOCAL)
+        whole = all(fit for item, fit in fits.items() if item.name not in (LOCAL, LATE))
         for item, target in targets.items():
             if fits[item] and (item.name != "counters" or whole):
                 target.copy_(given[item.name])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dct_compile.state.entry import EARLIER_COUNTERS, NUMBER, Entry, share_of
+from dct_compile.state.spec import LATE
 from dct_compile.triton_kernels.layout import COUNTERS
 from dct_compile.triton_kernels.shares import UNIT
 
@@ -71,7 +72,8 @@ def _check_owner(where: str, entry: Entry, numel: int) -> None:
 
 def _check_tensors(where: str, given: Mapping[str, Any], numel: int) -> None:
     known = {"residual": (torch.float32, [numel]), "counters": (torch.int64, [COUNTERS]), "threshold": (torch.float32, [])}
-    for name in known:
+    known[LATE] = (torch.float32, [numel])
+    for name in ("residual", "counters", "threshold"):
         if name not in given and (name != "threshold" or given.keys() <= known.keys()):
             raise ValueError(f"{where} lacks its {name}, {_words(*known[name])}")
     for name, value in given.items():
@@ -89,7 +91,7 @@ def _check_values(what: str, name: str, value: Tensor) -> None:
         if not value.isfinite().all():
             raise ValueError(f"{what} has values that are NaN or infinite; all must be finite")
     elif value.is_floating_point():
-        if value.isnan().any():
+        if name != LATE and value.isnan().any():  # a gradient scaler skips the step that it arrives in
             raise ValueError(f"{what} must not be NaN")
     elif value.numel() and value.min() < 0:
         raise ValueError(f"{what} has the value {value.min().item()}; it must count from 0")

@@ -5,6 +5,7 @@
     residual     float32 [numel]   row-major, whatever the parameter's memory format
     counters     int64 [5]         or [4], from a version that did not count what the last step kept
     threshold    float32 []        and other tensors that a scheme keeps
+    late         float32 [numel]   row-major: the mean that joins the next gradient, where gradients arrive late
     owner        the same three of the share of the sum that the rank owns
     owner_share  [block, chunks, chunk, unit]: which share that is of the elements as they lie in the buffer. Older states have no unit:
                  their shares are runs of whole blocks
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dct_compile.element_order import ElementOrder
+from dct_compile.state.spec import LATE
 from dct_compile.triton_kernels.layout import COUNTERS, TILE
 from dct_compile.triton_kernels.shares import place_of, share_numel
 
@@ -74,3 +76,14 @@ def fold_share(entry: Entry) -> Entry:
     laid_out[share_of(residual.numel(), entry["owner_share"]).to(residual.device)] += entry["owner"]["residual"].to(residual.device)
     kept = {name: value for name, value in entry.items() if name not in _OWNER}
     return {**kept, "residual": laid_out if order is None else order.to_row_major(laid_out)}
+
+
+def fold_late(entry: Entry) -> Entry:
+    """Returns ``entry`` without the mean that arrives late, which is added to the residual.
+
+    Every rank has the same mean, so the sum over the ranks is unchanged where all of them do so. What is not finite is left out.
+    """
+    if LATE not in entry:
+        return entry
+    kept = {name: value for name, value in entry.items() if name != LATE}
+    return {**kept, "residual": entry["residual"] + entry[LATE].nan_to_num(0.0, 0.0, 0.0).to(entry["residual"].device)}

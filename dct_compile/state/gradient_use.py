@@ -28,9 +28,10 @@ class Use:
 
     ``steps``: grows with every optimizer step that applies its gradient. ``optimizer``, ``scaler``: those of the last such step, or found
     before the first one. ``absent``: whether its gradient was ``None`` or zero at the begin of a backward since the last exchange (on a
-    GPU a bool tensor). ``task``: the backward pass that looked last. ``skipped``: a tensor that is not zero where a fused optimizer left
-    out its last step. ``version``: that of the parameter at the last exchange of its gradient, ``None`` before the first. ``searches``:
-    how often an optimizer was searched for.
+    GPU a bool tensor). ``blank``: whether what the last exchange handed out was zero, as late means are at first: then zeros do not tell
+    of a discarded gradient. ``task``: the backward pass that looked last. ``skipped``: a tensor that is not zero where a fused optimizer
+    left out its last step. ``version``: that of the parameter at the last exchange of its gradient, ``None`` before the first.
+    ``searches``: how often an optimizer was searched for.
 
     For :mod:`dct_compile.optim`. ``late``: whether an element of its gradient arrives once in many steps, with all that has added up.
     ``waits``: whether its optimizer is to adapt to that. ``gap``: the steps that an element waits, as far as the second moment is to know.
@@ -46,6 +47,7 @@ class Use:
     optimizer: "weakref.ref[Optimizer] | None" = None
     scaler: "weakref.ref[GradScaler] | None" = None
     absent: "bool | Tensor" = False
+    blank: "bool | Tensor" = False
     task: int = NO_BACKWARD
     skipped: Tensor | None = None
     version: int | None = None
@@ -75,7 +77,7 @@ class Use:
     def note_exchange(self) -> None:
         """Notes that the parameter's gradient is exchanged now."""
         parameter = self.parameter()
-        self.absent = False
+        self.absent = self.blank = False
         self.version = parameter._version if parameter is not None else None
 
 
@@ -214,6 +216,8 @@ def _note(group: Sequence[Use]) -> None:
     for gradient in gradients:
         if gradient is not None and kept is False:
             kept = gradient.any() if gradient.is_cuda else bool(gradient.any())
+    blank = [use.blank for use, gradient in zip(group, gradients, strict=True) if gradient is not None]
+    kept = kept | blank[0] if isinstance(kept, Tensor) else kept or (bool(blank) and all(blank))
     for use, gradient in zip(group, gradients, strict=True):
         absent = gradient is None or (~kept if isinstance(kept, Tensor) else not kept)
         use.absent = absent if use.absent is False or absent is True else use.absent | absent

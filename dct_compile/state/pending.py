@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dct_compile.state.gradient_use import Use
-from dct_compile.state.spec import Part, StateSpec
+from dct_compile.state.spec import LATE, Part, StateSpec
 
-_IN_UNITS_OF_THE_GRADIENT = ("residual", "threshold")
+_IN_UNITS_OF_THE_GRADIENT = ("residual", "threshold", LATE)
 
 
 class Pending:
@@ -49,6 +49,8 @@ class Pending:
             settled = [index for index, steps in enumerate(self._steps) if steps is None]
             self._before = self._before or {name: torch.empty_like(tensor) for name, tensor in self.tensors.items()}
             self._copy(self.tensors, self._before, settled)
+            if LATE in self._before:  # what is not finite is handed out now, once: it would cause every later step to be skipped
+                self._before[LATE].nan_to_num_(0.0, 0.0, 0.0)
         for index, use in enumerate(self.uses):
             self._steps[index] = None if final else use.steps
             use.note_exchange()
@@ -113,7 +115,7 @@ class Pending:
         self.scale = scale
 
     def multiply(self, factor: "float | Tensor") -> None:
-        """Multiplies residuals and thresholds, those of before a pending exchange too."""
+        """Multiplies residuals, thresholds and late means, those of before a pending exchange too."""
         pending = any(steps is not None for steps in self._steps)
         for item in self.spec.tensors:
             if item.name in _IN_UNITS_OF_THE_GRADIENT:
@@ -128,6 +130,17 @@ class Pending:
             for tensors in (self.tensors, self._before) if item.name in ("threshold", "counters") else ():
                 if item.input_name in tensors:
                     view(tensors[item.input_name], item.parts[index]).data.fill_(item.fill or 0)
+
+    def drain(self, index: int) -> None:
+        """Adds the late mean of one parameter to its residual, in the state of before a pending exchange too; see ``entry.fold_late``."""
+        parts = {item.name: item.parts[index] for item in self.spec.tensors if not item.stage}
+        order = self.spec.orders[index] if self.spec.orders else None
+        for tensors in (self.tensors, self._before) if LATE in parts else ():
+            if tensors:
+                late, residual = (view(tensors[name], parts[name]).data for name in (LATE, "residual"))
+                mean = late.nan_to_num(0.0, 0.0, 0.0)
+                residual += mean if order is None else order.to_buffer(mean)
+                late.zero_()
 
     def _restore(self, index: int, flag: Tensor) -> None:
         """Restores the state of one parameter where ``flag`` (bool []) is True, without a wait for the device."""

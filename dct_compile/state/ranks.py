@@ -7,7 +7,8 @@ Rank r of M takes over the saved ranks r, r + M, ... of N, and adds up their res
     rank 1  <-  1 + 3                     rank 1  <-  1
                                           rank 2  <-  0, with an empty residual
 
-All other tensors come from the first of these ranks. Some must be the same on all ranks, so a rank without a predecessor copies them too.
+A mean that arrives late is the same on all ranks, so each of them adds it to its residual before. All other tensors come from the first of
+these ranks. Some must be the same on all ranks, so a rank without a predecessor copies them too.
 """
 
 from collections import OrderedDict
@@ -22,7 +23,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.state.checks import check_entry
-from dct_compile.state.entry import NUMBER, Entry, copy_of, fold_share
+from dct_compile.state.entry import NUMBER, Entry, copy_of, fold_late, fold_share
 
 
 class StateDict(dict[str, Entry]):
@@ -115,6 +116,8 @@ def take_over(states: Sequence[Mapping[str, Entry]], rank: int, ranks: int) -> d
         return {name: _emptied(name, entry) for name, entry in by_rank[wanted[0]].items()}
     taken = [by_rank[own] for own in wanted]
     names = dict.fromkeys(name for state in taken for name in state)
+    if ranks == total:
+        return {name: taken[0][name] for name in names}
     return {name: _added(name, [state[name] for state in taken if name in state]) for name in names}
 
 
@@ -136,10 +139,10 @@ def _by_rank(states: Sequence[Mapping[str, Entry]]) -> tuple[dict[int, Mapping[s
 
 def _added(name: str, entries: Sequence[Entry]) -> Entry:
     """Returns the first of the states with the residuals of all, and of the shares that they own, in its own."""
-    if len(entries) == 1:
-        return entries[0]
     for entry in entries:
         check_entry(name, entry, _numel(entries[0]))
+    if len(entries) == 1:
+        return fold_late(entries[0])
     numbers = list(dict.fromkeys(entry.get(NUMBER) for entry in entries))
     if len(numbers) > 1:
         raise ValueError(
@@ -147,7 +150,7 @@ def _added(name: str, entries: Sequence[Entry]) -> Entry:
         )
     if "residual" not in entries[0]:
         return entries[0]
-    first, *others = [fold_share(entry) for entry in entries]
+    first, *others = [fold_late(fold_share(entry)) for entry in entries]
     residual = first["residual"].clone()
     for other in others:
         residual += other["residual"].to(residual.device)
@@ -157,7 +160,7 @@ def _added(name: str, entries: Sequence[Entry]) -> Entry:
 def _emptied(name: str, entry: Entry) -> Entry:
     """Returns the state of a rank that begins with an empty residual beside one with ``entry``."""
     check_entry(name, entry, _numel(entry))
-    folded = fold_share(entry)
+    folded = fold_late(fold_share(entry))
     if "residual" not in folded:
         return folded
     return {**folded, "residual": torch.zeros_like(folded["residual"])}

@@ -16,6 +16,9 @@ Part = int | tuple[int, int]
 LOCAL = "local"
 """The name of the sum of a rank's own gradients since the audit has looked, kept with option ``audit``."""
 
+LATE = "late"
+"""The name of the mean that joins the gradient of the next step, kept with option ``arrival``."""
+
 
 @dataclass(frozen=True)
 class StateTensor:
@@ -24,9 +27,10 @@ class StateTensor:
     ``parts``: for each parameter of the bucket, its part of the first dimension. ``fill``: the initial value; ``None`` for normally
     distributed numbers that are the same on all ranks. ``stage``: "" for a rank's own gradient, "owner" for the sum that it owns.
 
-    Four names have a meaning beyond their scheme. "residual" (float32 [numel]) was not sent: it is handed on when another scheme takes
+    Five names have a meaning beyond their scheme. "residual" (float32 [numel]) was not sent: it is handed on when another scheme takes
     over. "counters" (int64 [parameters, COUNTERS], see ``layout.COUNTERS``) and "threshold" (float32 [parameters]) are read by the monitor.
-    "local" (float32 [numel]) is read by the audit.
+    "local" (float32 [numel]) is read by the audit. "late" (float32 [numel], row-major) is a mean that no gradient has joined yet: it is the
+    same on all ranks, and is added to the residual of each where nothing hands it out.
     """
 
     name: str

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.state.bucket import BucketState
 from dct_compile.state.checks import check_entry
-from dct_compile.state.entry import Entry, copy_of
+from dct_compile.state.entry import Entry, copy_of, fold_late
 from dct_compile.state.exchanges import default_number, restore_number, with_number
 from dct_compile.state.gradient_use import GradientUse
 from dct_compile.state.keys import by_parameter, key_of
@@ -132,6 +132,19 @@ class StateStore:
         """Takes back what the gradients since the last step of the optimizer have left in the state of ``model``'s parameters."""
         for bucket, indices in self._held(model).items():
             bucket.pending.discard(indices)
+
+    def drain(self, model: nn.Module) -> None:
+        """Adds the means that no gradient of ``model``'s parameters has joined yet to the residuals."""
+        with self._lock:
+            held = self._held(model)
+            self._settle_now(list(held))
+            for bucket, indices in held.items():
+                for index in indices:
+                    bucket.pending.drain(index)
+            own = {id(parameter) for parameter in model.parameters()}
+            for ref, waiting in self._pending:
+                if id(ref()) in own:
+                    waiting[:] = map(fold_late, waiting)
 
     def multiply(self, model: nn.Module, factor: float) -> None:
         """Multiplies what waits to be sent for ``model``'s parameters."""
