@@ -111,9 +111,8 @@ def decide_outside(exchange: Exchange, config: DCTConfig, link_of: LinkOf = unkn
     inner = _offer_of(scheme, _of_compressed(exchange, decision.offer), config)
     assert isinstance(inner, GradientOffer)
     offer = Late.of(decision.offer, inner)
-    return replace(
-        decision, offer=offer, reason=Reason.LATE.format(reason=decision.reason), wire_bytes=offer.traffic.wire_bytes, traffic=offer.traffic
-    )
+    reason, traffic = Reason.LATE.format(reason=decision.reason), offer.traffic
+    return replace(decision, offer=offer, reason=reason, wire_bytes=traffic.wire_bytes, traffic=traffic)
 
 
 def _of_compressed(exchange: Exchange, offer: GradientOffer) -> Exchange:
