@@ -25,6 +25,7 @@ from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.foresight import can_hold_sites
 from dct_compile.passes.graph_input import PLAIN, GraphInput
 from dct_compile.passes.inline_kernels import InlineKernels
+from dct_compile.passes.insert_gradient_sync import BUCKET_BYTES
 from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRequest, expected_requests
 from dct_compile.passes.plan import Decision
 from dct_compile.reasons import Note
@@ -45,7 +46,7 @@ class Settings:
 
     ``patches``: Inductor's own options. ``group``: the ranks that average gradients, for ``data_parallel``. ``inner_compile``: what
     generates code from the partitioned graphs. ``options``: the options with all phases, where ``config`` is one of several phases;
-    ``until``: the exchange at which the next phase follows.
+    ``until``: the exchange at which the next phase follows. ``bucket_bytes``: bytes of a bucket of ``data_parallel``, as on all ranks.
     """
 
     config: DCTConfig
@@ -55,6 +56,7 @@ class Settings:
     inner_compile: Compiled = compile_fx_inner
     options: DCTConfig | None = None
     until: int | None = None
+    bucket_bytes: int = BUCKET_BYTES
 
 
 def compile_graph(
@@ -113,7 +115,7 @@ class GraphCompiler:
             self.runtime.reports.called = True
             self._note_training(any(info.is_trainable for info in self.inputs))
             return compile_graph(self.gm, self.example_inputs, self.settings.patches, self.settings.inner_compile), []
-        requests = expected_requests(self.inputs, self.group, self.config)
+        requests = expected_requests(self.inputs, self.group, self.config, self.settings.bucket_bytes)
         try:
             return self._attempt(requests), requests
         except StateNeededError as needed:
@@ -162,8 +164,9 @@ class GraphCompiler:
 
     def _joint_pass(self, requests: list[StateRequest]) -> JointGraphPass:
         earlier = self._custom_passes(JOINT_SLOT)
+        until, bucket_bytes = self.settings.until, self.settings.bucket_bytes
         return JointGraphPass(
-            self.name, self.config, self.inputs, requests, self.group, self.runtime, earlier, self.backward_only, self.settings.until
+            self.name, self.config, self.inputs, requests, self.group, self.runtime, earlier, self.backward_only, until, bucket_bytes
         )
 
     def _inner_compile(self, joint_pass: JointGraphPass) -> Compiled:
