@@ -1,7 +1,8 @@
 """Averages the gradient buckets of one DDP module: calls the function of a scheme where DDP would call all_reduce.
 
 On CPU the function runs on a worker thread with a process group of its own (``workers.py``). So a bucket never blocks the backward that
-fills the next one, and the exchanges of several buckets come in the same order on every rank. On CUDA it runs on a side stream.
+fills the next one, and the exchanges of several buckets come in the same order on every rank. On CUDA it runs on a side stream. The
+messages of small buckets are joined (``ddp_join.py``).
 """
 
 import weakref
@@ -17,8 +18,10 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.config import DCTConfig
+from dct_compile.integrations.ddp_join import JOIN_BYTES, MessageJoiner
 from dct_compile.integrations.ddp_plan import BucketPlan
 from dct_compile.integrations.ddp_report import averaged_parameters, bucket_name, title_of
+from dct_compile.integrations.suspended import Steps, run
 from dct_compile.measure import BucketMeasure
 from dct_compile.phases import Phase, phase_at, phases_of
 from dct_compile.reasons import Note, abbreviated
@@ -33,10 +36,13 @@ from dct_compile.workers import ExchangeWorker
 class GradientCompressor:
     """The communication hook of one DDP module, and a reducer for each of its buckets.
 
-    ``agree``: compares the decisions with those of the other ranks; called once, before the first exchange.
+    ``agree``: compares the decisions with those of the other ranks; called once, before the first exchange. ``join_bytes``: messages of
+    fewer bytes wait for those of other buckets, the same number on all ranks; 0 joins none.
     """
 
-    def __init__(self, module: DistributedDataParallel, config: DCTConfig, runtime: Runtime, agree: Callable[[], None]) -> None:
+    def __init__(
+        self, module: DistributedDataParallel, config: DCTConfig, runtime: Runtime, agree: Callable[[], None], join_bytes: int = JOIN_BYTES
+    ) -> None:
         self.find_unused = module.find_unused_parameters
         self.config, self.runtime, self.process_group, self.agree = config, runtime, module.process_group, agree
         self.title = title_of(module, runtime)
@@ -49,6 +55,7 @@ class GradientCompressor:
         for handle in runtime.states.use.watch(list(module.parameters())):
             weakref.finalize(module, handle.remove)
         self.stream: torch.cuda.Stream | None = None
+        self.joiner = MessageJoiner(join_bytes)
         self.reducers: dict[int, BucketReducer] = {}
         self.retired: list[BucketReducer] = []
 
@@ -63,10 +70,11 @@ class GradientCompressor:
             self._warn_of_uncompiled()
         # A rank that has no more inputs is called outside of a backward (``torch.distributed.algorithms.Join``).
         reducer.joined = torch._C._current_graph_task_id() == NO_BACKWARD
+        place = {"first": bucket.index() == 0, "last": bucket.is_last()}
         if buffer.is_cuda:
-            return self._reduce_on_side_stream(reducer, buffer)
+            return self._reduce_on_side_stream(reducer, buffer, place)
         promise: torch.futures.Future[Tensor] = torch.futures.Future()
-        worker.submit(partial(_run, reducer, buffer, promise))
+        worker.submit(partial(_run, self.joiner, reducer, buffer, promise, place))
         return promise.then(_result)
 
     def mark_compiled(self, parameters: Sequence[object]) -> None:
@@ -99,13 +107,13 @@ class GradientCompressor:
             self.runtime.warn_once(Note.NOT_COMPILED.format(parameters=abbreviated(list(self.uncompiled.values()))))
             self.uncompiled = {}
 
-    def _reduce_on_side_stream(self, reducer: "BucketReducer", buffer: Tensor) -> torch.futures.Future[Tensor]:
+    def _reduce_on_side_stream(self, reducer: "BucketReducer", buffer: Tensor, place: dict[str, bool]) -> torch.futures.Future[Tensor]:
         if self.stream is None:
             self.stream = torch.cuda.Stream(buffer.device)
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
         self.stream.wait_stream(torch.cuda.current_stream(buffer.device))
         with torch.cuda.stream(self.stream):
-            future.set_result(reducer(buffer))
+            self.joiner.reduce(reducer(buffer), reducer.size, reducer.plan.comm, future, **place)
         return future
 
     def _reducer(self, index: int, parameters: Sequence[Tensor], group: ProcessGroup, phase: Phase, sparse: bool) -> "BucketReducer":
@@ -143,9 +151,11 @@ class BucketReducer:
         measure = BucketMeasure([self.state]) if self.state is not None else None
         self.entry = self.plan.publish(bucket_name(owner.title, index, owner.process_group), owner.runtime, measure)
         self.entry.owner, self.entry.model = weakref.ref(self), owner.title
+        self.size = self._joined_bytes(owner.joiner.limit)
+        self.traced = self.plan.traced() if self.size else None
 
-    def __call__(self, buffer: Tensor) -> Tensor:
-        """Returns the average over the group of ``buffer`` (1-D, or sparse), as a new tensor."""
+    def __call__(self, buffer: Tensor) -> Steps:
+        """Averages ``buffer`` (1-D, or sparse) over the group, up to the messages that may be joined. Returns a new tensor."""
         if self.plan.sparse:
             return self._reduce_sparse(buffer)
         offer = self.plan.offer
@@ -153,13 +163,21 @@ class BucketReducer:
             return self.plan.reduce_dense(buffer)
         self.runtime.begin_exchange(self.state, self.phase.config, final=self.joined)
         with self.state.skip_unused(buffer, offer.members.compressed) if self.find_unused else nullcontext():
-            return offer.reduce(buffer, self.state.tensors, self.plan.comm)
+            if self.traced is None:
+                return offer.reduce(buffer, self.state.tensors, self.plan.comm)
+            return (yield from run(self.traced, [buffer, *self.state.tensors.values()]))
 
     def _reduce_sparse(self, buffer: Tensor) -> Tensor:
         """Averages a sparse gradient as DDP's own reducer does; no functional collective takes one."""
         average = buffer / self.group.size()
         dist.all_reduce(average, group=self.group)
         return average
+
+    def _joined_bytes(self, limit: int) -> int:
+        """Returns the bytes of each message if the messages are to be joined with those of other buckets, else 0."""
+        traffic = self.plan.offer.traffic if self.plan.offer is not None else None
+        size = traffic.wire_bytes // traffic.messages if traffic is not None else 0
+        return size if size < limit else 0
 
     def explain(self, error: Exception) -> None:
         """Adds to ``error`` the reason why another rank has left, if there is one."""
@@ -178,13 +196,15 @@ class BucketReducer:
         return None if offer is None else owner.runtime.states.bucket(self._compressed(parameters), offer.state, "DDP")
 
 
-def _run(reducer: BucketReducer, buffer: Tensor, promise: torch.futures.Future[Tensor]) -> None:
+def _run(
+    joiner: MessageJoiner, reducer: BucketReducer, buffer: Tensor, promise: torch.futures.Future[Tensor], place: dict[str, bool]
+) -> None:
     try:
-        with torch.no_grad():
-            promise.set_result(reducer(buffer))
-    except Exception as error:  # the backward that waits for the result raises it
+        joiner.reduce(reducer(buffer), reducer.size, reducer.plan.comm, promise, **place)
+    except Exception as error:  # the backward that waits for the results raises it
         reducer.explain(error)
-        promise.set_exception(error)  # type: ignore[arg-type]
+        for failed in joiner.drop():
+            failed.set_exception(error)  # type: ignore[arg-type]
 
 
 def _result(done: torch.futures.Future[Tensor]) -> Tensor:

@@ -1,0 +1,76 @@
+"""A traced function stops at its collectives, and goes on with the results that it is sent."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dct_compile.comm import Comm
+from dct_compile.integrations.ddp_join import join_bytes
+from dct_compile.integrations.suspended import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, run
+from dct_compile.passes.splice import trace
+from tests.tracing import fake_group
+
+
+def two_stages(x: Tensor, y: Tensor, comm: Comm) -> Tensor:
+    """Starts two collectives, waits for the second one first, and then takes a third one."""
+    total = comm.all_reduce(x + 1, "avg")
+    gathered = comm.wait(comm.all_gather(y))
+    chunks = comm.wait(comm.all_to_all(gathered * 2))
+    return chunks.sum() + comm.wait(total)
+
+
+def traced() -> Any:
+    with fake_group(2) as group:
+        comm = Comm(group.group_name, 2)
+        with FakeTensorMode():
+            examples = [torch.empty(3), torch.empty(4)]
+        return trace(lambda x, y: two_stages(x, y, comm), examples, for_inductor=False)
+
+
+def test_it_stops_at_waits_with_all_that_was_reached() -> None:
+    steps = run(traced(), [torch.tensor([1.0, 2.0, 3.0]), torch.ones(4)])
+    first = next(steps)
+    assert [(item.collective, item.op, item.x.tolist()) for item in first] == [
+        (ALL_REDUCE, "avg", [2.0, 3.0, 4.0]),
+        (ALL_GATHER, "", [1.0] * 4),
+    ]
+    second = steps.send([torch.tensor([10.0, 20.0, 30.0]), torch.arange(8.0)])
+    assert [(item.collective, item.x.tolist()) for item in second] == [(ALL_TO_ALL, [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0])]
+    with pytest.raises(StopIteration) as end:
+        steps.send([torch.full((8,), 0.5)])
+    assert end.value.value.tolist() == [14.0, 24.0, 34.0]
+
+
+def test_a_function_without_collectives_runs_to_its_end() -> None:
+    with FakeTensorMode():
+        example = torch.empty(2)
+    steps = run(trace(lambda x: x * 3, [example], for_inductor=False), [torch.ones(2)])
+    with pytest.raises(StopIteration) as end:
+        next(steps)
+    assert end.value.value.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "bytes_per_s", "hops", "wanted"),
+    [(50e-6, 1.25e9, 1, 62500), (50e-6, 1.25e9, 7, 437500), (1e-3, 12.5e6, 1, 12500), (0.0, 1e9, 3, 0), (1e-3, 1e9, 0, 0)],
+)
+def test_messages_are_joined_up_to_the_bytes_that_take_as_long_as_the_latency(
+    latency_s: float, bytes_per_s: float, hops: int, wanted: int
+) -> None:
+    assert join_bytes(latency_s, bytes_per_s, hops) == wanted
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((-1.0, 1e9, 1), "latency_s is -1.0: it must not be negative"),
+        ((1e-3, 0.0, 1), "bytes_per_s is 0.0: it must be positive"),
+        ((1e-3, 1e9, -2), "hops is -2: it must not be negative"),
+    ],
+)
+def test_what_is_no_link_is_named(values: tuple[float, float, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        join_bytes(*values)
