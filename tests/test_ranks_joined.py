@@ -38,6 +38,7 @@ class Training:
     alone: list[str]
     options: Options = field(default_factory=dict)
     unused: bool = False
+    static: bool = False
     limit: int = 64 * 1024
 
 
@@ -49,6 +50,7 @@ TRAININGS = {
     "powersgd": Training([AR] * 4 + [AR] * 2, [AR] * 4 + [AR] * 8, {"gradient_scheme": "powersgd"}),  # four biases stay dense
     "dense buckets": Training([AR, AR, AG], [AR, AR] + [AG] * 6, {"gradient_scheme": "gather", "exempt": ["top.*"]}),
     "unused": Training([AG], [AG] * 8, unused=True),
+    "static": Training([AG], [AG] * 8, {"gradient_scheme": "gather"}, static=True),
     "phases": Training([AG], [AG] * 8, {"gradient_scheme": "gather", "start_iter": 1, "density_warmup": 1}),
     "a limit": Training([AG, AG], [AG] * 8, {"gradient_scheme": "gather"}, limit=400),
 }
@@ -72,7 +74,7 @@ def train(training: Training, rank: int, limit: int) -> tuple[list[str], list[st
 
         return patch.object(Comm, name, start)
 
-    settings = {"bucket_cap_mb": SINGLE_BUCKETS, "find_unused_parameters": training.unused}
+    settings = {"bucket_cap_mb": SINGLE_BUCKETS, "find_unused_parameters": training.unused, "static_graph": training.static}
     options = {"dp_density": 0.05, "min_numel": 1, **training.options}
     sent, digests = 0, []
     with torch._dynamo.config.patch(optimize_ddp=False), patch.object(ddp, "GradientCompressor", Compressor):

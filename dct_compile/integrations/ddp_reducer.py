@@ -56,6 +56,8 @@ class GradientCompressor:
             weakref.finalize(module, handle.remove)
         self.stream: torch.cuda.Stream | None = None
         self.joiner = MessageJoiner(join_bytes)
+        # In its first backward a static graph numbers all buckets 0, and none is the last one: then nothing may wait.
+        self.numbered = not module.static_graph
         self.reducers: dict[int, BucketReducer] = {}
         self.retired: list[BucketReducer] = []
 
@@ -70,7 +72,8 @@ class GradientCompressor:
             self._warn_of_uncompiled()
         # A rank that has no more inputs is called outside of a backward (``torch.distributed.algorithms.Join``).
         reducer.joined = torch._C._current_graph_task_id() == NO_BACKWARD
-        place = {"first": bucket.index() == 0, "last": bucket.is_last()}
+        self.numbered = self.numbered or bucket.index() > 0
+        place = {"first": bucket.index() == 0, "last": bucket.is_last() or not self.numbered}
         if buffer.is_cuda:
             return self._reduce_on_side_stream(reducer, buffer, place)
         promise: torch.futures.Future[Tensor] = torch.futures.Future()
