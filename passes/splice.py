@@ -25,13 +25,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dct_compile.passes import graph_utils as gu
 
 
-def trace(function: Callable[..., Any], values: Sequence[Any], *, for_inductor: bool = True) -> fx.GraphModule:
+def trace(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
     """Traces ``function(*values)``.
+
+    Operators are decomposed as in the rest of a joint graph: Inductor has no code for those that it decomposes.
 
     Args:
         function: The function to trace.
         values: Its arguments. Fake tensors and symbolic integers give a graph with the same shapes.
-        for_inductor: Whether operators are decomposed as in the rest of a joint graph: Inductor has no code for those that it decomposes.
 
     Returns:
         The traced graph, with one placeholder per argument.
@@ -43,7 +44,7 @@ def trace(function: Callable[..., Any], values: Sequence[Any], *, for_inductor: 
     # Not the mode of a compilation that may be going on: the examples can be of another one.
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), nullcontext())
     with torch.no_grad(), mode:
-        return make_fx(run, select_decomp_table() if for_inductor else None)(*values)
+        return make_fx(run, select_decomp_table())(*values)
 
 
 def splice(function: Callable[..., Any], inputs: Sequence[fx.Node], start: fx.Node, finish: fx.Node, meta: Mapping[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import ProcessGroup
@@ -17,7 +17,6 @@ from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.manager import publish
 from dct_compile.passes.plan import Decision, decide, dense, held_until
 from dct_compile.passes.record import describe_function, describe_site
-from dct_compile.passes.splice import trace
 from dct_compile.phases import Phase
 from dct_compile.posts import Signature
 from dct_compile.reasons import Reason
@@ -82,23 +81,13 @@ class BucketPlan:
         """Traces the function of the bucket: dense before, and as it is after the rewriting. A sparse bucket has no such function."""
         if self.sparse:
             return GraphReport(name, "", "")
-        # A trace concerns the whole process, so that no other thread may compile meanwhile.
-        with compile_lock:
-            inputs = self._inputs()
-            before, nodes_before = describe_function(self.reduce_dense, {"grad": inputs["grad"]})
-            after, nodes_after = describe_function(self.reduce, inputs)
-        return GraphReport(name, before, after, nodes_before, nodes_after)
-
-    def traced(self) -> fx.GraphModule:
-        """Traces the function of a compressed bucket: the buffer, then the state in the order of the offer's spec."""
-        with compile_lock:
-            return trace(self.reduce, list(self._inputs().values()), for_inductor=False)
-
-    def _inputs(self) -> dict[str, Tensor]:
-        """Returns fake inputs of the function of the bucket, by name."""
         exchange = self.decision.exchange
         assert exchange.shape is not None
-        with FakeTensorMode():
-            grad = torch.empty(exchange.shape, dtype=exchange.dtype, device=self.device)
-            state = BucketState([], self.offer.state, self.device).tensors if self.offer is not None else {}
-        return {"grad": grad, **state}
+        # A trace concerns the whole process, so that no other thread may compile meanwhile.
+        with compile_lock:
+            with FakeTensorMode():
+                grad = {"grad": torch.empty(exchange.shape, dtype=exchange.dtype, device=self.device)}
+                state = BucketState([], self.offer.state, self.device).tensors if self.offer is not None else {}
+            before, nodes_before = describe_function(self.reduce_dense, grad)
+            after, nodes_after = describe_function(self.reduce, {**grad, **state})
+        return GraphReport(name, before, after, nodes_before, nodes_after)

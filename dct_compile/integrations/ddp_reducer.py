@@ -155,7 +155,6 @@ class BucketReducer:
         self.entry = self.plan.publish(bucket_name(owner.title, index, owner.process_group), owner.runtime, measure)
         self.entry.owner, self.entry.model = weakref.ref(self), owner.title
         self.size = self._joined_bytes(owner.joiner.limit)
-        self.traced = self.plan.traced() if self.size else None
 
     def __call__(self, buffer: Tensor) -> Steps:
         """Averages ``buffer`` (1-D, or sparse) over the group, up to the messages that may be joined. Returns a new tensor."""
@@ -166,9 +165,9 @@ class BucketReducer:
             return self.plan.reduce_dense(buffer)
         self.runtime.begin_exchange(self.state, self.phase.config, final=self.joined)
         with self.state.skip_unused(buffer, offer.members.compressed) if self.find_unused else nullcontext():
-            if self.traced is None:
+            if not self.size:
                 return offer.reduce(buffer, self.state.tensors, self.plan.comm)
-            return (yield from run(self.traced, [buffer, *self.state.tensors.values()]))
+            return (yield from run(partial(offer.reduce, buffer, self.state.tensors), self.plan.comm, buffer.device))
 
     def _reduce_sparse(self, buffer: Tensor) -> Tensor:
         """Averages a sparse gradient as DDP's own reducer does; no functional collective takes one."""
