@@ -35,6 +35,10 @@ class Traffic:
         """Returns this traffic, with kernels that read and write ``memory_bytes`` more."""
         return replace(self, memory_bytes=self.memory_bytes + memory_bytes)
 
+    def riding(self) -> "Traffic":
+        """Returns the traffic of the same bytes in messages that are counted elsewhere."""
+        return replace(self, messages=0, hops=0)
+
     def seconds(self, link: Link) -> float:
         """Returns the seconds that it takes on ``link``, where nothing else runs."""
         return link.seconds(self.hops, float(self.wire), self.memory_bytes)

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from dct_compile.comm import Comm
 from dct_compile.exchange import Parameter, segments_of
+from dct_compile.link import ONE_MACHINE, Link
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.sites import GraphContext
@@ -24,31 +25,52 @@ from dct_compile.passes.splice import splice
 
 BUCKET_BYTES = 25 * 2**20
 """As DDP's default bucket: large enough for the link's bandwidth, small enough to start early."""
+_LARGEST_BUCKET = 2**30
 
 
-def averaged_buckets(inputs: Sequence[GraphInput], parameters: Iterable[Parameter]) -> list[tuple[Parameter, ...]]:
+def bucket_bytes_on(link: Link | None, ranks: int, density: float) -> int:
+    """Returns the bytes of a bucket for a link: :data:`BUCKET_BYTES`, or more where its message would end before its latency is over.
+
+    Args:
+        link: The link of the group, ``None`` where it is not known.
+        ranks: The ranks of the group.
+        density: The fraction of a bucket that is sent.
+    """
+    if link is None or link == ONE_MACHINE:
+        return BUCKET_BYTES
+    enough = link.latency_s * (ranks - 1) * link.bytes_per_s / density
+    return min(max(BUCKET_BYTES, round(enough)), _LARGEST_BUCKET)
+
+
+def averaged_buckets(
+    inputs: Sequence[GraphInput], parameters: Iterable[Parameter], bucket_bytes: int = BUCKET_BYTES
+) -> list[tuple[Parameter, ...]]:
     """Returns the buckets in which the gradients of a graph's parameters are averaged, each of one dtype and device.
 
     Args:
         inputs: The inputs of the Dynamo graph.
         parameters: Some of them. Those that get no gradient, or are no copies, are left out.
+        bucket_bytes: Bytes that a bucket of several parameters has at most, the same on all ranks.
     """
     chosen = [(parameter, inputs[parameter.position]) for parameter in parameters]
     chosen = [(parameter, info) for parameter, info in chosen if info.is_trainable and info.spread.is_copy]
     buckets: list[tuple[Parameter, ...]] = []
     for device in dict.fromkeys(info.device for _, info in chosen):
         dtypes = [(parameter, info.dtype) for parameter, info in chosen if info.device == device]
-        buckets += gradient_buckets([(parameter, dtype) for parameter, dtype in dtypes if dtype is not None])
+        buckets += gradient_buckets([(parameter, dtype) for parameter, dtype in dtypes if dtype is not None], bucket_bytes)
     return buckets
 
 
-def gradient_buckets(parameters: Sequence[tuple[Parameter, torch.dtype]]) -> list[tuple[Parameter, ...]]:
-    """Groups parameters of one dtype, last used first (their gradients come first), into buckets of about ``BUCKET_BYTES``."""
+def gradient_buckets(parameters: Sequence[tuple[Parameter, torch.dtype]], bucket_bytes: int = BUCKET_BYTES) -> list[tuple[Parameter, ...]]:
+    """Groups parameters of one dtype, last used first (their gradients come first), into buckets of at most ``bucket_bytes``.
+
+    A larger parameter has a bucket of its own.
+    """
     buckets: list[tuple[Parameter, ...]] = []
     for dtype in dict.fromkeys(dtype for _, dtype in parameters):
         current: list[Parameter] = []
         for parameter in (parameter for parameter, own in reversed(parameters) if own is dtype):
-            if current and (sum(held.numel for held in current) + parameter.numel) * dtype.itemsize > BUCKET_BYTES:
+            if current and (sum(held.numel for held in current) + parameter.numel) * dtype.itemsize > bucket_bytes:
                 buckets.append(tuple(current))
                 current = []
             current.append(parameter)

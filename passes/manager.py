@@ -21,7 +21,7 @@ from dct_compile.passes.context import has_descriptors, read_context
 from dct_compile.passes.decision import Decision, held_until
 from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.graph_utils import resolve_group
-from dct_compile.passes.insert_gradient_sync import averaged_buckets, insert_gradient_sync
+from dct_compile.passes.insert_gradient_sync import BUCKET_BYTES, averaged_buckets, insert_gradient_sync
 from dct_compile.passes.plan import decide_in_graph, exempting, plan
 from dct_compile.passes.record import Described, describe, describe_nodes, readable
 from dct_compile.passes.rewrite import rewrite
@@ -69,7 +69,7 @@ class JointGraphPass(CustomGraphPass):
     """Inductor's hook for one Dynamo graph: gets the joint forward and backward graph (or the forward alone, in evaluation).
 
     ``requests`` are the state inputs appended to ``inputs``, in order. A call raises :class:`StateNeededError` when the graph needs others.
-    ``until``: the exchange at which another phase of the training follows, if one does.
+    ``until``: the exchange at which another phase of the training follows, if one does. ``bucket_bytes``: of ``averaged_buckets``.
     """
 
     def __init__(
@@ -83,9 +83,11 @@ class JointGraphPass(CustomGraphPass):
         earlier: Sequence[Callable[[fx.Graph], None]],
         backward_only: bool = False,
         until: int | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.name, self.config, self.inputs, self.requests, self.group = name, config, inputs, requests, group
         self.runtime, self.earlier, self.backward_only, self.until = runtime, earlier, backward_only, until
+        self.bucket_bytes = bucket_bytes
         self.decisions: list[Decision] = []
         self.trains = False
         """True if the graph, in the last call, returned the gradient of a parameter."""
@@ -113,7 +115,7 @@ class JointGraphPass(CustomGraphPass):
         self.trains, self.training = bool(context.gradients), context.training
         if self.group is not None and context.training:
             parameters = [parameter for parameter in context.parameters.values() if parameter.position not in self.reduced]
-            insert_gradient_sync(graph, context, averaged_buckets(self.inputs, parameters), self.group)
+            insert_gradient_sync(graph, context, averaged_buckets(self.inputs, parameters, self.bucket_bytes), self.group)
         sites = [*find_sites(graph, context), *subgraph_sites(graph, context)]
         link_of = partial(link_between, self.runtime, self.config)
         self.decisions = [held_until(decision, self.until) for decision in plan(sites, self.config, context.training, link_of)]
@@ -158,7 +160,9 @@ def link_between(runtime: Runtime, config: DCTConfig, group_name: str) -> Link |
     return runtime.links.of(resolve_group(group_name), config.link)
 
 
-def expected_requests(inputs: Sequence[GraphInput], group: ProcessGroup | None, config: DCTConfig, runtime: Runtime) -> list[StateRequest]:
+def expected_requests(
+    inputs: Sequence[GraphInput], group: ProcessGroup | None, config: DCTConfig, runtime: Runtime, bucket_bytes: int = BUCKET_BYTES
+) -> list[StateRequest]:
     """Returns the state that ``data_parallel`` will need, before the graph is traced: its buckets follow from the parameters alone.
 
     The state differs if the graph does not return the gradient of a parameter, or if DTensor reduces it. Then the graph is traced a second
@@ -168,7 +172,7 @@ def expected_requests(inputs: Sequence[GraphInput], group: ProcessGroup | None, 
         return []
     parameters = [Parameter(position, info.name, info.shape) for position, info in enumerate(inputs) if info.is_trainable]
     requests: list[StateRequest] = []
-    for bucket in averaged_buckets(inputs, parameters):
+    for bucket in averaged_buckets(inputs, parameters, bucket_bytes):
         dtype = inputs[bucket[0].position].dtype
         assert dtype is not None
         exchange = gradient_exchange(ALL_REDUCE, segments_of(bucket), dtype, group)

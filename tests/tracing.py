@@ -27,6 +27,7 @@ from dct_compile.passes.context import has_descriptors
 from dct_compile.passes.decision import Decision
 from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.graph_utils import WAIT
+from dct_compile.passes.insert_gradient_sync import BUCKET_BYTES
 from dct_compile.passes.manager import JointGraphPass, StateRequest
 from dct_compile.report import Report
 from dct_compile.runtime import Runtime
@@ -82,6 +83,7 @@ class Tracer:
     def __init__(self) -> None:
         self.runtime = Runtime()
         self.traces: list[Trace] = []
+        self.bucket_bytes = BUCKET_BYTES
 
     @property
     def report(self) -> Report:
@@ -91,7 +93,8 @@ class Tracer:
         config = DCTConfig(**{"mp_outputs": True, **options})  # functions of tests often return what they exchange
 
         def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            settings = Settings(config, {}, gradient_group(config, reduced_outside=False), self.runtime)
+            group = gradient_group(config, reduced_outside=False)
+            settings = Settings(config, {}, group, self.runtime, bucket_bytes=self.bucket_bytes)
             return _TracingCompiler(gm, inputs, settings, self.traces).run()
 
         compiled: Callable[..., Any] = torch.compile(function, backend=compile_graph, dynamic=dynamic)
@@ -141,7 +144,8 @@ class _TracingCompiler(GraphCompiler):
 
     def _attempt(self, requests: list[StateRequest]) -> Callable[..., Any]:
         captured = Trace(self.inputs, requests)
-        joint_pass = _CapturingPass(self.name, self.config, self.inputs, requests, self.group, self.runtime, [], self.backward_only)
+        given = {"backward_only": self.backward_only, "bucket_bytes": self.bucket_bytes}
+        joint_pass = _CapturingPass(self.name, self.config, self.inputs, requests, self.group, self.runtime, [], **given)
         joint_pass.captured = captured
 
         def interpret(gm: fx.GraphModule, _: Sequence[Any], **flags: Any) -> Callable[..., Any]:

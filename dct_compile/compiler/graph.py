@@ -26,6 +26,7 @@ from dct_compile.passes.decision import Decision
 from dct_compile.passes.foresight import can_hold_sites
 from dct_compile.passes.graph_input import PLAIN, GraphInput
 from dct_compile.passes.inline_kernels import InlineKernels
+from dct_compile.passes.insert_gradient_sync import BUCKET_BYTES, bucket_bytes_on
 from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRequest, expected_requests
 from dct_compile.reasons import Note
 from dct_compile.runtime import Runtime
@@ -45,7 +46,8 @@ class Settings:
 
     ``patches``: Inductor's own options. ``group``: the ranks that average gradients, for ``data_parallel``. ``inner_compile``: what
     generates code from the partitioned graphs. ``options``: the options with all phases, where ``config`` is one of several phases;
-    ``until``: the exchange at which the next phase follows.
+    ``until``: the exchange at which the next phase follows. ``bucket_bytes``: bytes of a bucket of
+    ``data_parallel``, as on all ranks; ``None`` for what the link asks for.
     """
 
     config: DCTConfig
@@ -55,6 +57,7 @@ class Settings:
     inner_compile: Compiled = compile_fx_inner
     options: DCTConfig | None = None
     until: int | None = None
+    bucket_bytes: int | None = None
 
 
 def compile_graph(
@@ -91,6 +94,7 @@ class GraphCompiler:
         self.name = f"graph {compile_id}" if compile_id is not None else "graph"
         self.trains_later = True
         """True if gradients are exchanged by a backward of its own, not by the graph itself."""
+        self.bucket_bytes = BUCKET_BYTES
         self.requests: list[StateRequest] = []
         self.decisions: list[Decision] = []
         """The state that the graph needs and the decisions about it, once it is compiled."""
@@ -116,11 +120,21 @@ class GraphCompiler:
             self.runtime.reports.called = True
             self._note_training(any(info.is_trainable for info in self.inputs))
             return compile_graph(self.gm, self.example_inputs, self.settings.patches, self.settings.inner_compile), []
-        requests = expected_requests(self.inputs, self.group, self.config, self.runtime)
+        self.bucket_bytes = self._bucket_bytes()
+        requests = expected_requests(self.inputs, self.group, self.config, self.runtime, self.bucket_bytes)
         try:
             return self._attempt(requests), requests
         except StateNeededError as needed:
             return self._attempt(needed.requests), needed.requests
+
+    def _bucket_bytes(self) -> int:
+        """Returns the bytes of a bucket: those given, else those for the link, for which all ranks that train wait."""
+        if self.settings.bucket_bytes is not None:
+            return self.settings.bucket_bytes
+        if self.group is None or not any(info.is_trainable for info in self.inputs):
+            return BUCKET_BYTES
+        link = self.runtime.links.of(self.group, self.config.link)
+        return bucket_bytes_on(link, self.group.size(), self.compared.dp_density)
 
     def _attempt(self, requests: list[StateRequest]) -> Compiled:
         if not self.settings.patches.get(_JOINT_PASSES, getattr(inductor_config, _JOINT_PASSES)):
@@ -165,8 +179,9 @@ class GraphCompiler:
 
     def _joint_pass(self, requests: list[StateRequest]) -> JointGraphPass:
         earlier = self._custom_passes(JOINT_SLOT)
+        until = self.settings.until
         return JointGraphPass(
-            self.name, self.config, self.inputs, requests, self.group, self.runtime, earlier, self.backward_only, self.settings.until
+            self.name, self.config, self.inputs, requests, self.group, self.runtime, earlier, self.backward_only, until, self.bucket_bytes
         )
 
     def _inner_compile(self, joint_pass: JointGraphPass) -> Compiled:

@@ -1,8 +1,8 @@
 """Averages the gradient buckets of one DDP module: calls the function of a scheme where DDP would call all_reduce.
 
 On CPU the function runs on a worker thread with a process group of its own (``workers.py``). So a bucket never blocks the backward that
-fills the next one, and the exchanges of several buckets come in the same order on every rank. On CUDA it runs on a side stream. With option
-``arrival="late"`` it runs beside the next step as well (``ddp_late.py``).
+fills the next one, and the exchanges of several buckets come in the same order on every rank. On CUDA it runs on a side stream. The
+messages of small buckets are joined (``ddp_join.py``). With option ``arrival="late"`` it runs beside the next step, too (``ddp_late.py``).
 """
 
 import weakref
@@ -18,9 +18,11 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.config import DCTConfig
+from dct_compile.integrations.ddp_join import MessageJoiner, join_bytes
 from dct_compile.integrations.ddp_late import average, on_stream, on_worker, reduce_late
 from dct_compile.integrations.ddp_plan import BucketPlan
 from dct_compile.integrations.ddp_report import averaged_parameters, bucket_name, title_of
+from dct_compile.integrations.suspended import Steps, run
 from dct_compile.link import Link
 from dct_compile.measure import BucketMeasure
 from dct_compile.phases import Phase, phase_at, phases_of
@@ -54,6 +56,9 @@ class GradientCompressor:
         for handle in runtime.states.use.watch(list(module.parameters())):
             weakref.finalize(module, handle.remove)
         self.stream: torch.cuda.Stream | None = None
+        self.joiner = MessageJoiner(0)
+        # In its first backward a static graph numbers all buckets 0, and none is the last one: then nothing may wait.
+        self.numbered = not module.static_graph
         self.reducers: dict[int, BucketReducer] = {}
         self.retired: list[BucketReducer] = []
 
@@ -70,10 +75,12 @@ class GradientCompressor:
         reducer.joined = torch._C._current_graph_task_id() == NO_BACKWARD
         if self.config.arrival == "late" and not (self.find_unused or buffer.is_sparse):
             return self._reduce_late(reducer, buffer, worker)
+        self.numbered = self.numbered or bucket.index() > 0
+        place = {"first": bucket.index() == 0, "last": bucket.is_last() or not self.numbered}
         if buffer.is_cuda:
-            return self._reduce_on_side_stream(reducer, buffer)
+            return self._reduce_on_side_stream(reducer, buffer, place)
         promise: torch.futures.Future[Tensor] = torch.futures.Future()
-        worker.submit(partial(_run, reducer, buffer, promise))
+        worker.submit(partial(_run, self.joiner, reducer, buffer, promise, place))
         return promise.then(_result)
 
     def mark_compiled(self, parameters: Sequence[object]) -> None:
@@ -86,6 +93,7 @@ class GradientCompressor:
         if self.worker is None:
             self.link = self.runtime.links.of(self.process_group, self.config.link)
             self.agree(self.link)
+            self.joiner.limit = join_bytes(self.link, self.process_group.size())
             self.worker = self.runtime.workers.of(self.process_group)
         return self.worker
 
@@ -117,12 +125,12 @@ class GradientCompressor:
         start = on_stream(self._side_stream(buffer.device)) if buffer.is_cuda else on_worker(worker, reducer.explain)
         return reduce_late(late, reducer.state, buffer, reducer.plan.comm, self.process_group, start)
 
-    def _reduce_on_side_stream(self, reducer: "BucketReducer", buffer: Tensor) -> torch.futures.Future[Tensor]:
+    def _reduce_on_side_stream(self, reducer: "BucketReducer", buffer: Tensor, place: dict[str, bool]) -> torch.futures.Future[Tensor]:
         stream = self._side_stream(buffer.device)
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
         stream.wait_stream(torch.cuda.current_stream(buffer.device))
         with torch.cuda.stream(stream):
-            future.set_result(reducer(buffer))
+            self.joiner.reduce(reducer(buffer), reducer.size, reducer.plan.comm, future, **place)
         return future
 
     def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
@@ -165,9 +173,10 @@ class BucketReducer:
         measure = BucketMeasure([self.state]) if self.state is not None else None
         self.entry = self.plan.publish(bucket_name(owner.title, index, owner.process_group), owner.runtime, measure)
         self.entry.owner, self.entry.model = weakref.ref(self), owner.title
+        self.size = self._joined_bytes(owner.joiner.limit)
 
-    def __call__(self, buffer: Tensor) -> Tensor:
-        """Returns the average over the group of ``buffer`` (1-D, or sparse), as a new tensor."""
+    def __call__(self, buffer: Tensor) -> Steps:
+        """Averages ``buffer`` (1-D, or sparse) over the group, up to the messages that may be joined. Returns a new tensor."""
         if self.plan.sparse:
             return self._reduce_sparse(buffer)
         offer = self.plan.offer
@@ -175,7 +184,9 @@ class BucketReducer:
             return self.plan.reduce_dense(buffer)
         self.begin(self.state)
         with self.state.skip_unused(buffer, offer.members.compressed) if self.find_unused else nullcontext():
-            return offer.reduce(buffer, self.state.tensors, self.plan.comm)
+            if not self.size:
+                return offer.reduce(buffer, self.state.tensors, self.plan.comm)
+            return (yield from run(partial(offer.reduce, buffer, self.state.tensors), self.plan.comm, buffer.device))
 
     def begin(self, state: BucketState) -> None:
         """Prepares the bucket's ``state`` for an exchange."""
@@ -186,6 +197,12 @@ class BucketReducer:
         average = buffer / self.group.size()
         dist.all_reduce(average, group=self.group)
         return average
+
+    def _joined_bytes(self, limit: int) -> int:
+        """Returns the bytes of each message if the messages are to be joined with those of other buckets, else 0."""
+        traffic = self.plan.offer.traffic if self.plan.offer is not None else None
+        size = traffic.wire_bytes // traffic.messages if traffic is not None else 0
+        return size if size < limit else 0
 
     def explain(self, error: Exception) -> None:
         """Adds to ``error`` the reason why another rank has left, if there is one."""
@@ -204,13 +221,15 @@ class BucketReducer:
         return None if offer is None else owner.runtime.states.bucket(self._compressed(parameters), offer.state, "DDP")
 
 
-def _run(reducer: BucketReducer, buffer: Tensor, promise: torch.futures.Future[Tensor]) -> None:
+def _run(
+    joiner: MessageJoiner, reducer: BucketReducer, buffer: Tensor, promise: torch.futures.Future[Tensor], place: dict[str, bool]
+) -> None:
     try:
-        with torch.no_grad():
-            promise.set_result(reducer(buffer))
-    except Exception as error:  # the backward that waits for the result raises it
+        joiner.reduce(reducer(buffer), reducer.size, reducer.plan.comm, promise, **place)
+    except Exception as error:  # the backward that waits for the results raises it
         reducer.explain(error)
-        promise.set_exception(error)  # type: ignore[arg-type]
+        for failed in joiner.drop():
+            failed.set_exception(error)  # type: ignore[arg-type]
 
 
 def _result(done: torch.futures.Future[Tensor]) -> Tensor:

@@ -42,7 +42,7 @@ class Members:
         return ", ".join(segment.parameter.name for segment in self.rest)
 
     def rest_traffic(self, exchange: Exchange) -> Traffic:
-        """Returns the work of the all_reduce that the rest takes."""
+        """Returns the work of an all_reduce of the rest alone."""
         assert exchange.dtype is not None
         size = sum(segment.parameter.numel for segment in self.rest) * exchange.dtype.itemsize
         return exchange.collective.sent(size, exchange.ranks).passing_over(2 * size) if self.rest else NOTHING
@@ -51,7 +51,11 @@ class Members:
         """Starts the all_reduce of the rest, end to end; ``None`` where there is none."""
         if not self.rest:
             return None
-        return comm.all_reduce(torch.cat([_part(grad, segment) for segment in self.rest]), exchange.reduce_op)
+        return comm.all_reduce(self.rest_of(grad), exchange.reduce_op)
+
+    def rest_of(self, grad: Tensor) -> Tensor:
+        """Returns the rest of ``grad``, end to end."""
+        return torch.cat([_part(grad, segment) for segment in self.rest])
 
     @staticmethod
     def end_rest(rest: Tensor | None, comm: Comm) -> Tensor | None:

@@ -22,6 +22,7 @@ from dct_compile.exchange import ALL_GATHER, GRADIENT, Exchange, Parameter
 from dct_compile.reasons import Reason
 from dct_compile.schemes.members import Members, divide, said_too_large
 from dct_compile.schemes.offer import Declined, GradientOffer
+from dct_compile.schemes.rest import Rider
 from dct_compile.schemes.threshold_codec import ThresholdCodec
 from dct_compile.state.spec import StateSpec
 from dct_compile.traffic import to_all
@@ -29,11 +30,17 @@ from dct_compile.traffic import to_all
 
 @dataclass(frozen=True, kw_only=True)
 class Gather(GradientOffer):
-    """An offer of the scheme "gather"."""
+    """An offer of the scheme "gather". ``rider``: the dense rest behind the payload; ``None`` where it travels beside it, or is empty."""
 
     codec: ThresholdCodec
+    rider: Rider | None
 
     def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm) -> Tensor:
+        if self.rider is not None:
+            payload = self.codec.encode(grad, state, sends=ALL_GATHER)
+            gathered = comm.wait(comm.all_gather(self.rider.attach(payload, self.members.rest_of(grad))))
+            payloads, rests = self.rider.detach(gathered)
+            return self.codec.decode_sum(payloads, self.rider.mean(rests), grad, self.exchange.divisor)
         rest = self.members.start_rest(grad, comm, self.exchange)
         payload = self.codec.encode(grad, state, sends=ALL_GATHER)
         gathered = comm.all_gather(payload)
@@ -51,8 +58,9 @@ def offer(exchange: Exchange, config: DCTConfig) -> Gather | Declined | None:
         return Declined(members)
     codec = ThresholdCodec.of(exchange, members, 1, config)
     payload = codec.layout.payload_bytes
+    rider = Rider.of(members, exchange, payload, ALL_GATHER)
     traffic = to_all(payload, exchange.ranks).passing_over(codec.memory_bytes(exchange, payloads=exchange.ranks))
-    traffic = traffic + members.rest_traffic(exchange)
+    traffic = traffic + (members.rest_traffic(exchange) if rider is None else rider.traffic(payload))
     return Gather(
         exchange=exchange,
         scheme="gather",
@@ -63,6 +71,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> Gather | Declined | None:
         members=members,
         state=StateSpec(members.numels, codec.state(), orders=members.orders, densities=members.densities(config)),
         codec=codec,
+        rider=rider,
     )
 
 

@@ -22,6 +22,7 @@ from dct_compile.config import DCTConfig
 from dct_compile.exchange import ALL_TO_ALL, GRADIENT, Exchange
 from dct_compile.schemes.members import said_too_large
 from dct_compile.schemes.offer import Declined, GradientOffer
+from dct_compile.schemes.rest import Rider
 from dct_compile.schemes.threshold import divide_by_density, said
 from dct_compile.schemes.threshold_codec import ThresholdCodec
 from dct_compile.state.spec import StateSpec
@@ -31,18 +32,31 @@ from dct_compile.triton_kernels.shares import UNIT
 
 @dataclass(frozen=True, kw_only=True)
 class Owner(GradientOffer):
-    """An offer of the scheme "owner"; ``owner_codec`` works on the share that this rank owns."""
+    """An offer of the scheme "owner"; ``owner_codec`` works on the share that this rank owns. ``rider``: as in "gather"."""
 
     codec: ThresholdCodec
     owner_codec: ThresholdCodec
+    rider: Rider | None
 
     def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm) -> Tensor:
+        if self.rider is not None:
+            return self._reduce_all(grad, state, comm, self.rider)
         rest = self.members.start_rest(grad, comm, self.exchange)
         payload = self.codec.encode(grad, state, sends=ALL_TO_ALL)
         chunks = comm.wait(comm.all_to_all(payload))
         gathered = comm.all_gather(self.owner_codec.encode_sum(chunks, state))
         rest = self.members.end_rest(rest, comm)
         return self.codec.decode_sum(comm.wait(gathered), rest, grad, self.exchange.divisor)
+
+    def _reduce_all(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, rider: Rider) -> Tensor:
+        """Reduces like :meth:`reduce`, with a share of the rest behind each chunk."""
+        payload = self.codec.encode(grad, state, sends=ALL_TO_ALL)
+        exchanged = comm.wait(comm.all_to_all(rider.attach(payload, self.members.rest_of(grad), comm.size)))
+        chunks, shares = rider.detach(exchanged)
+        chunk = self.owner_codec.encode_sum(chunks, state)
+        gathered = comm.wait(comm.all_gather(rider.attach(chunk, rider.mean(shares))))
+        chunks, means = rider.detach(gathered)
+        return self.codec.decode_sum(chunks, means.view(-1)[: rider.numel], grad, self.exchange.divisor)
 
 
 def offer(exchange: Exchange, config: DCTConfig) -> Owner | Declined | None:
@@ -56,7 +70,9 @@ def offer(exchange: Exchange, config: DCTConfig) -> Owner | Declined | None:
     owner_codec = replace(codec, layout=replace(codec.layout, chunk=exchange.rank), stage="owner")
     sent = one_share_to_each(codec.layout.payload_bytes, exchange.ranks) + to_all(codec.layout.chunk_bytes, exchange.ranks)
     memory = codec.memory_bytes(exchange, payloads=1) + 12 * owner_codec.layout.state_numel
-    traffic = sent.passing_over(memory) + members.rest_traffic(exchange)
+    rider = Rider.of(members, exchange, codec.layout.payload_bytes, ALL_TO_ALL)
+    beside = members.rest_traffic(exchange) if rider is None else rider.traffic(codec.layout.chunk_bytes)
+    traffic = sent.passing_over(memory) + beside
     return Owner(
         exchange=exchange,
         scheme="owner",
@@ -74,4 +90,5 @@ def offer(exchange: Exchange, config: DCTConfig) -> Owner | Declined | None:
         ),
         codec=codec,
         owner_codec=owner_codec,
+        rider=rider,
     )

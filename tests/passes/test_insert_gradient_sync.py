@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dct_compile.link import ONE_MACHINE, Link
 from dct_compile.passes.graph_utils import WAIT, argument
-from dct_compile.passes.insert_gradient_sync import BUCKET_BYTES, gradient_buckets
+from dct_compile.passes.insert_gradient_sync import BUCKET_BYTES, bucket_bytes_on, gradient_buckets
 from dct_compile.passes.sites import Parameter
 from tests.lockstep import make_inputs, run_in_lockstep
 from tests.small_models import Layers, c10d, leaf
-from tests.tracing import communication, nodes_of, outputs, trace
+from tests.tracing import Tracer, communication, fake_group, nodes_of, outputs, trace
 
 AR = c10d.all_reduce.default
 DENSE = {"data_parallel": True, "dp_density": 1}
@@ -36,6 +37,11 @@ def test_buckets_hold_25_mib_unless_a_parameter_is_larger(dtype: torch.dtype, wa
     full = BUCKET_BYTES // 4
     assert BUCKET_BYTES == 25 * 1024 * 1024
     assert names(gradient_buckets([(item, dtype) for item in parameters(3 * full, full, 1, full - 1)])) == wanted
+
+
+def test_buckets_hold_as_many_bytes_as_asked_for() -> None:
+    items = [(item, torch.float32) for item in parameters(100, 10, 20, 30)]
+    assert names(gradient_buckets(items, 200)) == [["p3", "p2"], ["p1"], ["p0"]]
 
 
 def test_buckets_are_of_one_dtype() -> None:
@@ -63,6 +69,15 @@ def test_one_all_reduce_for_all_gradients() -> None:
         ("bottom.weight", 2144),
     ]
     traced.after.lint()
+
+
+@pytest.mark.parametrize("options", [{"dp_density": 1}, {"gradient_scheme": "gather"}])
+def test_smaller_buckets_are_averaged_each_on_its_own(options: dict[str, Any]) -> None:
+    with fake_group(2):
+        tracer = Tracer()
+        tracer.bucket_bytes = 10_000
+        traced = tracer.trace(Layers(), torch.randn(16, 64), data_parallel=True, **options)
+    assert [item.exchange.shape for item in traced.decisions] == [(32 + 64 * 32 + 64,), (64 * 64,)]
 
 
 def test_gradients_are_averaged() -> None:
@@ -177,3 +192,17 @@ def test_embedding_gradients_and_tied_weights() -> None:
     traced = trace(Tied(), torch.randn(16, 64), **DENSE)
     assert traced.decisions[0].site.name == "weight"
     assert communication(traced.after) == {AR: 1, WAIT: 1}
+
+
+@pytest.mark.parametrize(
+    ("link", "ranks", "density", "wanted"),
+    [
+        (None, 2, 0.01, BUCKET_BYTES),
+        (ONE_MACHINE, 64, 0.01, BUCKET_BYTES),
+        (Link(1.25e8), 4, 0.01, BUCKET_BYTES),
+        (Link(1.25e8, 0.01), 2, 0.01, 125_000_000),
+        (Link(1.25e8, 1.0), 2, 0.01, 2**30),
+    ],
+)
+def test_buckets_are_larger_where_a_message_takes_long_to_start(link: Link | None, ranks: int, density: float, wanted: int) -> None:
+    assert bucket_bytes_on(link, ranks, density) == wanted

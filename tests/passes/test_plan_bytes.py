@@ -1,5 +1,6 @@
 """The bytes that the plan promises, worked out by hand."""
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -111,6 +112,25 @@ def test_bucket_with_dense_members() -> None:
     assert decision.offer.members.numel == 64 + 4096 + 256
     assert decision.wire_bytes == 156 + (64 + 256) * 4  # a ring all_reduce on two ranks sends its input once
     assert decision.dense_bytes == 4416 * 4
+
+
+@pytest.mark.parametrize(
+    ("scheme", "ranks", "numel", "messages", "sent"),
+    [
+        ("gather", 2, 100, 1, 156 + 400),
+        ("gather", 4, 100, 1, 3 * (156 + 400)),  # 600 bytes more than an all_reduce save its message
+        ("gather", 32, 100, 1, 31 * (156 + 400)),
+        ("gather", 64, 100, 2, 63 * 156 + Fraction(2 * 63 * 400, 64)),  # behind the payload it would take 24413 bytes more
+        ("owner", 4, 100, 2, 6 * (40 + 100)),
+        ("owner", 4, 99, 2, 6 * (40 + 100)),  # the last share is padded
+        ("gather", 2, 4097, 2, 156 + 4097 * 4),
+        ("owner", 2, 4097, 3, 2 * 80 + 4097 * 4),
+    ],
+)
+def test_small_rest_rides_behind_the_payload(scheme: str, ranks: int, numel: int, messages: int, sent: int | Fraction) -> None:
+    offer = decide(make_gradient(4096, numel, ranks=ranks, rank=1), exempt=["p1"], gradient_scheme=scheme).offer
+    assert offer is not None
+    assert (offer.traffic.messages, offer.traffic.wire) == (messages, sent)
 
 
 @pytest.mark.parametrize(
