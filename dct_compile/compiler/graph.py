@@ -133,8 +133,7 @@ class GraphCompiler:
             return self.settings.bucket_bytes
         if self.group is None or not any(info.is_trainable for info in self.inputs):
             return BUCKET_BYTES
-        link = self.runtime.links.of(self.group, self.config.link)
-        return bucket_bytes_on(link, self.group.size(), self.compared.dp_density)
+        return bucket_bytes_on(self.runtime.links.of(self.group, self.config.link), self.group.size(), self.compared.dp_density)
 
     def _attempt(self, requests: list[StateRequest]) -> Compiled:
         if not self.settings.patches.get(_JOINT_PASSES, getattr(inductor_config, _JOINT_PASSES)):
