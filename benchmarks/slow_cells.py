@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dct_compile.bench.machine import processor_name
+from dct_compile.link import CPU_COPY_BYTES_PER_S, Link
 from dct_compile.models.gpt import GPT
 from dct_compile.models.parallel import Mesh
 from dct_compile.models.resnet import ResNet
@@ -22,19 +23,19 @@ from dct_compile.models.tasks import TASKS, Batch, DataSource, Task
 from dct_compile.models.tasks.gpt import CONTEXT, GptTask
 from dct_compile.models.tasks.resnet import ResnetTask
 
-DCT_OPTIONS: dict[str, Any] = {}
-"""Options of all methods of the backend "dct"."""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
     "fp16 hook": ("fp16", {}),
     "PowerSGD hook, rank 1": ("powersgd-1", {}),
     "PowerSGD hook, rank 2": ("powersgd-2", {}),
     "PowerSGD hook, rank 4": ("powersgd-4", {}),
-    "dct gather": ("dct", {"gradient_scheme": "gather"} | DCT_OPTIONS),
-    "dct owner": ("dct", {"gradient_scheme": "owner"} | DCT_OPTIONS),
-    "dct powersgd": ("dct", {"gradient_scheme": "powersgd"} | DCT_OPTIONS),
+    "dct gather": ("dct", {"gradient_scheme": "gather", "link": None}),
+    "dct owner": ("dct", {"gradient_scheme": "owner", "link": None}),
+    "dct late": ("dct", {"arrival": "late", "link": None}),
+    "dct powersgd": ("dct", {"gradient_scheme": "powersgd", "link": None}),
+    "dct": ("dct", {}),
 }
-"""Backend (dct_compile/cli/methods.py) and options by name. The first one is the baseline."""
+"""Backend (dct_compile/cli/methods.py) and options by name. The first one is the baseline, the last one measures the link and decides."""
 RATES: dict[str, float | None] = {"10mbit": 10e6, "100mbit": 100e6, "1gbit": 1e9, "10gbit": 10e9, "none": None}
 """Bits per second of each uplink and downlink."""
 GOODPUT = 0.94
@@ -99,6 +100,13 @@ class Cell:
     def bits_per_s(self) -> float | None:
         return RATES[self.rate]
 
+    @property
+    def build(self) -> tuple[str, int, str]:
+        """What the cells of one compilation have in common: a method that measures the link is compiled for each rate."""
+        backend, options = METHODS[self.method]
+        measures = backend == "dct" and options.get("link", "auto") == "auto"
+        return self.method, self.repeat, self.rate if measures else ""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -107,7 +115,8 @@ class Result:
     ``steps``: timed ones. ``median_s``, ``q1_s``, ``q3_s``: of a step. ``cpu_s``: CPU time of a step, all threads of a rank.
     ``compute_s``, ``compute_cpu_s``: the same of the dense step without communication, just before and after on the same hosts.
     ``sent_bytes``: by a host's interface, per step, mean over the hosts. ``computed_bytes``: by the report, or from the shapes of the
-    parameters; -1 where neither knows. ``hops``: messages one after the other. ``error``: why there is no measurement.
+    parameters; -1 where neither knows. ``hops``: messages one after the other. ``memory_bytes``: read
+    and written by the kernels of "dct". ``error``: why there is no measurement.
     """
 
     steps: int = 0
@@ -120,6 +129,7 @@ class Result:
     sent_bytes: float = float("nan")
     computed_bytes: float = -1.0
     hops: int = 0
+    memory_bytes: float = 0.0
     error: str = ""
 
     @classmethod
@@ -138,6 +148,7 @@ class Result:
             sent_bytes=_mean(answers, "sent_bytes"),
             computed_bytes=_mean(answers, "computed_bytes"),
             hops=answers[0]["hops"],
+            memory_bytes=answers[0]["memory_bytes"],
         )
 
     @property
@@ -146,19 +157,26 @@ class Result:
         return self.sent_bytes if self.computed_bytes < 0 else self.computed_bytes
 
     def predicted_s(self, cell: Cell) -> float | None:
-        return None if cell.bits_per_s is None else predict(self.compute_s, self.hops, self.bytes, cell.bits_per_s)
+        if cell.bits_per_s is None:
+            return None
+        late = METHODS[cell.method][1].get("arrival") == "late"
+        return predict(self.compute_s, self.hops, self.bytes, self.memory_bytes, cell.bits_per_s, late)
 
 
-def predict(compute_s: float, hops: int, wire_bytes: float, bits_per_s: float) -> float:
-    """Returns the seconds that a step should take: compute, and all of the communication after it.
+def predict(compute_s: float, hops: int, wire_bytes: float, memory_bytes: float, bits_per_s: float, late: bool) -> float:
+    """Returns the seconds that a step should take: compute, and the exchanges after it by the link model of the product.
 
     Args:
         compute_s: Seconds of the step without communication.
         hops: Messages one after the other.
         wire_bytes: Bytes that a rank sends in the step.
+        memory_bytes: Bytes of memory that the kernels of "dct" read and write in the step.
         bits_per_s: The rate of its link.
+        late: Whether the messages are sent beside the next step.
     """
-    return compute_s + hops * HOP_S + wire_bytes * 8 / (bits_per_s * GOODPUT)
+    link = Link(bits_per_s / 8 * GOODPUT, HOP_S, CPU_COPY_BYTES_PER_S)
+    kernels, wire = link.seconds(0, 0, memory_bytes), link.seconds(hops, wire_bytes, 0)
+    return max(compute_s + kernels, wire) if late else compute_s + kernels + wire
 
 
 def methods_of(model: str, hosts: int, chosen: Sequence[str]) -> list[str]:

@@ -92,13 +92,13 @@ def measure(cells: Sequence[Cell], seconds: float, file: ResultFile) -> None:
     left = list(cells)
     while left:
         with ranks_on(left[0].hosts) as ranks:
-            built: tuple[str, int] | None = None
+            built: tuple[str, int, str] | None = None
             while left:
                 cell = left.pop(0)
                 try:
-                    if built != (cell.method, cell.repeat):
-                        ranks.ask(None, do="build", model=cell.model, method=cell.method)
-                        built = (cell.method, cell.repeat)
+                    if built != cell.build:
+                        ranks.ask(cell.bits_per_s if cell.build[-1] else None, do="build", model=cell.model, method=cell.method)
+                        built = cell.build
                     compute = ranks.ask(None, do="compute")
                     answers = ranks.ask(cell.bits_per_s, do="steps", seconds=seconds)
                     compute += ranks.ask(None, do="compute")

@@ -27,8 +27,11 @@ from torch._logging._internal import set_logs
 import dct_compile
 from dct_compile.cli.methods import POWERSGD_START, compile_with, computed_bytes
 from dct_compile.integrations import INTEGRATIONS
+from dct_compile.links import Links
 from dct_compile.models.parallel import average_sharded_gradients, make_mesh
 from dct_compile.models.tasks import Batch, Task
+from dct_compile.report import SiteReport
+from dct_compile.runtime import RUNTIME
 from dct_compile.workarounds.gloo import shorten_names
 
 ANSWER = "answer "
@@ -88,14 +91,19 @@ class Training:
             "cpu_s": sent.cpu_s() / steps,
             "sent_bytes": sent.bytes() / steps,
             "computed_bytes": self.computed_bytes(),
-            "hops": 2 * (dist.get_world_size() - 1),
+            "hops": sum(site.calls * site.hops for site in self.sites()) or 2 * (dist.get_world_size() - 1),
+            "memory_bytes": sum(site.calls * site.memory_bytes for site in self.sites()),
         }
 
     def computed_bytes(self) -> float:
         """Returns the bytes that a rank sends in a step by the report, or computed from shapes; -1 where neither knows."""
         if self.backend != "dct":
             return self.computed
-        return float(sum(site.calls * site.wire_bytes for site in dct_compile.report().sites if site.training))
+        return float(sum(site.calls * site.wire_bytes for site in self.sites()))
+
+    def sites(self) -> list[SiteReport]:
+        """Returns the collectives of a step, as far as the backend "dct" knows them."""
+        return [site for site in dct_compile.report().sites if site.training] if self.backend == "dct" else []
 
     def train(self, rate: float, seed: int, steps: int, aim: float | None, every: int) -> list[tuple[int, float, float]]:
         """Trains anew at a learning rate, up to ``steps`` steps or until the mean loss of WINDOW steps is ``aim``.
@@ -138,6 +146,7 @@ class Rank:
         self.training = None
         gc.collect()
         dct_compile.reset_report()
+        RUNTIME.links = Links()  # the rate may be another one
         if self.dense is None or self.dense[0] != model:
             self.dense = (model, _warm(Training(model, next(iter(METHODS)))))
         self.training = _warm(Training(model, method))

@@ -113,4 +113,6 @@ def describe_site(decision: Decision, number: int = 0, pair: int | None = None) 
         pair=pair,
         seconds=decision.seconds,
         dense_seconds=decision.dense_seconds,
+        hops=decision.traffic.hops,
+        memory_bytes=decision.traffic.memory_bytes,
     )

@@ -21,7 +21,8 @@ class SiteReport:
     empty where the trace holds none. ``graph``: the position in the report's ``graphs``; ``number``: the place among the sites of that
     graph; ``pair``: the number of the site's twin, the backward of a forward collective or the other way round. ``calls``: how often one
     step runs it, 0 where a later compilation has taken its place. ``training``: whether its graph has a backward. ``seconds``,
-    ``dense_seconds``: predicted per call, where nothing else runs; ``None`` where the link was not looked at.
+    ``dense_seconds``: predicted per call, where nothing else runs; ``None`` where the link was not looked at. ``hops``: messages of which
+    each waits for the one before; ``memory_bytes``: read and written by the kernels; both per call.
     """
 
     collective: str
@@ -47,6 +48,8 @@ class SiteReport:
     stepped: str | None = None
     seconds: float | None = None
     dense_seconds: float | None = None
+    hops: int = 0
+    memory_bytes: int = 0
 
     @property
     def ratio(self) -> float | None:
