@@ -15,7 +15,7 @@ from dct_compile.cli.main import main
 from dct_compile.cli.present import present
 from dct_compile.cli.results import BackendResult, Results, Run, bytes_until, gradient_density
 from dct_compile.cli.settings import optimization_of, parse_options, parse_rates, parse_value
-from dct_compile.cli.tables import quality, sent, sites, traffic
+from dct_compile.cli.tables import link, quality, sent, sites, traffic
 from dct_compile.cli.worker import _postfix
 from dct_compile.models.tasks import TASKS
 from dct_compile.report import SiteReport
@@ -50,8 +50,9 @@ def _results(seeds: int = 2, with_dct: bool = True) -> Results:
         "dp": 2,
         "mp": 1,
         "criteo_path": None,
+        "options": {"link": "1Gbit/s"},
     }
-    environment = {"torch": "2", "python": "3", "machine": "m", "processor": "p <x>", "cores": 2}
+    environment = {"torch": "2", "python": "3", "machine": "m", "processor": "p <x>", "cores": 2, "link": "one machine"}
     return Results(settings, environment, list(TASKS["dlrm"].metrics), backends)
 
 
@@ -224,7 +225,16 @@ def test_tables() -> None:
     table = sites(results)
     assert table is not None
     assert [row[5:10] for row in table.rows] == [["4,000", "40", "100.0x", "0.0100", "3"], ["4,000", "4,000", "1.0x", "-", "-"]]
+    table = link(results)
+    assert table is not None
+    assert table.rows == [["1 Gbit/s, 50 us", "-", "-", "-"]], "no site knows its seconds"
+    results.backends[1].sites[0] = [{**vars(SITE), "calls": 2, "seconds": 0.001, "dense_seconds": 0.02}, vars(SITE)]
+    table = link(results)
+    assert table is not None
+    assert table.rows == [["1 Gbit/s, 50 us", "40 ms", "2 ms", "20.0x"]]
+    assert table.note.endswith("The link here: one machine.")
     assert traffic(_results(with_dct=False)) is None
+    assert link(_results(with_dct=False)) is None
     assert sites(_results(with_dct=False)) is None
 
 

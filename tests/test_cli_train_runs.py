@@ -69,7 +69,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
 
 @pytest.mark.slow
 def test_options_are_in_the_results(both: tuple[dict[str, Any], str]) -> None:
-    assert both[0]["settings"]["options"] == {"dp_density": 0.05}
+    assert both[0]["settings"]["options"] == {"dp_density": 0.05, "link": "1Gbit/s"}
 
 
 @pytest.mark.slow

@@ -66,10 +66,10 @@ def test_calls_in_generated_code_name_their_sites(ranks2_once: Ranks) -> None:
 
 @pytest.mark.distributed
 def test_comments_in_generated_code_name_the_sites(ranks2_once: Ranks) -> None:
-    """Under "owner", the gradient's payload is exchanged twice; what stays dense is reduced beside it."""
+    """Under "owner", the gradient's payload is exchanged twice; what stays dense rides behind it."""
     for code, _ in ranks2_once(inspected):
         lines, calls, collectives = lines_of(code)
-        assert len(collectives) == 5
+        assert len(collectives) == 4
         for position in [*calls, *collectives]:
             comment = next(line for line in reversed(lines[:position]) if "Source Nodes" in line)
             assert re.search(rf"\[({EXCHANGE}( backward)?|{GRADIENTS})\]", comment), (comment, lines[position])

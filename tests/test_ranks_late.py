@@ -45,7 +45,8 @@ def beside_now(rank: int, world_size: int, inside: bool, options: Options, setti
         assert len(compressed) >= 2
         for name, gradient in found.items():
             expected = present[name] if name not in compressed else before.get(name, torch.zeros_like(gradient))
-            assert torch.equal(gradient, expected), f"step {step}: {name}"
+            # What stays dense is added up by an all_reduce here and behind the payload there: with three ranks in another order.
+            assert torch.equal(gradient, expected) or (name not in compressed and gradient.allclose(expected)), f"step {step}: {name}"
         for name, entry in dct_compile.state_dict(now).items():
             assert torch.equal(entry["residual"], compressed[name]["residual"]), f"step {step}: {name}"
             assert torch.equal(compressed[name]["late"], present[name].flatten()), name

@@ -67,8 +67,9 @@ def test_a_failing_rank_is_an_error_that_names_it() -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_however_a_run_ends(how: signal.Signals) -> None:
     script = """
-import time
+import signal, time
 from benchmarks.slow_hosts import SlowHosts
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background inherits that it is ignored
 with SlowHosts(2, 1e8) as hosts:
     ranks = hosts.start(["sleep", "1000"])
     print(*(process.pid for process in [*hosts._holders, *ranks]), flush=True)

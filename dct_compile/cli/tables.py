@@ -86,7 +86,12 @@ def link(results: Results) -> Table | None:
     dense, compressed = (sum(site["calls"] * site[field] for site in weighed) for field in ("dense_seconds", "seconds"))
     row = [name, *((duration(dense), duration(compressed), f"{dense / compressed:.1f}x") if weighed and compressed else ("-", "-", "-"))]
     note = "Predicted per step for the collectives that DCT can carry, by hops, bytes and passes over memory, where nothing else runs. "
-    return Table("Seconds on the link", ["link", "dense", "dct", "ratio"], [row], note + f"The link here: {results.environment['link']}.")
+    return Table(
+        "Seconds on the link",
+        ["link", "dense", "dct", "ratio"],
+        [row],
+        note + f"The link here: {results.environment['link']}.",
+    )
 
 
 def sites(results: Results) -> Table | None:

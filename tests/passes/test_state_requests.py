@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from dct_compile.config import DCTConfig
 from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.manager import JointGraphPass, StateRequest, expected_requests
+from dct_compile.runtime import Runtime
 from tests.small_models import Layers, Weighted, exchange, world
 from tests.tracing import fake_group, trace
 
@@ -65,6 +66,6 @@ def test_what_is_expected_follows_from_trainable_parameters_alone() -> None:
     x = GraphInput("x", torch.float32, (16, 64), False, False, False)
     inputs = [parameter("a", 64, 64), x, parameter("frozen", 64, 64, trainable=False), parameter("half", 32, 64, dtype=torch.bfloat16)]
     with fake_group(4):
-        found = expected_requests(inputs, world(), DCTConfig())
-        assert expected_requests(inputs, None, DCTConfig()) == []
+        found = expected_requests(inputs, world(), DCTConfig(), Runtime())
+        assert expected_requests(inputs, None, DCTConfig(), Runtime()) == []
     assert [(request.positions, request.spec.numels) for request in found] == [((0,), (4096,)), ((3,), (2048,))]
