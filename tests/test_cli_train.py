@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from dct_compile.cli import extras
 from dct_compile.cli.backends import parse_backends
 from dct_compile.cli.main import main
 from dct_compile.cli.present import present
-from dct_compile.cli.results import BackendResult, Results, Run, bytes_until, gradient_density
+from dct_compile.cli.results import BackendResult, Results, Run, bytes_until
 from dct_compile.cli.settings import optimization_of, parse_options, parse_rates, parse_value
 from dct_compile.cli.tables import link, quality, sent, sites, traffic
-from dct_compile.cli.worker import _postfix
 from dct_compile.models.tasks import TASKS
 from dct_compile.report import SiteReport
 
@@ -176,25 +174,6 @@ def test_every_backend_is_compared_with_dense_by_seed() -> None:
     results.backends.append(BackendResult("fp16", better, [[], []], []))
     assert quality(results).rows[-1] == ["fp16 - dense", "", "-0.1500 ± 0.0707", "+0.0100 ± 0.0000", "", ""]
     assert quality(results).note.endswith("Better: lower test log-loss, higher test AUC.")
-
-
-def test_density_between_two_readings() -> None:
-    run = Run(0, {}, 30, [1.0], [0.0], [(10, 0.05), (20, 0.03), (30, 0.02)], 1)
-    assert [(step, round(density, 9)) for step, density in run.density_between()] == [(10, 0.05), (20, 0.01), (30, 0.0)]
-
-
-def test_progress_shows_what_is_known() -> None:
-    assert _postfix(torch.tensor(0.5), {}) == {"loss": "0.5000"}
-    numbers = {"density": 0.01012, "overflow": 1200, "compression": 37.24}
-    shown = {"loss": "0.5000", "density": "0.0101", "overflow": "1200", "compression": "37.2x"}
-    assert _postfix(torch.tensor(0.5), numbers) == shown
-
-
-def test_gradient_density_is_weighted_by_size() -> None:
-    larger = SiteReport(**{**vars(SITE), "shape": (3000,), "density": 0.05})
-    others = [SiteReport(**{**vars(SITE), "kind": "activation"}), SiteReport(**{**vars(SITE), "density": None})]
-    assert gradient_density([SITE, larger, *others]) == pytest.approx(0.04)
-    assert gradient_density(others) is None
 
 
 def test_means_spreads_and_bytes() -> None:
