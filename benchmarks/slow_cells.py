@@ -116,7 +116,7 @@ class Result:
     ``compute_s``, ``compute_cpu_s``: the same of the dense step without communication, just before and after on the same hosts.
     ``sent_bytes``: by a host's interface, per step, mean over the hosts. ``computed_bytes``: by the report, or from the shapes of the
     parameters; -1 where neither knows. ``hops``: messages one after the other. ``memory_bytes``: read
-    and written by the kernels of "dct". ``error``: why there is no measurement.
+    and written by the kernels of "dct". ``cores``: of the machine, which the hosts share. ``error``: why there is no measurement.
     """
 
     steps: int = 0
@@ -130,6 +130,7 @@ class Result:
     computed_bytes: float = -1.0
     hops: int = 0
     memory_bytes: float = 0.0
+    cores: int = 1
     error: str = ""
 
     @classmethod
@@ -149,6 +150,7 @@ class Result:
             computed_bytes=_mean(answers, "computed_bytes"),
             hops=answers[0]["hops"],
             memory_bytes=answers[0]["memory_bytes"],
+            cores=os.cpu_count() or 1,
         )
 
     @property
@@ -160,14 +162,20 @@ class Result:
         if cell.bits_per_s is None:
             return None
         late = METHODS[cell.method][1].get("arrival") == "late"
-        return predict(self.compute_s, self.hops, self.bytes, self.memory_bytes, cell.bits_per_s, late)
+        shared = max(1.0, cell.hosts / self.cores)
+        return predict(self.compute_cpu_s, shared, self.hops, self.bytes, self.memory_bytes, cell.bits_per_s, late)
+
+    def compute_on(self, hosts: int) -> float:
+        """Returns the seconds of a step without communication while all hosts compute: their CPU time on the cores that they share."""
+        return self.compute_cpu_s * max(1.0, hosts / self.cores)
 
 
-def predict(compute_s: float, hops: int, wire_bytes: float, memory_bytes: float, bits_per_s: float, late: bool) -> float:
+def predict(cpu_s: float, shared: float, hops: int, wire_bytes: float, memory_bytes: float, bits_per_s: float, late: bool) -> float:
     """Returns the seconds that a step should take: compute, and the exchanges after it by the link model of the product.
 
     Args:
-        compute_s: Seconds of the step without communication.
+        cpu_s: CPU seconds of the step without communication.
+        shared: Hosts for each core of the machine, at least 1.
         hops: Messages one after the other.
         wire_bytes: Bytes that a rank sends in the step.
         memory_bytes: Bytes of memory that the kernels of "dct" read and write in the step.
@@ -176,7 +184,8 @@ def predict(compute_s: float, hops: int, wire_bytes: float, memory_bytes: float,
     """
     link = Link(bits_per_s / 8 * GOODPUT, HOP_S, CPU_COPY_BYTES_PER_S)
     kernels, wire = link.seconds(0, 0, memory_bytes), link.seconds(hops, wire_bytes, 0)
-    return max(compute_s + kernels, wire) if late else compute_s + kernels + wire
+    busy = (cpu_s + kernels) * shared
+    return max(busy, wire) if late else busy + wire
 
 
 def methods_of(model: str, hosts: int, chosen: Sequence[str]) -> list[str]:
