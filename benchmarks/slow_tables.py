@@ -47,7 +47,7 @@ def print_steps(results: dict[Cell, Result], model: str) -> None:
             rows.append([hosts, rate, method, repeats[-1][1].error])
             continue
         step, q1, q3 = step_s(good), _median(good, "q1_s"), _median(good, "q3_s")
-        compute, sent = _median(good, "compute_s"), _median(good, "sent_bytes")
+        compute, sent = statistics.median(result.compute_on(hosts) for _, result in good), _median(good, "sent_bytes")
         cpu, least_cpu = _median(good, "cpu_s"), _median(good, "compute_cpu_s")
         predicted = [seconds for cell, result in good if (seconds := result.predicted_s(cell)) is not None]
         errors += [abs(seconds / result.median_s - 1) for cell, result in good if (seconds := result.predicted_s(cell)) is not None]
@@ -57,7 +57,7 @@ def print_steps(results: dict[Cell, Result], model: str) -> None:
         numbers: list[object] = [step, q1, q3, dense / step, compute, other, cpu, least_cpu, expected, round(sent)]
         numbers.append("" if computed < 0 else round(computed))
         rows.append([hosts, rate, method, *numbers])
-    print(f"\n{model}: seconds of a step; compute is the dense step without communication on the same hosts")
+    print(f"\n{model}: seconds of a step; compute is that of the dense step without communication, on the cores that the hosts share")
     print(tabulate(rows, ["hosts", "rate", "method", *_COLUMNS], floatfmt=("", "", "", *_COLUMNS.values())))
     if errors:
         print(f"median relative error of the prediction: {100 * statistics.median(errors):.0f} %")
@@ -65,7 +65,8 @@ def print_steps(results: dict[Cell, Result], model: str) -> None:
 
 def draw_steps(results: dict[Cell, Result], model: str, path: Path) -> None:
     """Draws the step over the rate: a panel for each number of hosts, a line for each method, and the step without communication."""
-    places = grouped(results, model)
+    # Rates in the order of RATES, so that lines go from left to right.
+    places = dict(sorted(grouped(results, model).items(), key=lambda item: list(RATES).index(item[0][1])))
     sizes = sorted({hosts for hosts, _, _ in places})
     mpl.use("agg")
     figure, axes = plt.subplots(1, len(sizes), figsize=(5 * len(sizes), 4.5), sharey=True, layout="constrained", squeeze=False)
@@ -74,7 +75,9 @@ def draw_steps(results: dict[Cell, Result], model: str, path: Path) -> None:
             own = {rate: repeats for (hosts, rate, name), repeats in places.items() if (hosts, name) == (size, method)}
             x = [RATES[rate] or _NO_LIMIT_AT for rate in own]
             axis.plot(x, [step_s(repeats) for repeats in own.values()], "o-", label=method, color=_color(method))
-        computes = [result.compute_s for key, repeats in places.items() if key[0] == size for _, result in repeats if not result.error]
+        computes = [
+            result.compute_on(size) for key, repeats in places.items() if key[0] == size for _, result in repeats if not result.error
+        ]
         if computes:
             axis.axhline(statistics.median(computes), color="black", linestyle=":", label="no communication")
         shown = [name for name in RATES if any(rate == name for _, rate, _ in places)]
