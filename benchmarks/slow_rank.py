@@ -146,7 +146,10 @@ class Rank:
         self.training = None
         gc.collect()
         dct_compile.reset_report()
-        RUNTIME.links = Links()  # the rate may be another one
+        if METHODS[method] == ("dct", {}):
+            # The rate is another one now. A link does not change for the product: graphs of the rate before would be used again.
+            RUNTIME.links, self.dense = Links(), None
+            torch._dynamo.reset()
         if self.dense is None or self.dense[0] != model:
             self.dense = (model, _warm(Training(model, next(iter(METHODS)))))
         self.training = _warm(Training(model, method))
