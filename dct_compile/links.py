@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store,
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dct_compile.groups import store_of_life
 from dct_compile.link import ONE_MACHINE, Link
@@ -62,7 +63,8 @@ class Links:
             option: "auto", a link to assume, or ``None`` for none.
         """
         if self._is_open(group, option):
-            with self._lock:
+            # A compilation, in which tensors are fake, may be the first to ask.
+            with self._lock, _disable_current_modes():
                 if group not in self._known:
                     self._known[group] = agreed(group, measured)
         return self.at_once(group, option)

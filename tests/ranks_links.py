@@ -4,16 +4,18 @@ import os
 import time
 from dataclasses import asdict
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import dct_compile
+from dct_compile import links
 from dct_compile.link import Link
 from dct_compile.links import Links, agreed, measured, on_one_machine
 from dct_compile.runtime import RUNTIME
-from tests.ranks_ddp import Net, Options, batch, loss_of
+from tests.ranks_ddp import Exchanging, Net, Options, batch, loss_of
 
 
 def measure(rank: int, world_size: int) -> dict[str, float]:
@@ -40,10 +42,8 @@ def recognise(rank: int, world_size: int) -> list[Any]:
         found.append(on_one_machine())
     del os.environ["LOCAL_WORLD_SIZE"]
     assert dist.group.WORLD is not None
-    links = Links()
-    found.append(links.of(dist.group.WORLD, "auto"))
-    found.append(links.of(dist.group.WORLD, Link(5.0)))
-    found.append(links.of(dist.group.WORLD, None))
+    known = Links()
+    found += [known.of(dist.group.WORLD, option) for option in ("auto", Link(5.0), None)]
     return found
 
 
@@ -65,6 +65,24 @@ def decide(rank: int, world_size: int, options: Options, hosts: int, outside: bo
         assert net.bottom.weight.grad is not None
         total = float(net.bottom.weight.grad.double().sum())
         return [(site.decision, site.reason) for site in report.sites], any(attached), total
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+
+
+def measure_in_a_graph(rank: int, world_size: int) -> tuple[bool, list[str]]:
+    """Compiles a model whose graph exchanges. Returns whether the measurement saw real tensors, and the decisions for a slow link."""
+    RUNTIME.links.auto = "auto"
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    real: list[bool] = []
+
+    def measured(group: dist.ProcessGroup) -> Link:
+        real.append(type(torch.zeros(1)) is torch.Tensor)
+        return Link(1e6, 1e-4, 1e10)
+
+    try:
+        with patch.object(links, "measured", measured):
+            loss_of(torch.compile(Exchanging(), backend="dct")(batch(rank, 0))).backward()
+        return real == [True], [site.decision for site in dct_compile.report().sites]
     finally:
         del os.environ["LOCAL_WORLD_SIZE"]
 

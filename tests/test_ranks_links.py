@@ -4,7 +4,7 @@ import pytest
 
 from dct_compile.link import ONE_MACHINE, Link
 from tests.rank_pool import Ranks
-from tests.ranks_links import agree, decide, explain, measure, recognise
+from tests.ranks_links import agree, decide, explain, measure, measure_in_a_graph, recognise
 
 pytestmark = pytest.mark.distributed
 
@@ -55,6 +55,12 @@ def test_between_hosts_the_measured_link_decides(ranks2: Ranks, outside: bool) -
     assert first == second
     assert one == other
     assert all("one machine" not in reason for _, reason in first)
+
+
+def test_a_compilation_measures_with_real_tensors(ranks2: Ranks) -> None:
+    for real, decisions in ranks2(measure_in_a_graph):
+        assert real
+        assert decisions == ["compressed", "compressed"]
 
 
 def test_a_rank_explains_alone_without_a_link(ranks2: Ranks) -> None:
