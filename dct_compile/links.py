@@ -11,10 +11,12 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +26,6 @@ from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store,
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _get_default_store
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dct_compile.groups import store_of_life
 from dct_compile.link import ONE_MACHINE, Link
@@ -63,10 +64,9 @@ class Links:
             option: "auto", a link to assume, or ``None`` for none.
         """
         if self._is_open(group, option):
-            # A compilation, in which tensors are fake, may be the first to ask.
-            with self._lock, _disable_current_modes():
+            with self._lock:
                 if group not in self._known:
-                    self._known[group] = agreed(group, measured)
+                    self._known[group] = _apart(agreed, group, measured)
         return self.at_once(group, option)
 
     def at_once(self, group: ProcessGroup, option: "str | Link | None") -> Link | None:
@@ -87,6 +87,22 @@ class Links:
         """Returns True if the link is to be measured, and was not yet."""
         asked = self.measures and option == "auto" == self.auto
         return asked and group.size() > 1 and group not in self._known and self.at_once(group, option) is None and _can_measure(group)
+
+
+def _apart(action: "Callable[..., Link | None]", group: ProcessGroup, *arguments: Any) -> Link | None:
+    """Calls ``action(group, *arguments)`` in a thread of its own, and waits for its end.
+
+    A compilation may be the first to ask. Its thread makes fake tensors, and dispatches through Python: there an operator keeps the
+    interpreter's lock while it waits for gloo's, which a thread of gloo may hold while it waits for the interpreter's.
+    """
+    device = device_of(group)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_on, device, action, group, *arguments).result()
+
+
+def _on(device: torch.device, action: "Callable[..., Link | None]", *arguments: Any) -> Link | None:
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return action(*arguments)
 
 
 def _can_measure(group: ProcessGroup) -> bool:
