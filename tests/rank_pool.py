@@ -27,8 +27,6 @@ GROUP_TIMEOUT = timedelta(seconds=60)
 """A collective that some rank never joins fails after this, instead of gloo's half an hour."""
 GRACE_S = 20
 """After the failure of one rank, the others have this long to report theirs."""
-_NO_GROUP = "no process group: "
-"""The answer of a rank that could not connect to the others: about once in ten thousand times gloo loses a connection while it is made."""
 
 Ranks = Callable[..., list[Any]]
 """``ranks(function, *args)``: calls ``function(rank, world_size, *args)`` on every rank and returns the results in order of rank."""
@@ -80,25 +78,19 @@ class RankPool:
         Raises:
             AssertionError: a rank raised, died, or did not end in time. The message holds the error of every such rank.
         """
+        self._calls += 1
         payload = pickle.dumps((function, args))
         try:
-            answers = self._call(world_size, payload)
-            if any(isinstance(answer, str) and answer.startswith(_NO_GROUP) for answer in answers):
-                self._end()  # nothing of the function has run
-                answers = self._call(world_size, payload)
+            self._start(world_size - len(self._ranks))
+            for rank, (_, connection) in enumerate(self._ranks[:world_size]):
+                connection.send(Call(rank, world_size, self._store.port, f"call {self._calls}", self.timeout_s, payload))
+            answers = self._answers(world_size)
             errors = [f"rank {rank} of {function.__name__}:\n{answer}" for rank, answer in enumerate(answers) if isinstance(answer, str)]
             assert not errors, "\n".join(errors)
         except BaseException:
             self._end()
             raise
         return [pickle.loads(answer) for answer in answers if isinstance(answer, bytes)]
-
-    def _call(self, world_size: int, payload: bytes) -> list[bytes | str]:
-        self._calls += 1
-        self._start(world_size - len(self._ranks))
-        for rank, (_, connection) in enumerate(self._ranks[:world_size]):
-            connection.send(Call(rank, world_size, self._store.port, f"call {self._calls}", self.timeout_s, payload))
-        return self._answers(world_size)
 
     def _start(self, count: int) -> None:
         context = mp.get_context("spawn")
@@ -127,8 +119,8 @@ class RankPool:
                     process = self._ranks[rank][0]
                     process.join()
                     answers[rank] = f"died with exit code {process.exitcode}"
-                if isinstance(answer := answers[rank], str):
-                    deadline = min(deadline, time.monotonic() + (0 if answer.startswith(_NO_GROUP) else GRACE_S))
+                if isinstance(answers[rank], str):
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
         return answers
 
     def _end(self) -> None:
@@ -162,12 +154,9 @@ def _answer(call: Call) -> bytes | str:
     faulthandler.dump_traceback_later(max(1.0, call.timeout_s - 5))
     store = dist.PrefixStore(call.name, dist.TCPStore("127.0.0.1", call.port, is_master=False))
     answer: bytes | str
-    torch.manual_seed(0)
     try:
+        torch.manual_seed(0)
         dist.init_process_group("gloo", store=store, rank=call.rank, world_size=call.world_size, timeout=GROUP_TIMEOUT)
-    except RuntimeError:
-        return _NO_GROUP + traceback.format_exc()
-    try:
         function, args = pickle.loads(call.payload)
         answer = pickle.dumps(function(call.rank, call.world_size, *args))
     except Exception:
