@@ -85,6 +85,7 @@ def attempts(rank: int, world_size: int, new_life: bool) -> list[str]:
     base, errors = _get_default_store(), []
     for number, name in enumerate((None, "dp_value_dtype", "dp_density")):
         if new_life:
+            dist.barrier()  # the other rank may still connect
             dist.destroy_process_group()
             gc.collect()
             store = PrefixStore(f"life {number}", base)

@@ -73,6 +73,7 @@ def many_worlds(rank: int, world_size: int) -> list[tuple[int, int]]:
     base = _get_default_store()
     seen: list[tuple[int, int]] = []
     for world in range(11):
+        dist.barrier()  # the other rank may still connect, or count the descriptors of this world
         dist.destroy_process_group()
         gc.collect()
         store = PrefixStore(f"world {world}", base)
@@ -93,6 +94,7 @@ def late_end(rank: int, world_size: int) -> bool:
     base, workers, may_end = _get_default_store(), Workers(), threading.Event()
     names = []
     for world in range(2):
+        dist.barrier()  # the other rank may still connect
         dist.destroy_process_group()
         gc.collect()
         store = PrefixStore(f"world {world}", base)
