@@ -87,6 +87,15 @@ def test_latency_decides_between_schemes() -> None:
     assert found == ["owner", "gather"]
 
 
+def test_of_two_schemes_that_take_about_as_long_the_one_with_fewer_bytes_is_taken() -> None:
+    site, link = make_gradient(80_000, ranks=4, rank=1), Link(1.25e8)
+    gathered, owned = (plan([site], DCTConfig(gradient_scheme=scheme), True, lambda _: link)[0] for scheme in ("gather", "owner"))
+    assert gathered.seconds is not None
+    assert owned.seconds is not None
+    assert gathered.seconds < owned.seconds < 1.25 * gathered.seconds
+    assert plan([site], DCTConfig(), True, lambda _: link)[0].scheme == "owner"
+
+
 def test_the_rate_decides_about_rows() -> None:
     found = [plan([make_site(shape=(64, 512))], DCTConfig(), False, lambda _, link=link: link)[0] for link in (Link(1e6), Link(1e13, 1e-9))]
     assert [decision.scheme for decision in found] == ["row_threshold", "dense"]
