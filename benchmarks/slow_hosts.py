@@ -36,14 +36,22 @@ class SlowHostsError(RuntimeError):
     """Slow hosts cannot be made here, or a process on one of them has failed."""
 
 
+_TRIAL = """
+ip link add trial type bridge
+ip link add one type veth peer name other
+tc qdisc add dev one root tbf rate 1mbit burst 64kb latency 50ms
+"""
+"""Makes one of each thing that slow hosts need, in a namespace that ends with it."""
+
+
 def missing() -> list[str]:
     """Returns what this machine lacks for slow hosts, one sentence each; empty where all is there."""
     found = [f"{name} is not installed (Debian package {package})" for name, package in PROGRAMS.items() if shutil.which(name) is None]
     if os.geteuid() != 0:
         found.append(f"root is needed to make network namespaces, not user {os.geteuid()}")
     if not found:
-        made = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True, check=False)
-        found += [f"network namespaces cannot be made: {made.stderr.strip()}"] if made.returncode else []
+        made = subprocess.run(["unshare", "--net", "sh", "-ec", _TRIAL], capture_output=True, text=True, check=False)
+        found += [f"this kernel cannot make slow hosts: {made.stderr.strip()}"] if made.returncode else []
     return found
 
 
