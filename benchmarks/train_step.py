@@ -82,7 +82,7 @@ def _first_step(dp: int, mp_ranks: int, variant: str) -> float:
 
 
 def _rank(rank: int, world_size: int, folder: str, function: Any, *args: Any) -> None:
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["LOCAL_WORLD_SIZE"] = f"{folder}/inductor", str(world_size)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     result = function(*args)

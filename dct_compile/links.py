@@ -7,6 +7,7 @@ no link, on every rank, and the bytes decide.
 import json
 import logging
 import os
+import socket
 import statistics
 import threading
 import time
@@ -22,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _get_default_store
@@ -130,7 +131,14 @@ def on_one_machine() -> bool:
         store = store.underlying_store
     if isinstance(store, TCPStore):
         return store.host == "localhost" or store.host.startswith("127.") or store.host == "::1"
-    return isinstance(store, HashStore | FileStore)
+    return isinstance(store, HashStore)
+
+
+def host() -> str:
+    """Returns a name for what this process shares its links with: the machine, and the network namespace in it."""
+    with suppress(OSError):
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/net').readlink()}"
+    return socket.gethostname()
 
 
 def agreed(group: ProcessGroup, measure: "Callable[[ProcessGroup], Link]", patience_s: float = PATIENCE_S) -> Link | None:
@@ -145,6 +153,7 @@ def agreed(group: ProcessGroup, measure: "Callable[[ProcessGroup], Link]", patie
         The same link on all ranks, or ``None`` on all ranks where one has not come in time.
     """
     store, _ = store_of_life(group, "links")
+    store.set(f"host/{group.rank()}", host())
     if store.add("ranks", 1) == group.size():
         store.compare_set("come", "", "all")
     with suppress(RuntimeError):  # the time is over
@@ -153,6 +162,11 @@ def agreed(group: ProcessGroup, measure: "Callable[[ProcessGroup], Link]", patie
     if store.compare_set("come", "", "some") != b"all":
         log.warning("the link of group %s was not measured: a rank has not come within %g s", group.group_name, patience_s)
         return None
+    if group.rank() == 0:
+        hosts = {store.get(f"host/{rank}") for rank in range(group.size())}
+        store.set("hosts", str(len(hosts)))
+    if store.get("hosts") == b"1" and device_of(group).type == "cpu":
+        return ONE_MACHINE
     link = measure(group)
     if group.rank() == 0:
         store.set("link", json.dumps(asdict(_remembered(link, group))))

@@ -26,12 +26,24 @@ def measure(rank: int, world_size: int) -> dict[str, float]:
     return found
 
 
+def on_hosts(number: int) -> Any:
+    """Lets this rank seem to be on the host of that number."""
+    return patch.object(links, "host", lambda: f"host {number}")
+
+
+def agree_on_one(rank: int, world_size: int) -> Link | None:
+    """Looks for the link of ranks that nobody has said to be on one machine; they are."""
+    assert dist.group.WORLD is not None
+    return agreed(dist.group.WORLD, lambda group: Link(1.0))
+
+
 def agree(rank: int, world_size: int, absent: int | None) -> Link | None:
     """All ranks but ``absent`` look for the link; that one comes when the others have given up."""
     assert dist.group.WORLD is not None
     if rank == absent:
         time.sleep(3)
-    return agreed(dist.group.WORLD, lambda group: Link(100.0 + rank, 1.0, 1.0), patience_s=1.0 if absent is not None else 60.0)
+    with on_hosts(rank):
+        return agreed(dist.group.WORLD, lambda group: Link(100.0 + rank, 1.0, 1.0), patience_s=1.0 if absent is not None else 60.0)
 
 
 def recognise(rank: int, world_size: int) -> list[Any]:
@@ -50,8 +62,7 @@ def recognise(rank: int, world_size: int) -> list[Any]:
 def decide(rank: int, world_size: int, options: Options, hosts: int, outside: bool) -> tuple[list[tuple[str, str]], bool, float]:
     """Trains for two steps with ranks that seem to be on ``hosts``. Returns decisions and reasons, whether DDP has a hook, and a weight."""
     RUNTIME.links.auto = "auto"
-    os.environ["LOCAL_WORLD_SIZE"] = str(world_size // hosts)
-    try:
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE=str(world_size // hosts)), on_hosts(rank % hosts):
         net = Net(width=64)
         module: Any
         if outside:
@@ -60,41 +71,32 @@ def decide(rank: int, world_size: int, options: Options, hosts: int, outside: bo
             module = torch.compile(net, backend="dct", options={**options, "data_parallel": True})
         for step in range(2):
             loss_of(module(batch(rank, step))).backward()
-        report = dct_compile.report()
-        attached = [found.compressor is not None for found in RUNTIME.attached.values()]
-        assert net.bottom.weight.grad is not None
-        total = float(net.bottom.weight.grad.double().sum())
-        return [(site.decision, site.reason) for site in report.sites], any(attached), total
-    finally:
-        del os.environ["LOCAL_WORLD_SIZE"]
+    report = dct_compile.report()
+    attached = [found.compressor is not None for found in RUNTIME.attached.values()]
+    assert net.bottom.weight.grad is not None
+    total = float(net.bottom.weight.grad.double().sum())
+    return [(site.decision, site.reason) for site in report.sites], any(attached), total
 
 
 def measure_in_a_graph(rank: int, world_size: int) -> tuple[bool, list[str]]:
     """Compiles a model whose graph exchanges. Returns whether the measurement saw real tensors, and the decisions for a slow link."""
     RUNTIME.links.auto = "auto"
-    os.environ["LOCAL_WORLD_SIZE"] = "1"
     real: list[bool] = []
 
     def measured(group: dist.ProcessGroup) -> Link:
         real.append(type(torch.zeros(1)) is torch.Tensor)
         return Link(1e6, 1e-4, 1e10)
 
-    try:
-        with patch.object(links, "measured", measured):
-            loss_of(torch.compile(Exchanging(), backend="dct")(batch(rank, 0))).backward()
-        return real == [True], [site.decision for site in dct_compile.report().sites]
-    finally:
-        del os.environ["LOCAL_WORLD_SIZE"]
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE="1"), on_hosts(rank), patch.object(links, "measured", measured):
+        loss_of(torch.compile(Exchanging(), backend="dct")(batch(rank, 0))).backward()
+    return real == [True], [site.decision for site in dct_compile.report().sites]
 
 
 def explain(rank: int, world_size: int) -> list[str]:
     """One rank alone asks what would become of a model whose link was not measured."""
     RUNTIME.links.auto = "auto"
-    os.environ["LOCAL_WORLD_SIZE"] = "1"
-    try:
-        if rank == 0:
-            report = dct_compile.explain(DistributedDataParallel(Net(), init_sync=False), batch(0, 0))
-            return [site.decision for site in report.sites]
+    if rank > 0:
         return []
-    finally:
-        del os.environ["LOCAL_WORLD_SIZE"]
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE="1"):
+        report = dct_compile.explain(DistributedDataParallel(Net(), init_sync=False), batch(0, 0))
+    return [site.decision for site in report.sites]

@@ -4,7 +4,7 @@ import pytest
 
 from dct_compile.link import ONE_MACHINE, Link
 from tests.rank_pool import Ranks
-from tests.ranks_links import agree, decide, explain, measure, measure_in_a_graph, recognise
+from tests.ranks_links import agree, agree_on_one, decide, explain, measure, measure_in_a_graph, recognise
 
 pytestmark = pytest.mark.distributed
 
@@ -19,6 +19,10 @@ def test_all_ranks_measure_the_same(ranks3: Ranks) -> None:
 
 def test_the_first_rank_speaks_for_all(ranks2: Ranks) -> None:
     assert {link.bytes_per_s for link in ranks2(agree, None)} <= {100.0, *(100.0 * factor for factor in (0.5, 2))}
+
+
+def test_ranks_of_one_host_measure_nothing(ranks2: Ranks) -> None:
+    assert ranks2(agree_on_one) == [ONE_MACHINE, ONE_MACHINE]
 
 
 @pytest.mark.parametrize("absent", [0, 1])
