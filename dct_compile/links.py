@@ -8,9 +8,7 @@ import json
 import logging
 import os
 import socket
-import statistics
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -22,7 +20,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.distributed import ProcessGroup
@@ -30,18 +27,13 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from dct_compile.groups import store_of_life
 from dct_compile.link import ONE_MACHINE, Link
+from dct_compile.link_measure import device_of, measured
+from dct_compile.reasons import Note
 
 log = logging.getLogger("dct_compile")
 
 PATIENCE_S = 30.0
 """A rank waits this long for the others to come and measure."""
-_LONG_S = 0.05
-"""A message that takes this long is long enough to tell the rate."""
-_SMALLEST, _LARGEST = 2**16, 2**26
-"""Bytes that a rank sends in the messages that tell the rate."""
-_SHORT_MESSAGES = 9
-_COPIED = 2**24
-"""Elements of the tensors whose sum tells the rate of memory: 64 MiB each, more than most caches hold."""
 
 
 @dataclass
@@ -49,11 +41,12 @@ class Links:
     """Knows the links of this process's groups.
 
     ``auto``: the meaning of the option "auto": "auto" itself, or a link or ``None`` in its place. ``measures``: whether a link that is not
-    known may be measured, which all ranks of the group wait for.
+    known may be measured, which all ranks of the group wait for. ``warn``: takes a note about a group whose link could not be measured.
     """
 
     auto: "str | Link | None" = "auto"
     measures: bool = True
+    warn: "Callable[[str], None]" = log.warning
     _known: "WeakKeyDictionary[ProcessGroup, Link | None]" = field(default_factory=WeakKeyDictionary)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -68,6 +61,8 @@ class Links:
             with self._lock:
                 if group not in self._known:
                     self._known[group] = _apart(agreed, group, measured)
+                    if self._known[group] is None:
+                        self.warn(Note.UNMEASURED.format(group=group.group_name, seconds=PATIENCE_S))
         return self.at_once(group, option)
 
     def at_once(self, group: ProcessGroup, option: "str | Link | None") -> Link | None:
@@ -110,14 +105,6 @@ def _can_measure(group: ProcessGroup) -> bool:
     return dist.get_backend(group) != "fake"
 
 
-def device_of(group: ProcessGroup) -> torch.device:
-    """Returns the device whose tensors the group sends: the current GPU where it has a backend for those, else the CPU. Gloo takes both."""
-    gpu = next((device for device in group._device_types if device.type == "cuda" and torch.cuda.is_available()), None)
-    if gpu is None or group._get_backend(gpu).name() == "gloo":
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def on_one_machine() -> bool:
     """Returns True if all ranks of this process's world are known to be on one machine: all ranks get the same answer.
 
@@ -141,13 +128,16 @@ def host() -> str:
     return socket.gethostname()
 
 
-def agreed(group: ProcessGroup, measure: "Callable[[ProcessGroup], Link]", patience_s: float = PATIENCE_S) -> Link | None:
+def agreed(
+    group: ProcessGroup, measure: "Callable[[ProcessGroup], Link]", patience_s: float = PATIENCE_S, recognise: bool = True
+) -> Link | None:
     """Measures the link together with the other ranks of ``group``.
 
     Args:
         group: The process group; all of its ranks make this call.
         measure: The measurement, which all ranks make at once.
         patience_s: Seconds to wait for the ranks that have not come.
+        recognise: Whether nothing is measured where all ranks name the same host.
 
     Returns:
         The same link on all ranks, or ``None`` on all ranks where one has not come in time.
@@ -160,72 +150,16 @@ def agreed(group: ProcessGroup, measure: "Callable[[ProcessGroup], Link]", patie
         store.wait(["come"], timedelta(seconds=patience_s))
     # The first of both words counts, so all ranks read the same.
     if store.compare_set("come", "", "some") != b"all":
-        log.warning("the link of group %s was not measured: a rank has not come within %g s", group.group_name, patience_s)
         return None
     if group.rank() == 0:
         hosts = {store.get(f"host/{rank}") for rank in range(group.size())}
         store.set("hosts", str(len(hosts)))
-    if store.get("hosts") == b"1" and device_of(group).type == "cpu":
+    if recognise and store.get("hosts") == b"1" and device_of(group).type == "cpu":
         return ONE_MACHINE
     link = measure(group)
     if group.rank() == 0:
         store.set("link", json.dumps(asdict(_remembered(link, group))))
     return Link(**json.loads(store.get("link")))
-
-
-def measured(group: ProcessGroup) -> Link:
-    """Measures latency and rate with the collective that carries payloads. All ranks of ``group`` make this call, and get the same link.
-
-    Takes less than two seconds from a rate of 1 Mbit/s on.
-    """
-    device, ranks = device_of(group), group.size()
-    short = torch.zeros(8, dtype=torch.uint8, device=device)
-    _slowest(_gather_seconds(short, group), group)  # connections are made at the first message
-    latency_s = statistics.median(_gather_seconds(short, group) for _ in range(_SHORT_MESSAGES))
-    latency_s = _slowest(latency_s, group) / (ranks - 1)
-    sent, seconds = 0.0, latency_s
-    size = _SMALLEST
-    while size <= _LARGEST and seconds < _LONG_S:
-        message = torch.zeros(-(-size // (ranks - 1)), dtype=torch.uint8, device=device)
-        taken = _slowest(min(_gather_seconds(message, group) for _ in range(2 if seconds < _LONG_S / 4 else 1)), group)
-        sent, seconds = float(message.numel() * (ranks - 1)), taken
-        size *= 4
-    wire_s = max(seconds - (ranks - 1) * latency_s, seconds / 2)
-    return Link(sent / wire_s, latency_s, 1 / _slowest(1 / _copy_rate(device), group))
-
-
-def _gather_seconds(message: Tensor, group: ProcessGroup) -> float:
-    gathered = message.new_empty(group.size() * message.numel())
-    _finish(message)
-    start = time.perf_counter()
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.13 on, and before
-    all_gather(gathered, message, group=group)
-    _finish(message)
-    return time.perf_counter() - start
-
-
-def _finish(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-
-
-def _slowest(seconds: float, group: ProcessGroup) -> float:
-    """Returns the largest of all ranks' numbers."""
-    value = torch.tensor([seconds], dtype=torch.float64, device=device_of(group))
-    dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
-    return float(value.item())
-
-
-def _copy_rate(device: torch.device) -> float:
-    """Returns bytes per second that an operator reads and writes."""
-    one, other = torch.ones(_COPIED, device=device), torch.ones(_COPIED, device=device)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.add(one, other, out=other)
-        _finish(other)
-        times.append(time.perf_counter() - start)
-    return 3 * other.numel() * other.itemsize / min(times)
 
 
 def _remembered(link: Link, group: ProcessGroup) -> Link:

@@ -115,6 +115,10 @@ class Note(StrEnum):
         "gradients were computed anew, and no torch.optim.Optimizer has stepped in between: the last ones count as applied. If they were"
         " discarded, call dct_compile.discard_gradients(model) in place of zero_grad"
     )
+    UNMEASURED = (
+        "the link of process group {group} was not measured, because a rank did not come within {seconds:g} s: bytes decide. Set the option"
+        " 'link' where ranks compile at different times"
+    )
     OTHER_OPTIONS = "the gradients of {module} travel by the options of the first graph that ran inside of its DDP: {differences}"
     IGNORED = "DDP was told to ignore {parameters}: it does not average their gradients, and they are not in this table"
     UNMATCHED = "patterns of {option} that match nothing on this rank so far: {patterns}"

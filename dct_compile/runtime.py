@@ -53,6 +53,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         self.bypass = Bypass(self.states.use, _note_optimizer)
+        self.links.warn = self.warn_once
 
     def report(self) -> Report:
         """Returns the report so far, with notes about all that the backend was not asked to compile."""

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 import dct_compile
 from dct_compile import links
 from dct_compile.link import Link
-from dct_compile.links import Links, agreed, measured, on_one_machine
+from dct_compile.link_measure import measured
+from dct_compile.links import Links, agreed, on_one_machine
 from dct_compile.runtime import RUNTIME
 from tests.ranks_ddp import Exchanging, Net, Options, batch, loss_of
 

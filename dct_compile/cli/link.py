@@ -66,9 +66,10 @@ def told(group: ProcessGroup) -> list[str]:
     Raises ``click.ClickException`` where a rank has not come in time.
     """
     # Late, so that `dct --help` and usage errors do not wait for it.
-    from dct_compile.links import PATIENCE_S, agreed, device_of, measured, on_one_machine
+    from dct_compile.link_measure import device_of, measured
+    from dct_compile.links import PATIENCE_S, agreed, on_one_machine
 
-    found = agreed(group, measured)
+    found = agreed(group, measured, recognise=False)
     if found is None:
         raise click.ClickException(f"a rank has not come within {PATIENCE_S:g} s, so nothing was measured")
     lines = [
