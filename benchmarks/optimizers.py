@@ -19,6 +19,7 @@ import click
 import matplotlib as mpl
 import torch
 import torch.distributed as dist
+from baselines import BASELINES
 from matplotlib import pyplot as plt
 from record import Record
 from tabulate import tabulate
@@ -32,11 +33,7 @@ from dct_compile.models.parallel import Mesh, make_mesh
 from dct_compile.models.tasks import TASKS, DataSource, Task
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dense": ("dense", {}),
-    "fp16 hook": ("fp16", {}),
-    "PowerSGD hook, rank 1": ("powersgd-1", {}),
-    "PowerSGD hook, rank 2": ("powersgd-2", {}),
-    "PowerSGD hook, rank 4": ("powersgd-4", {}),
+    **BASELINES,
     "dct 1 %": ("dct", {}),
     "dct 0.2 %": ("dct", {"dp_density": 0.002}),
     "dct 1 %, first moment kept": ("dct", {"first_moment": "keep"}),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import BASELINES
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,11 +25,7 @@ from dct_compile.models.tasks.gpt import CONTEXT, GptTask
 from dct_compile.models.tasks.resnet import ResnetTask
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dense": ("dense", {}),
-    "fp16 hook": ("fp16", {}),
-    "PowerSGD hook, rank 1": ("powersgd-1", {}),
-    "PowerSGD hook, rank 2": ("powersgd-2", {}),
-    "PowerSGD hook, rank 4": ("powersgd-4", {}),
+    **BASELINES,
     "dct gather": ("dct", {"gradient_scheme": "gather", "link": None}),
     "dct owner": ("dct", {"gradient_scheme": "owner", "link": None}),
     "dct late": ("dct", {"arrival": "late", "link": None}),

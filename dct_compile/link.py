@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -44,6 +44,10 @@ class Link:
         """Returns True if latency and rate differ by no more than ``factor``."""
         pairs = ((self.bytes_per_s, other.bytes_per_s), (self.latency_s, other.latency_s))
         return all(max(pair) <= factor * min(pair) for pair in pairs)
+
+    def numbers(self) -> dict[str, float]:
+        """Returns the numbers that are known, by name: a mapping that :func:`parse` takes."""
+        return {name: number for name, number in asdict(self).items() if number is not None}
 
     def __str__(self) -> str:
         """Returns the link in the units of the field, as "1 Gbit/s, 50 us"."""

@@ -57,7 +57,7 @@ class Links:
             group: The process group.
             option: "auto", a link to assume, or ``None`` for none.
         """
-        if self._is_open(group, option):
+        if self.measures and option == "auto" == self.auto and _has_link(group) and self.at_once(group, option) is None:
             with self._lock:
                 if group not in self._known:
                     self._known[group] = _apart(agreed, group, measured)
@@ -70,7 +70,7 @@ class Links:
         option = self.auto if option == "auto" else option
         if isinstance(option, Link):
             return option.on(device_of(group).type)
-        if option is None or group.size() == 1 or dist.get_backend(group) == "fake":
+        if option is None or not _has_link(group):
             return None
         # GPUs of one machine may be linked by NVLink or by much less: that is measured.
         return ONE_MACHINE if device_of(group).type == "cpu" and on_one_machine() else self._known.get(group)
@@ -78,11 +78,6 @@ class Links:
     def unmeasured(self) -> "Links":
         """Returns the same knowledge for a caller that must not wait for other ranks."""
         return replace(self, measures=False)
-
-    def _is_open(self, group: ProcessGroup, option: "str | Link | None") -> bool:
-        """Returns True if the link is to be measured, and was not yet."""
-        asked = self.measures and option == "auto" == self.auto
-        return asked and group.size() > 1 and group not in self._known and self.at_once(group, option) is None and _can_measure(group)
 
 
 def _apart(action: "Callable[..., Link | None]", group: ProcessGroup, *arguments: Any) -> Link | None:
@@ -101,8 +96,8 @@ def _on(device: torch.device, action: "Callable[..., Link | None]", *arguments: 
         return action(*arguments)
 
 
-def _can_measure(group: ProcessGroup) -> bool:
-    return dist.get_backend(group) != "fake"
+def _has_link(group: ProcessGroup) -> bool:
+    return group.size() > 1 and dist.get_backend(group) != "fake"
 
 
 def on_one_machine() -> bool:

@@ -114,8 +114,7 @@ def recommended(case: Case) -> tuple[dict[str, Any] | None, str]:
 def _as_option(link: Link) -> str | dict[str, float]:
     if link == Link(link.bytes_per_s):
         return rate(link.bytes_per_s).replace(" ", "")
-    numbers = {"bytes_per_s": link.bytes_per_s, "latency_s": link.latency_s, "copy_bytes_per_s": link.copy_bytes_per_s}
-    return {name: number for name, number in numbers.items() if number is not None}
+    return link.numbers()
 
 
 def at_scale(case: Case) -> dict[int, dict[str, Traffic]]:

@@ -67,7 +67,7 @@ def told(group: ProcessGroup) -> list[str]:
     """
     # Late, so that `dct --help` and usage errors do not wait for it.
     from dct_compile.link_measure import device_of, measured
-    from dct_compile.links import PATIENCE_S, agreed, on_one_machine
+    from dct_compile.links import PATIENCE_S, agreed, host, on_one_machine
 
     found = agreed(group, measured, recognise=False)
     if found is None:
@@ -79,7 +79,9 @@ def told(group: ProcessGroup) -> list[str]:
     ]
     if found.copy_bytes_per_s is not None:
         lines.append(f"  memory           {found.copy_bytes_per_s / 1e9:,.1f} GB/s that an operator reads and writes")
-    if on_one_machine() and device_of(group).type == "cpu":
+    hosts: list[str] = [""] * group.size()
+    dist.all_gather_object(hosts, host(), group=group)
+    if (on_one_machine() or len(set(hosts)) == 1) and device_of(group).type == "cpu":
         lines.append("All ranks are on one machine: there the default link='auto' leaves every collective dense.")
     else:
         lines.append("The default link='auto' measures the same when a training starts. To fix it:")
@@ -88,5 +90,4 @@ def told(group: ProcessGroup) -> list[str]:
 
 def option(found: Link) -> str:
     """Returns the option ``link`` as it stands behind ``--options``, with three digits."""
-    numbers = {"bytes_per_s": found.bytes_per_s, "latency_s": found.latency_s, "copy_bytes_per_s": found.copy_bytes_per_s}
-    return f"link={json.dumps({name: float(f'{number:.3g}') for name, number in numbers.items() if number is not None})}"
+    return f"link={json.dumps({name: float(f'{number:.3g}') for name, number in found.numbers().items()})}"
