@@ -65,6 +65,7 @@ def test_absent_images_say_how_to_get_them(tmp_path: Path) -> None:
         (gzip.compress(bytes([0, 0, 8, 1, 0, 0])), "is not an IDX file of bytes in 1 dimensions"),
         (gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 3, 1, 2])), "says it holds 3 bytes; 2 follow its header"),
     ],
+    ids=["no gzip", "cut", "type", "dimensions", "header", "values"],
 )
 def test_broken_files_are_errors(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "labels.gz"
