@@ -1,7 +1,7 @@
 """The collectives that a scheme calls, over one group: functional ones, which work eagerly, in a trace and in a compiled graph alike."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,13 @@ class Comm:
     group: Any
     size: int
     splits: tuple[Sequence[Any], Sequence[Any]] | None = None
+
+    def splitting(self, rows: Any) -> "Comm":
+        """Returns a Comm for inputs that have ``rows`` rows in the place of each one that ``splits`` counts."""
+        if self.splits is None or rows == 1:
+            return self
+        received, sent = self.splits
+        return replace(self, splits=([rows * split for split in received], [rows * split for split in sent]))
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Sends ``x`` [n, ...] to all ranks. The result is [size * n, ...]."""

@@ -21,8 +21,9 @@ FIRST_MOMENTS = ("auto", "bypass", "keep")
 _LATE = 0.1
 """The largest density at which an element waits as long as a first moment usually looks back: ten steps."""
 GRADIENT_SCHEMES = ("auto", "gather", "owner", "powersgd", "random_k")
-ROW_OPTIONS = ("mp_density", "mp_value_dtype", "mp_eval", "embedding_codec")
+ROW_OPTIONS = ("activation_codec", "mp_density", "mp_value_dtype", "mp_eval", "embedding_codec")
 """The options that say nothing about gradients."""
+ACTIVATION_CODECS = ("auto", "threshold", "int8", "int4", "bfloat16", "dense")
 EMBEDDING_CODECS = ("int8", "int4", "threshold", "dense")
 
 
@@ -50,8 +51,13 @@ class DCTConfig:
     """Densities of parameters by patterns (``fnmatch``) of their names, given as a mapping. The first pattern that matches counts, before
     ``dp_density``.
     """
+    activation_codec: str | tuple[tuple[str, str], ...] = "auto"
+    """The codec of activations: "threshold" sends the largest entries of each row, "int8" and "int4" send rows rounded stochastically;
+    "bfloat16"; "dense". "auto" takes "threshold" behind a ReLU, "bfloat16" for what ``mp_outputs`` allows, "int8" for all others. Or a
+    mapping of patterns, as those of ``exempt``, to codecs: the first that matches counts, for embeddings, too.
+    """
     mp_density: float = 0.05
-    """Fraction of an activation's row that is sent, in (0, 1]; 1 leaves activations dense."""
+    """Fraction of a row that "threshold" sends, in (0, 1]; with 1, and "auto", activations stay dense."""
     threshold: str | float = "exact"
     """The choice of a threshold: "exact" k-th largest magnitude, "sampled" (gradients only), "laplace" fit, or a fixed absolute value."""
     refresh_interval: int = 1000
@@ -119,6 +125,7 @@ class DCTConfig:
         self._keep("start_iter", checks.integer("start_iter", self.start_iter, 0))
         self._keep("density_warmup", checks.warmup("density_warmup", self.density_warmup, self.dp_density))
         self._keep("parameter_densities", checks.densities("parameter_densities", self.parameter_densities))
+        self._keep("activation_codec", checks.codecs("activation_codec", self.activation_codec, ACTIVATION_CODECS))
         self._keep("mp_density", checks.fraction("mp_density", self.mp_density))
         if isinstance(self.threshold, str):
             checks.check_choice("threshold", self.threshold, THRESHOLDS, " or a float")
@@ -174,6 +181,11 @@ class DCTConfig:
         return {"auto": 1 / density, "gaps": float("inf"), "plain": 0.0}[self.second_moment]
 
     @property
+    def codec_patterns(self) -> tuple[str, ...]:
+        """The patterns of ``activation_codec``."""
+        return () if isinstance(self.activation_codec, str) else tuple(pattern for pattern, _ in self.activation_codec)
+
+    @property
     def threshold_method(self) -> str:
         """The ops' ``method``: the option's own word, or "fixed" for an absolute value."""
         return self.threshold if isinstance(self.threshold, str) else "fixed"
@@ -210,6 +222,7 @@ class DCTConfig:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["data_parallel"] = self.data_parallel if isinstance(self.data_parallel, bool) else self.data_parallel.group_name
         values["link"] = asdict(self.link) if isinstance(self.link, Link) else self.link
+        values["activation_codec"] = self.activation_codec if isinstance(self.activation_codec, str) else dict(self.activation_codec)
         values["exempt"] = list(self.exempt)
         values["density_warmup"] = self.density_warmup if isinstance(self.density_warmup, int) else dict(self.density_warmup)
         values["parameter_densities"] = [list(pair) for pair in self.parameter_densities]

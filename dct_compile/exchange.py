@@ -4,6 +4,7 @@ The passes make an :class:`Exchange` of every collective of a graph; an integrat
 graphs. A scheme looks at nothing else when it makes its offer.
 """
 
+import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -22,6 +23,8 @@ BUFFERS = "buffers"
 BACKWARD_OF = {ACTIVATION: "activation_gradient", EMBEDDING: "embedding_gradient"}
 """The kind of the exchange that carries the gradient of one of these."""
 ALL_GATHER, ALL_TO_ALL, ALL_REDUCE = "all_gather_into_tensor", "all_to_all_single", "all_reduce"
+PARAMETER, RECTIFIED, FOREIGN, UNKNOWN = "parameter", "rectified", "foreign", "computed"
+"""The origins of an input beside :data:`EMBEDDING`: a parameter, a ReLU or its kin, what no graph shows, and whatever else is computed."""
 COMPUTED, RETURNED, STORED = "computed", "returned", "stored"
 """The destinations of a result: computed with, returned by the graph, or written to one of its inputs."""
 COMPRESSIBLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,7 +89,8 @@ class Exchange:
     all_to_all. ``segments``: whose gradients a buffer holds. ``number``: the place among the sites of its graph. ``module``: the path of
     the module that issued it, and ``source``: its source line, as "/path/model.py:12", by which the option ``exempt`` finds it too.
 
-    ``origin``: the source of the input, as far as the graph shows: "embedding", "parameter", "foreign" (not visible) or "computed".
+    ``origin``: the source of the input, as far as the graph shows: :data:`EMBEDDING`, :data:`PARAMETER`, :data:`RECTIFIED`,
+    :data:`FOREIGN` (not visible) or :data:`UNKNOWN`.
     ``destination``: where the result goes: :data:`COMPUTED`, :data:`RETURNED` or :data:`STORED`. ``operator``: the higher-order operator in
     whose subgraph it stands, empty for the graph itself.
     ``trains``: whether a backward belongs to it. ``backward``: the exchange of that backward; ``None`` where it sends nothing.
@@ -112,7 +116,7 @@ class Exchange:
     number: int = 0
     module: str = ""
     source: str = ""
-    origin: str = "computed"
+    origin: str = UNKNOWN
     destination: str = COMPUTED
     operator: str = ""
     trains: bool = True
@@ -159,6 +163,14 @@ class Exchange:
         """Returns the traffic of an all_to_all of ``input_bytes``, split as this exchange is."""
         even = one_share_to_each(input_bytes, self.ranks)
         return even if self.splits is None else replace(even, wire=input_bytes * share_leaving(self.splits, self.rank))
+
+    def matches(self, pattern: str) -> bool:
+        """Returns whether a pattern matches the name, short name, module path or source line.
+
+        The name holds code, in which a bracket is no pattern, and so it is compared as it is. A source line may lack leading folders.
+        """
+        places = [place for place in (self.label, self.module, self.source) if place]
+        return self.name == pattern or any(fnmatch.fnmatchcase(place, wanted) for place in places for wanted in (pattern, f"*/{pattern}"))
 
     def canonical(self) -> "Exchange":
         """Returns this exchange with one row and even splits: what the ranks see alike, whatever their batches are."""

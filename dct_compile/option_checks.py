@@ -74,6 +74,18 @@ def densities(name: str, value: Any) -> tuple[tuple[str, float], ...]:
     return tuple((pattern, _float(density)) for pattern, density in pairs)
 
 
+def codecs(name: str, value: Any, choices: tuple[str, ...]) -> str | tuple[tuple[str, str], ...]:
+    """Returns one of ``choices``, or a mapping of patterns to them as pairs."""
+    if not isinstance(value, Mapping | tuple):
+        check_choice(name, value, choices, ", or a mapping of patterns (strings) of modules or source lines to these")
+        return value  # type: ignore[no-any-return]
+    pairs = tuple(value.items() if isinstance(value, Mapping) else value)
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str) or pair[1] not in choices:
+            raise error(name, value, f"one of {', '.join(map(repr, choices))}, or a mapping of patterns (strings) to these")
+    return pairs
+
+
 def link(name: str, value: Any) -> "str | Link | None":
     """Returns "auto", ``None``, or the link that the value names."""
     if value is None or value == "auto":

@@ -22,7 +22,7 @@ from dct_compile.passes.decision import Decision, held_until
 from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.graph_utils import resolve_group
 from dct_compile.passes.insert_gradient_sync import BUCKET_BYTES, averaged_buckets, insert_gradient_sync
-from dct_compile.passes.plan import decide_in_graph, exempting, plan
+from dct_compile.passes.plan import decide_in_graph, matching_rows, plan
 from dct_compile.passes.record import Described, describe, describe_nodes, readable
 from dct_compile.passes.rewrite import rewrite
 from dct_compile.passes.sites import GraphContext, find_sites
@@ -119,7 +119,7 @@ class JointGraphPass(CustomGraphPass):
         sites = [*find_sites(graph, context), *subgraph_sites(graph, context)]
         link_of = partial(link_between, self.runtime, self.config)
         self.decisions = [held_until(decision, self.until) for decision in plan(sites, self.config, context.training, link_of)]
-        self.runtime.reports.patterns.look(self.config, exempted=exempting(self.decisions, self.config))
+        self.runtime.reports.patterns.look(self.config, rows=matching_rows(self.decisions, self.config))
         self._check_state()
         # Describing a large graph takes a while: one without collectives is neither rewritten nor reported.
         if self.decisions:

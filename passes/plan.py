@@ -7,13 +7,12 @@ A decision depends on the options, on dtypes, on static sizes and on the link, w
 on a batch size, which may differ between ranks. All ranks therefore decide alike.
 """
 
-import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
 from dct_compile.config import DCTConfig
-from dct_compile.exchange import ALL_REDUCE, BACKWARD_OF, COMPRESSIBLE, GRADIENT, OTHER, RETURNED, STORED, Exchange, segments_of
+from dct_compile.exchange import ALL_REDUCE, BACKWARD_OF, COMPRESSIBLE, FOREIGN, GRADIENT, OTHER, RETURNED, STORED, Exchange, segments_of
 from dct_compile.link import ONE_MACHINE, Link, duration
 from dct_compile.passes.decision import Decision, dense
 from dct_compile.passes.exchanges import exchanges_of
@@ -128,10 +127,10 @@ def _of_compressed(exchange: Exchange, offer: GradientOffer) -> Exchange:
     return replace(exchange, segments=segments, shape=(numel,), input_bytes=numel * exchange.dtype.itemsize)
 
 
-def exempting(decisions: Sequence[Decision], config: DCTConfig) -> set[str]:
-    """Returns the patterns of ``exempt`` that match an activation or embedding, also where an earlier pattern or reason leaves it dense."""
+def matching_rows(decisions: Sequence[Decision], config: DCTConfig) -> set[str]:
+    """Returns the patterns of the options that match an activation or embedding, also where an earlier pattern or reason counts."""
     exchanges = [decision.exchange for decision in decisions if decision.exchange.kind in BACKWARD_OF]
-    return {pattern for pattern in config.exempt if any(_exempts(pattern, exchange) for exchange in exchanges)}
+    return {pattern for pattern in (*config.exempt, *config.codec_patterns) if any(exchange.matches(pattern) for exchange in exchanges)}
 
 
 def _cost(traffic: Traffic, link: Link | None) -> float | Fraction:
@@ -180,15 +179,13 @@ def _left_alone(exchange: Exchange, config: DCTConfig) -> str | None:
         if exchange.collective.name != ALL_REDUCE:
             return Reason.GRADIENT_COLLECTIVE.format(collective=exchange.collective.name)
         return Reason.WHOSE_GRADIENT if not exchange.segments else None
-    if exchange.kind in BACKWARD_OF.values():
+    if exchange.kind in BACKWARD_OF.values() and exchange.origin == FOREIGN:
         return Reason.NO_FORWARD
     if exchange.kind == OTHER:
         return Reason.PARAMETERS
     for pattern in config.exempt:
-        if _exempts(pattern, exchange):
+        if exchange.matches(pattern):
             return Reason.EXEMPT.format(pattern=pattern)
-    if exchange.origin == "foreign":
-        return Reason.FOREIGN
     if exchange.destination == STORED:
         return Reason.STORED
     if exchange.destination == RETURNED and not config.mp_outputs:
@@ -196,15 +193,6 @@ def _left_alone(exchange: Exchange, config: DCTConfig) -> str | None:
     if not exchange.trains and not config.mp_eval:
         return Reason.EVALUATION
     return _mismatch(exchange, exchange.backward) if exchange.backward is not None else None
-
-
-def _exempts(pattern: str, exchange: Exchange) -> bool:
-    """Returns whether a pattern of ``exempt`` matches the exchange's name, short name, module path or source line.
-
-    The name holds code, in which a bracket is no pattern, and so it is compared as it is. A source line may lack leading folders.
-    """
-    places = [place for place in (exchange.label, exchange.module, exchange.source) if place]
-    return exchange.name == pattern or any(fnmatch.fnmatchcase(place, wanted) for place in places for wanted in (pattern, f"*/{pattern}"))
 
 
 def _mismatch(exchange: Exchange, backward: Exchange) -> str | None:

@@ -1,6 +1,5 @@
 """Finds every collective of a graph and describes its input. Changes no graph."""
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,21 +9,28 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from dct_compile.element_order import ElementOrder
-from dct_compile.exchange import ACTIVATION, ALL_REDUCE, BACKWARD_OF, COMPUTED, EMBEDDING, GRADIENT, OTHER, Collective, Parameter, Segment
+from dct_compile.exchange import (
+    ACTIVATION,
+    ALL_REDUCE,
+    BACKWARD_OF,
+    COMPUTED,
+    EMBEDDING,
+    FOREIGN,
+    GRADIENT,
+    OTHER,
+    PARAMETER,
+    UNKNOWN,
+    Collective,
+    Parameter,
+    Segment,
+)
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.collectives import collective_of
 from dct_compile.passes.destination import destination, read_results
+from dct_compile.passes.origin import origin
 from dct_compile.passes.source import source_name
 
 aten = gu.aten
-EMBEDDING_OPS = frozenset(
-    {
-        aten.embedding.default,
-        aten._embedding_bag.default,
-        aten._embedding_bag_forward_only.default,
-        aten.embedding_bag.default,
-    }
-)
 _PERMUTATIONS = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})
 _GRADIENT_PATH = gu.SCALING_OPS | {
     *_PERMUTATIONS,
@@ -122,15 +128,16 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
         if site.segments:
             site.kind, site.name = GRADIENT, ", ".join(segment.parameter.name for segment in site.segments)
         elif context.backward_only:
-            site.kind = GRADIENT if collective.name.startswith("all_reduce") else BACKWARD_OF[ACTIVATION]
+            is_gradient = collective.name.startswith("all_reduce")
+            site.kind, site.origin = (GRADIENT, site.origin) if is_gradient else (BACKWARD_OF[ACTIVATION], FOREIGN)
         elif node in backward:
             site.twin = forward_by_seq.pop(seq, None) if seq is not None else None
             site.kind = BACKWARD_OF[EMBEDDING if site.twin is not None and site.twin.kind == EMBEDDING else ACTIVATION]
             if site.twin is not None:
                 site.name = site.twin.name
-        elif site.origin == "embedding":
+        elif site.origin == EMBEDDING:
             site.kind = EMBEDDING
-        elif site.tensor is not None and site.tensor.is_floating_point() and site.origin != "parameter":
+        elif site.tensor is not None and site.tensor.is_floating_point() and site.origin != PARAMETER:
             site.kind = ACTIVATION
         if node not in backward and seq is not None:
             forward_by_seq.setdefault(seq, site)
@@ -151,7 +158,7 @@ def _site(node: fx.Node, collective: Collective, context: GraphContext, returned
         node,
         collective,
         kind=OTHER,
-        origin=_origin(tensor, context) if tensor is not None else "computed",
+        origin=origin(tensor, context.parameters, context.foreign) if tensor is not None else UNKNOWN,
         name=source_name(node),
         input=tensor,
         group_name=group.group_name if group is not None else "unknown",
@@ -195,23 +202,6 @@ def _local_gradient(node: fx.Node, backward: set[fx.Node]) -> tuple[fx.Node, tup
     if actual is None or actual.shape != expected.shape:
         return None
     return gradient, tuple(user for user in gradient.users if user in own)
-
-
-def _origin(node: fx.Node, context: GraphContext) -> str:
-    producers = gu.sources(node)
-    if producers and all(_is_embedding(producer) for producer in producers):
-        return "embedding"
-    if producers and all(producer in context.parameters for producer in producers):
-        return "parameter"
-    if any(producer in context.foreign for producer in producers):
-        return "foreign"
-    return "computed"
-
-
-def _is_embedding(node: fx.Node) -> bool:
-    if node.target is operator.getitem:  # _embedding_bag returns a tuple
-        return isinstance(node.args[0], fx.Node) and _is_embedding(node.args[0])
-    return node.target in EMBEDDING_OPS
 
 
 def _gradient_segments(node: fx.Node, returned: dict[Any, Parameter]) -> tuple[Segment, ...]:

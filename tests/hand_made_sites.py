@@ -31,7 +31,7 @@ def make_site(
     shape: Sequence[int] = (16, 64),
     dtype: torch.dtype = torch.float32,
     kind: str = "activation",
-    origin: str = "computed",
+    origin: str = "rectified",
     ranks: int = 4,
     rank: int = 0,
     op: str = "sum",

@@ -49,6 +49,10 @@ BAD: list[tuple[str, Any, str]] = [
             {"bytes_per_s": 1, "x": 1},
         )
     ],
+    *[
+        ("activation_codec", value, "one of 'auto', 'threshold', 'int8', 'int4', 'bfloat16', 'dense', or a mapping of patterns (strings)")
+        for value in ("int16", None, 8, {"a": "int16"}, {1: "int8"}, ("int8",), ["int8"])
+    ],
     *[("mp_density", value, FRACTION) for value in (0.0, -1, 1.5, NAN, "all", None, False)],
     *[("threshold", value, THRESHOLDS) for value in ("exakt", "", "fixed")],
     *[("threshold", value, "one of exact, sampled, laplace or a float >= 0") for value in (-0.1, NAN, INF, True, None, ["exact"])],

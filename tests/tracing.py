@@ -90,7 +90,8 @@ class Tracer:
         return self.runtime.reports.snapshot()
 
     def compile(self, function: Callable[..., Any], dynamic: bool | None = None, **options: Any) -> Callable[..., Any]:
-        config = DCTConfig(**{"mp_outputs": True, **options})  # functions of tests often return what they exchange
+        # Functions of tests often return what they exchange, and most are about masks.
+        config = DCTConfig(**{"mp_outputs": True, "activation_codec": "threshold", **options})
 
         def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             group = gradient_group(config, reduced_outside=False)

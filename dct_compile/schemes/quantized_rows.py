@@ -1,4 +1,4 @@
-"""Quantised rows with stochastic rounding, for embeddings: integer codes and one scale per row, forward and backward.
+"""Quantised rows with stochastic rounding: integer codes and one scale per row, forward and backward.
 
 ::
 
@@ -6,33 +6,29 @@
                                   ==>    received = all_to_all_single(codes)
                                          y        = dct.dequantize_rows(received)
 
-The backward is encoded by itself, in the same way.
+The backward is encoded by itself, in the same way. A sum is taken of the decoded rows of all ranks.
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
 from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
-from dct_compile.exchange import EMBEDDING, Exchange
+from dct_compile.exchange import Exchange
 from dct_compile.reasons import Reason
+from dct_compile.schemes.codecs import DENSE, asked_for, codec_of
 from dct_compile.schemes.offer import Declined, RowOffer
-from dct_compile.schemes.rows import addends, averaged, carry, refuse_rows
+from dct_compile.schemes.quantized import Coding, coding_of
+from dct_compile.schemes.rows import addends, averaged, carry
 from dct_compile.traffic import Traffic
-from dct_compile.triton_kernels.layout import quantized_row_bytes
-
-dct = torch.ops.dct
-BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedRows(RowOffer):
-    """An offer of the scheme "quantized_rows": codes of ``bits`` bits."""
+    """An offer of the scheme "quantized_rows"."""
 
-    bits: int
+    coding: Coding
 
     def forward(self, x: Tensor, comm: Comm) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self._exchange(x, self.exchange, comm), ()
@@ -42,46 +38,36 @@ class QuantizedRows(RowOffer):
         return self._exchange(dy, self.exchange.backward, comm)
 
     def _exchange(self, x: Tensor, exchange: Exchange, comm: Comm) -> Tensor:
-        site, carrier, row_shape = exchange.label, exchange.collective.carrier, [int(size) for size in x.shape[1:]]
-        codes = dct.quantize_rows(x, _seed(x, exchange.number), self.bits, site=site, sends=carrier)
-        received = carry(codes, exchange, comm)
-        y = dct.dequantize_rows(received, row_shape, self.bits, x.dtype, site=site, receives=carrier)
-        if addends(exchange) > 1:
-            y = y.reshape([addends(exchange), -1, *row_shape]).sum(0)
-        return averaged(y, exchange)
-
-
-def _seed(x: Tensor, number: int) -> Tensor:
-    """Makes a seed of the data's own bits: it changes with every batch, and a resumed run repeats it."""
-    bits = x.view(torch.int32 if x.itemsize == 4 else torch.int16)
-    return (bits.sum() + number).reshape([1])
+        names, carrier = {"site": exchange.label}, exchange.collective.carrier
+        codes = self.coding.encode(x.reshape(-1, self.coding.block), exchange.number, **names, sends=carrier)
+        received = carry(codes, exchange, comm.splitting(self.coding.blocks_of_row(x)))
+        blocks = self.coding.decode(received, x.dtype, **names, receives=carrier)
+        if addends(exchange) == 1:
+            return blocks.reshape(-1, *x.shape[1:])
+        return averaged(blocks.reshape(addends(exchange), -1, *x.shape[1:]).sum(0), exchange)
 
 
 def offer(exchange: Exchange, config: DCTConfig) -> QuantizedRows | Declined | None:
-    """Offers integer codes for the rows of an embedding exchange."""
-    if exchange.kind != EMBEDDING or config.embedding_codec == "threshold":
-        return None
-    if (reason := refuse_rows(exchange)) is not None:
-        return Declined(reason)
-    if config.embedding_codec == "dense":
-        return Declined(Reason.CODEC_DENSE)
-    bits = BITS[config.embedding_codec]
-    reason = Reason.QUANTIZED.format(bits=bits)
+    """Offers integer codes for the rows of an activation, an embedding, or the gradient of one."""
+    coding = coding_of(exchange, config)
+    if codec_of(exchange, config) == DENSE:
+        return Declined(Reason.CODEC_DENSE.format(option=asked_for(exchange, config)[0]))
+    if not isinstance(coding, Coding):
+        return Declined(coding) if coding is not None else None
+    reason = Reason.QUANTIZED.format(bits=coding.bits)
     return QuantizedRows(
         exchange=exchange,
         scheme="quantized_rows",
         reason=reason,
-        too_large=Reason.QUANTIZED_TOO_LARGE.format(bits=bits, width=exchange.width),
-        traffic=_traffic(exchange, bits),
-        digest=f"{bits} bits",
-        backward_traffic=_traffic(exchange.backward, bits) if exchange.backward is not None else None,
+        too_large=Reason.QUANTIZED_TOO_LARGE.format(bits=coding.bits, width=exchange.width),
+        traffic=_traffic(exchange, coding),
+        digest=f"{coding.bits} bits",
+        backward_traffic=_traffic(exchange.backward, coding) if exchange.backward is not None else None,
         backward_reason=reason,
-        bits=bits,
+        coding=coding,
     )
 
 
-def _traffic(exchange: Exchange, bits: int) -> Traffic:
-    assert exchange.dtype is not None
-    payload = exchange.rows * quantized_row_bytes(exchange.width, bits)
-    size = exchange.rows * exchange.width * exchange.dtype.itemsize
-    return exchange.sent_encoded(payload).passing_over(2 * size + (1 + addends(exchange)) * payload)
+def _traffic(exchange: Exchange, coding: Coding) -> Traffic:
+    payload = coding.blocks(exchange) * coding.block_bytes
+    return exchange.sent_encoded(payload).passing_over(3 * exchange.input_bytes + (1 + addends(exchange)) * payload)

@@ -23,13 +23,15 @@ from torch import Tensor
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
 from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
-from dct_compile.exchange import ACTIVATION, ALL_REDUCE, ALL_TO_ALL, EMBEDDING, Exchange
+from dct_compile.exchange import ACTIVATION, ALL_TO_ALL, EMBEDDING, FOREIGN, Exchange
 from dct_compile.reasons import Reason
+from dct_compile.schemes.codecs import THRESHOLD, codec_of, has_mask, kept_of
 from dct_compile.schemes.offer import Declined, RowOffer
 from dct_compile.schemes.rows import addends, averaged, carry, refuse_rows
 from dct_compile.triton_kernels.layout import RowLayout, row_bytes
 
 dct = torch.ops.dct
+MAX_ROW = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,22 +73,34 @@ class RowThreshold(RowOffer):
 
 
 def offer(exchange: Exchange, config: DCTConfig) -> RowThreshold | Declined | None:
-    """Offers the largest entries of each row: of activations, and of embeddings where the options ask for it."""
-    if exchange.kind not in (ACTIVATION, EMBEDDING) or (exchange.kind == EMBEDDING and config.embedding_codec != "threshold"):
+    """Offers the largest entries of each row, for what a ReLU has left, or where the options ask for it."""
+    if codec_of(exchange, config) != THRESHOLD:
         return None
-    if (reason := refuse_rows(exchange)) is not None:
-        return Declined(reason)
-    if exchange.trains and exchange.backward is None and exchange.collective.name == ALL_REDUCE and not exchange.local_gradient:
-        return Declined(Reason.NO_LOCAL_GRADIENT)
     if config.mp_density == 1:
         return Declined(Reason.MP_DENSITY_ONE)
-    width = exchange.width
-    kept = ceil(config.mp_density * width)
-    if kept > 2 * config.mp_density * width:
+    if (reason := _refused(exchange)) is not None:
+        return Declined(reason)
+    width, kept = exchange.width, kept_of(exchange.width, config)
+    if kept is None:
         return Declined(Reason.SHORT_ROW.format(width=width, density=config.mp_density))
     method = "exact" if config.threshold_method == "sampled" else config.threshold_method
     capacity = kept if method == "exact" else min(width, ceil(kept * config.capacity_factor))
     return _sized(exchange, config, capacity, method)
+
+
+def _refused(exchange: Exchange) -> str | None:
+    """Returns the reason why no mask can be made for ``exchange``, if there is one."""
+    if exchange.kind not in (ACTIVATION, EMBEDDING):
+        return Reason.NO_FORWARD
+    if exchange.origin == FOREIGN:
+        return Reason.FOREIGN
+    if (reason := refuse_rows(exchange)) is not None:
+        return reason
+    if not exchange.static_rows:
+        return Reason.DYNAMIC_SIZE
+    if exchange.width > MAX_ROW:
+        return Reason.WIDE_ROW.format(width=exchange.width, limit=MAX_ROW)
+    return None if has_mask(exchange) else Reason.NO_LOCAL_GRADIENT
 
 
 def _sized(exchange: Exchange, config: DCTConfig, capacity: int, method: str) -> RowThreshold:

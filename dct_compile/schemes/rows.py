@@ -6,20 +6,12 @@ from dct_compile.comm import Comm
 from dct_compile.exchange import ALL_GATHER, Exchange
 from dct_compile.reasons import Reason
 
-MAX_ROW = 16384
-
 
 def refuse_rows(exchange: Exchange) -> str | None:
     """Returns the reason why no scheme for rows can carry ``exchange``, if there is one."""
     if exchange.shape is None or len(exchange.shape) < 2:
         return Reason.NO_ROWS
-    if not exchange.static_width:
-        return Reason.DYNAMIC_WIDTH
-    if not exchange.static_rows:
-        return Reason.DYNAMIC_SIZE
-    if exchange.width > MAX_ROW:
-        return Reason.WIDE_ROW.format(width=exchange.width, limit=MAX_ROW)
-    return None
+    return Reason.DYNAMIC_WIDTH if not exchange.static_width else None
 
 
 def carry(payload: Tensor, exchange: Exchange, comm: Comm) -> Tensor:

@@ -18,11 +18,24 @@ FORWARD_REASONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dtype float64 is not compressed (float32, bfloat16 and float16 are)": ({"dtype": torch.float64}, {}),
     "reduce operation 'max' is not compressed (sum and avg are)": ({"collective": "all_reduce", "op": "max"}, {}),
     "reduce operation 'min' is not compressed (sum and avg are)": ({"collective": "reduce_scatter_tensor", "op": "min"}, {}),
-    "no forward collective has this one as its backward, so there is no mask to reuse": ({"kind": "activation_gradient"}, {}),
+    "no forward collective has this one as its backward, so there is no mask to reuse": (
+        {"kind": "activation_gradient"},
+        {"activation_codec": "threshold"},
+    ),
     "carries parameters, not activations": ({"kind": "other", "origin": "parameter"}, {}),
-    "its input was computed outside of this graph, so an embedding exchange cannot be told from an activation": ({"origin": "foreign"}, {}),
+    "its input was computed outside of this graph, so an embedding exchange cannot be told from an activation": (
+        {"origin": "foreign"},
+        {"activation_codec": "threshold"},
+    ),
     "a tensor of fewer than two dimensions has no rows": ({"shape": (64,)}, {}),
     "rows of 16385 elements are wider than 16384": ({"shape": (4, 16385)}, {}),
+    "rows of 7 elements are few numbers each, such as statistics, and stay exact": ({"shape": (16, 7)}, {}),
+    "rows of 16411 elements are wider than 16384": ({"shape": (4, 16411), "origin": "computed"}, {}),  # a prime: there are no equal blocks
+    "activation_codec='dense'": ({}, {"activation_codec": "dense"}),
+    "bfloat16 is not larger than bfloat16, or a sum of so many ranks would be": (
+        {"dtype": torch.bfloat16},
+        {"activation_codec": "bfloat16"},
+    ),
     "embedding_codec='dense'": ({"kind": "embedding"}, {"embedding_codec": "dense"}),
     "int8 rows of 2 elements are not smaller than dense ones": ({"kind": "embedding", "shape": (16, 2), "dtype": torch.bfloat16}, {}),
     "int4 rows of 1 elements are not smaller than dense ones": (
@@ -30,10 +43,13 @@ FORWARD_REASONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"embedding_codec": "int4"},
     ),
     "mp_density=1 keeps everything": ({}, {"mp_density": 1}),
-    "rows of 8 elements are too short for mp_density=0.05": ({"shape": (16, 8)}, {}),
+    "rows of 8 elements are too short for mp_density=0.05": ({"shape": (16, 8)}, {"activation_codec": "threshold"}),
     "a row would take 290 bytes, 256 when dense": ({}, {"mp_density": 0.9, "mp_value_dtype": "float32"}),
     "a row would take 12 bytes, 128 when dense": ({"dtype": torch.bfloat16, "collective": "all_reduce", "ranks": 22}, {}),
-    "the gradient of its input could not be found, so it could not be masked": ({"collective": "all_reduce"}, {}),
+    "the gradient of its input could not be found, so it could not be masked": (
+        {"collective": "all_reduce"},
+        {"activation_codec": "threshold"},
+    ),
 }
 
 

@@ -68,7 +68,7 @@ def test_embeddings_are_quantised_both_ways(codec: str, bits: int, wire_bytes: i
     backward = make_site(kind="embedding_gradient", twin=forward)
     for decision in plan([forward, backward], DCTConfig(embedding_codec=codec, mp_density=1), True):
         assert isinstance(decision.offer, QuantizedRows)
-        assert decision.offer.bits == bits
+        assert decision.offer.coding.bits == bits
         assert (decision.reason, decision.wire_bytes) == (f"{codec} rows with stochastic rounding", wire_bytes)
 
 

@@ -32,7 +32,7 @@ A2A, AG, RS, AR = "all_to_all_single", "all_gather_into_tensor", "reduce_scatter
 )
 def test_activation_and_its_gradient_are_twins(collective: Callable[[Tensor], Tensor], forward: str, gradient: str) -> None:
     traced = trace(lambda x: collective(x.relu()).sin(), leaf(16, 64))
-    assert traced.kinds == [(forward, "activation", "computed"), (gradient, "activation_gradient", "computed")]
+    assert traced.kinds == [(forward, "activation", "rectified"), (gradient, "activation_gradient", "computed")]
     first, second = (decision.site for decision in traced.decisions)
     assert first.twin is None
     assert second.twin is first
@@ -44,7 +44,7 @@ def test_gather_along_columns_is_an_activation_too(dim: int) -> None:
 
 
 def test_evaluation_has_no_gradient_sites() -> None:
-    assert trace(lambda x: exchange(x.relu()), torch.randn(16, 64)).kinds == [(A2A, "activation", "computed")]
+    assert trace(lambda x: exchange(x.relu()), torch.randn(16, 64)).kinds == [(A2A, "activation", "rectified")]
 
 
 def test_parameter_gather_is_neither_activation_nor_compressed_gradient() -> None:
@@ -126,7 +126,7 @@ def test_all_kinds_in_one_graph() -> None:
     assert sorted(traced.kinds) == sorted(
         [
             (A2A, "embedding", "embedding"),
-            (AG, "activation", "computed"),
+            (AG, "activation", "rectified"),
             (RS, "activation_gradient", "computed"),
             (A2A, "embedding_gradient", "computed"),
             (AR, "gradient", "computed"),
@@ -178,7 +178,7 @@ def test_compiled_autograd_graph_has_gradients_of_unknown_parameters() -> None:
         loss = exchange(x.relu()).sum() + Averaged.apply(x).sum()  # type: ignore[no-untyped-call]
         with torch._dynamo.compiled_autograd._enable(tracer.compile):
             loss.backward()
-    assert sorted(tracer.traces[0].kinds) == [(AR, "gradient", "computed"), (A2A, "activation_gradient", "computed")]
+    assert sorted(tracer.traces[0].kinds) == [(AR, "gradient", "computed"), (A2A, "activation_gradient", "foreign")]
     assert "compiled autograd's graph does not say whose gradient this is; use DDP's default reducer" in tracer.traces[0].reasons
     assert tracer.traces[0].schemes == ["dense", "dense"]
 
