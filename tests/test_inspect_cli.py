@@ -132,7 +132,7 @@ def test_gradients_of_users_own_model(folder: Path) -> None:
 
 def test_options_are_repeated_or_follow_each_other(folder: Path) -> None:
     several = sites(
-        folder, "users.py:one", "--options", "mp_density=0.25", "mp_value_dtype=float32", "data_parallel=true", 'exempt=["*.bias"]'
+        folder, "users.py:one", "--options", "mp_density=0.25", "activation_codec=threshold", "data_parallel=true", 'exempt=["*.bias"]'
     )
     repeated = sites(
         folder,
@@ -140,7 +140,7 @@ def test_options_are_repeated_or_follow_each_other(folder: Path) -> None:
         "--options",
         "mp_density=0.25",
         "--options",
-        "mp_value_dtype=float32",
+        "activation_codec=threshold",
         "data_parallel=true",
         "--options",
         "exempt=['*.bias']",

@@ -74,7 +74,7 @@ def test_a_graph_break_is_told_once(between: Callable[[Tensor], Tensor], words: 
     for word in words:
         assert word in warned[0]
     if between is broken:
-        assert [site.reason for site in report.sites] == [Reason.FOREIGN, Reason.DENSE_FORWARD.format(reason=Reason.FOREIGN)]
+        assert [site.reason for site in report.sites] == [Reason.RETURNED, Reason.DENSE_FORWARD.format(reason=Reason.RETURNED)]
 
 
 @pytest.mark.parametrize(("options", "ranks", "told"), [({}, 2, True), ({}, 1, False), ({"data_parallel": True}, 2, False)])
