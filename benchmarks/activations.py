@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import torch
+import torch.distributed as dist
 from activation_codecs import CODECS
 from cut_models import CUTS
 from record import Record, Run
@@ -72,6 +73,7 @@ def losses(record: Record, task: Task, cut: str, codec: str, steps: int, seeds: 
 def main(steps: int, seeds: int, cuts: str, codecs: str, samples: int | None, results: Path) -> None:
     """Prints a table, and keeps all runs in the results."""
     torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # DLRM's test gathers over it
     record, rows = Record(results, RUN, ("loss",)), []
     for cut in cuts.split(";"):
         model, width, _ = CUTS[cut]
@@ -82,6 +84,7 @@ def main(steps: int, seeds: int, cuts: str, codecs: str, samples: int | None, re
             dense = dense if number else mean
             spread = statistics.stdev(found) if seeds > 1 else 0.0
             rows.append([cut, codec, f"{CODECS[codec].ratio(width):.1f}", best, f"{mean:.4f} ± {spread:.4f}", f"{mean - dense:+.4f}"])
+    dist.destroy_process_group()
     print(f"Test loss after {steps} steps, {seeds} seeds, mean and standard deviation; {circumstances()}")
     print(tabulate(rows, ["cut", "codec", "fewer bytes", "rate", "loss", "to dense"], disable_numparse=True))
 
