@@ -7,6 +7,7 @@ AdamW, DLRM learns clicks of MovieLens-100k under Adagrad.
 """
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from activation_codecs import CODECS
 from cut_models import CUTS
 from record import Record, Run
 from tabulate import tabulate
+from torch._C._distributed_c10d import HashStore
 
 from dct_compile.bench.machine import circumstances
 from dct_compile.models.parallel import Mesh
@@ -50,7 +52,7 @@ def train(task: Task, cut: str, codec: str, rate: float, seed: int, steps: int) 
     return task.test(model, model, seed, ALONE)[task.metrics[0].name]
 
 
-def losses(record: Record, task: Task, cut: str, codec: str, steps: int, seeds: int) -> tuple[float, list[float]]:
+def losses(record: Record, task: Task, cut: str, codec: str, rates: Sequence[float], steps: int, seeds: int) -> tuple[float, list[float]]:
     """Returns the best rate of a codec, by the first seed, and the losses of all seeds at that rate."""
 
     def loss_of(rate: float, seed: int) -> float:
@@ -59,7 +61,7 @@ def losses(record: Record, task: Task, cut: str, codec: str, steps: int, seeds: 
             record.add(run, [[train(task, cut, codec, rate, seed, steps)]])
         return record.rows(run)[0][0]
 
-    best = min(RATES[CUTS[cut][0]], key=lambda rate: loss_of(rate, 0))
+    best = min(rates, key=lambda rate: loss_of(rate, 0))
     return best, [loss_of(best, seed) for seed in range(seeds)]
 
 
@@ -68,18 +70,20 @@ def losses(record: Record, task: Task, cut: str, codec: str, steps: int, seeds: 
 @click.option("--seeds", default=3, help="Seeds of each codec at its best learning rate.")
 @click.option("--cuts", default=";".join(CUTS), help="What is cut, separated by semicolons.")
 @click.option("--codecs", default=";".join(CODECS), help="Codecs, separated by semicolons; the first is the baseline.")
+@click.option("--rates", default="", help="Learning rates, each tried with the first seed; by model without this option.")
 @click.option("--samples", type=int, help="The first so many samples of each data set; all without this option.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, help="The file of results.")
-def main(steps: int, seeds: int, cuts: str, codecs: str, samples: int | None, results: Path) -> None:
+def main(steps: int, seeds: int, cuts: str, codecs: str, rates: str, samples: int | None, results: Path) -> None:
     """Prints a table, and keeps all runs in the results."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # DLRM's test gathers over it
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)  # DLRM's test gathers over it
+    tried = [float(rate) for rate in rates.split(",") if rate]
     record, rows = Record(results, RUN, ("loss",)), []
     for cut in cuts.split(";"):
         model, width, _ = CUTS[cut]
         task, dense = task_of(model, samples), 0.0
         for number, codec in enumerate(codecs.split(";")):
-            best, found = losses(record, task, cut, codec, steps, seeds)
+            best, found = losses(record, task, cut, codec, tried or RATES[model], steps, seeds)
             mean = statistics.mean(found)
             dense = dense if number else mean
             spread = statistics.stdev(found) if seeds > 1 else 0.0
