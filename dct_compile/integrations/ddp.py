@@ -39,6 +39,8 @@ class _Attached:
 class DDPIntegration:
     """The integration of DistributedDataParallel; a target is a DDP module."""
 
+    averages = True
+
     def active(self) -> list[DistributedDataParallel]:
         return running_modules()
 
