@@ -132,7 +132,7 @@ class Note(StrEnum):
         "the link of process group {group} was not measured, because a rank did not come within {seconds:g} s: bytes decide. Set the option"
         " 'link' where ranks compile at different times"
     )
-    OTHER_OPTIONS = "the gradients of {module} travel by the options of the first graph that ran inside of its DDP: {differences}"
+    OTHER_OPTIONS = "the gradients of {module} travel by the options of the first graph that ran inside of it: {differences}"
     IGNORED = "DDP was told to ignore {parameters}: it does not average their gradients, and they are not in this table"
     UNMATCHED = "patterns of {option} that match nothing on this rank so far: {patterns}"
     UNSEEN = "not seen, not compressed and not counted: {what}"
@@ -150,7 +150,7 @@ class BreakAdvice(StrEnum):
 class Unseen(StrEnum):
     """Collectives outside of everything that the report counts, for ``Note.UNSEEN``."""
 
-    FSDP = "the all_gather of parameters and reduce_scatter of gradients of FullyShardedDataParallel (fully_shard's are seen)"
+    FSDP = "what FullyShardedDataParallel gathers and reduces; fully_shard is compressed"
     PIPELINE = "the tensors that pipeline stages send to each other"
     DTENSOR = "collectives on DTensor parameters outside of the model, as in gradient clipping and some optimizers"
     BUFFER_HOOK = "the buffers of DDP, which a communication hook of your own exchanges"

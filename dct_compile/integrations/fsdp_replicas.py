@@ -71,7 +71,7 @@ class ReplicaAverage:
         own = group._all_reduce_hook
         reason = Reason.OWN_HOOK_OF_FSDP if own is not None and not isinstance(own, ReplicaAverage) else None
         self.plans = {phase.first: self._plan(group, phase, link_of, reason) for phase in self.phases}
-        self.state: BucketState | None = None
+        self.shown: tuple[BucketPlan, BucketState | None] | None = None
         self.entry: ReportEntry | None = None
 
     @classmethod
@@ -98,11 +98,14 @@ class ReplicaAverage:
         group.mesh_info.replicate_process_group = NoCopies()
         group._all_reduce_hook = self
 
-    def publish(self, plan: BucketPlan, measure: BucketMeasure | None = None) -> None:
+    def publish(self, plan: BucketPlan, state: BucketState | None = None) -> None:
         """Reports the decision of a phase in the place of that of the phase before."""
+        if self.shown == (plan, state):
+            return
         if self.entry is not None:
             self.runtime.reports.remove(self.entry)
-        self.entry = plan.publish(f"{self.title} copies", self.runtime, measure)
+        self.shown = plan, state
+        self.entry = plan.publish(f"{self.title} copies", self.runtime, BucketMeasure([state]) if state is not None else None)
         self.entry.owner, self.entry.model = self.group, self.title
 
     def __call__(self, shards: Tensor) -> None:
@@ -124,12 +127,11 @@ class ReplicaAverage:
         phase = self._begin_exchange(parameters)
         plan = self.plans[phase.first]
         if plan.offer is None:
+            self.publish(plan)
             return plan.reduce_dense(buffer)
         compressed = [parameters[segment.parameter.position] for segment in plan.offer.members.compressed]
         state = self.runtime.states.bucket(compressed, plan.offer.state, "FSDP")
-        if state is not self.state:
-            self.state = state
-            self.publish(plan, BucketMeasure([state]))
+        self.publish(plan, state)
         self.runtime.begin_exchange(state, phase.config)
         return plan.offer.reduce(buffer, state.tensors, plan.comm)
 
