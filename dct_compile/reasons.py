@@ -132,7 +132,7 @@ class Note(StrEnum):
         "the link of process group {group} was not measured, because a rank did not come within {seconds:g} s: bytes decide. Set the option"
         " 'link' where ranks compile at different times"
     )
-    OTHER_OPTIONS = "the gradients of {module} travel by the options of the first graph that ran inside of it: {differences}"
+    OTHER_OPTIONS = "the gradients of {module} travel by the options of the first graph that ran inside of its {wrapper}: {differences}"
     IGNORED = "DDP was told to ignore {parameters}: it does not average their gradients, and they are not in this table"
     UNMATCHED = "patterns of {option} that match nothing on this rank so far: {patterns}"
     UNSEEN = "not seen, not compressed and not counted: {what}"

@@ -8,13 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import dct_compile
+from dct_compile.backend import dct
 from dct_compile.reasons import Reason
 from dct_compile.runtime import RUNTIME
 from tests.rank_pool import Ranks
 from tests.ranks_fsdp import (
+    OPTIONS,
     SHARDING,
+    Net,
     batch,
     compiled_of,
     gathered_values,
@@ -214,3 +218,31 @@ def consistent(rank: int, world_size: int) -> bool:
 
 def test_three_ranks_hold_the_same_values(ranks3: Ranks) -> None:
     assert ranks3(consistent) == [True] * 3
+
+
+def compiled_blocks(rank: int, world_size: int, first: str) -> tuple[list[str], int, bool, tuple[str, ...]]:
+    """Trains a model whose blocks are compiled one by one, before or after they are sharded, the second one with other options."""
+    model, mesh = Net(), init_device_mesh("cpu", (world_size,))
+    for number, block in enumerate(model.blocks):
+        options = {**(OPTIONS["gradients"] or {}), "sharded_gradients": "dense" if number else "int8"}
+        if first == "compile":
+            block.compile(backend=dct, options=options)
+        fully_shard(block, mesh=mesh)
+        if first == "shard":
+            block.compile(backend=dct, options=options)
+    fully_shard(model, mesh=mesh)
+    for _ in range(2):
+        model.zero_grad()
+        loss_of(model(batch(rank, 0))).backward()
+    report = dct_compile.report()
+    names = [site.name.partition(",")[0] for site in report.sites if site.decision == "compressed"]
+    return names, len(report.sites), is_same_everywhere(gradients(model)), report.notes
+
+
+@pytest.mark.parametrize("first", ["compile", "shard"])
+def test_blocks_may_be_compiled_one_by_one(ranks2: Ranks, first: str) -> None:
+    for names, count, same, (note,) in ranks2(compiled_blocks, first):
+        assert names == ["head.weight", "blocks.0.norm.weight", "blocks.1.norm.weight"]
+        assert count == 8
+        assert same
+        assert note.endswith("option 'sharded_gradients' is 'int8' there and 'dense' in another graph")

@@ -15,11 +15,12 @@ from torch import nn
 from torch.distributed._composable_state import _module_state_mapping
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dct_compile.config import DCTConfig
+from dct_compile.config import SHARD_OPTIONS, DCTConfig
 from dct_compile.integrations.fsdp_comms import EncodedAllGather, EncodedReduceScatter, own_comm
 from dct_compile.integrations.fsdp_plan import GroupPlan, name_of
 from dct_compile.integrations.fsdp_replicas import ReplicaAverage
 from dct_compile.integrations.interface import Compiled
+from dct_compile.integrations.other_options import note_other_options
 from dct_compile.passes.decision import Decision
 from dct_compile.passes.graph_utils import resolve_group
 from dct_compile.passes.manager import publish
@@ -71,7 +72,9 @@ class FSDPIntegration:
         return [root._modules[0] for root in roots.values()]
 
     def attach(self, target: nn.Module, config: DCTConfig, runtime: Runtime) -> None:
-        if target in runtime.attached:
+        held: DCTConfig | None = runtime.attached.get(target)
+        if held is not None:
+            note_other_options(_class_of(target), "FSDP", held, config, SHARD_OPTIONS, runtime)
             return
         gloo.shorten_names()
         runtime.attached[target] = config
@@ -107,7 +110,7 @@ class FSDPIntegration:
 
 def _planned(target: nn.Module, config: DCTConfig, runtime: Runtime, link_of: LinkOf) -> list[_Planned]:
     """Decides about all parameter groups of ``target``, and reports it: an entry for each group, and one for its copies."""
-    title = runtime.reports.name_model(target, f"fully_shard({type(target).__name__.removeprefix('FSDP')})")
+    title = runtime.reports.name_model(target, f"fully_shard({_class_of(target)})")
     planned = []
     for number, group in enumerate(_groups(target)):
         name = f"{title} {group._module_fqn or ''}".rstrip()
@@ -120,6 +123,11 @@ def _planned(target: nn.Module, config: DCTConfig, runtime: Runtime, link_of: Li
             item.copies.publish(item.copies.last)
         runtime.reports.patterns.look(config, [name_of(held) for held in group.fsdp_params])
     return planned
+
+
+def _class_of(target: nn.Module) -> str:
+    """Returns the name of the class that ``fully_shard`` was given."""
+    return type(target).__name__.removeprefix("FSDP")
 
 
 def _agree(planned: Sequence[_Planned], config: DCTConfig, runtime: Runtime) -> None:
