@@ -54,7 +54,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], config: DCTConfi
     gloo.shorten_names()
     if not any(isinstance(item, Tensor) and item.is_cuda for item in example_inputs):
         prebuild()  # beside Inductor's own work
-    reduced_outside = any(integration.active() for integration in INTEGRATIONS)
+    reduced_outside = any(integration.averages and integration.active() for integration in INTEGRATIONS)
     settings = Settings(config, patches, gradient_group(config, reduced_outside), RUNTIME)
     warn_of_graph_break(gm, settings, in_ddp=reduced_outside)
     note_unseen(example_inputs, RUNTIME)

@@ -21,10 +21,14 @@ FIRST_MOMENTS = ("auto", "bypass", "keep")
 _LATE = 0.1
 """The largest density at which an element waits as long as a first moment usually looks back: ten steps."""
 GRADIENT_SCHEMES = ("auto", "gather", "owner", "powersgd", "random_k")
+SHARD_OPTIONS = ("parameter_codec", "sharded_gradients")
+"""The options of sharded data parallelism alone."""
 ROW_OPTIONS = ("activation_codec", "mp_density", "mp_value_dtype", "mp_eval", "embedding_codec")
 """The options that say nothing about gradients."""
 ACTIVATION_CODECS = ("auto", "threshold", "int8", "int4", "bfloat16", "dense")
 EMBEDDING_CODECS = ("int8", "int4", "threshold", "dense")
+PARAMETER_CODECS = ("int8", "int4", "bfloat16", "dense")
+SHARDED_GRADIENTS = ("int8", "dense")
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,10 @@ class DCTConfig:
     """
     embedding_codec: str = "int8"
     """The codec of an embedding exchange: "int8" or "int4" rows, rounded stochastically; "threshold" like activations; "dense"."""
+    parameter_codec: str = "int8"
+    """The codec of the all_gather of parameter shards (FSDP): "int8" or "int4" blocks, rounded stochastically; "bfloat16"; "dense"."""
+    sharded_gradients: str = "int8"
+    """The codec of the reduce_scatter of their gradients: "int8" blocks, rounded stochastically; "dense"."""
     data_parallel: bool | ProcessGroup = field(default=False, metadata={"allowed": "True, False or a ProcessGroup"})
     """Without DDP: average gradients over all ranks (True) or over a process group. Parameters are made equal before the first forward
     that runs with gradients enabled, which all ranks must run. Shards of a parameter are left alone.
@@ -153,6 +161,8 @@ class DCTConfig:
         self._keep("rank", checks.integer("rank", self.rank, 1))
         self._keep("link", checks.link("link", self.link))
         checks.check_choice("embedding_codec", self.embedding_codec, EMBEDDING_CODECS)
+        checks.check_choice("parameter_codec", self.parameter_codec, PARAMETER_CODECS)
+        checks.check_choice("sharded_gradients", self.sharded_gradients, SHARDED_GRADIENTS)
         if not isinstance(self.data_parallel, bool | ProcessGroup):
             raise checks.error("data_parallel", self.data_parallel, "True, False or a torch.distributed.ProcessGroup")
         checks.check_bool("audit", self.audit)
@@ -214,8 +224,8 @@ class DCTConfig:
             )
 
     def for_gradients(self) -> dict[str, Any]:
-        """Returns the options that say how gradients travel, as plain values."""
-        return {name: value for name, value in self.comparable().items() if name not in ROW_OPTIONS}
+        """Returns the options that say how gradients travel by all_reduce, as plain values."""
+        return {name: value for name, value in self.comparable().items() if name not in (*ROW_OPTIONS, *SHARD_OPTIONS)}
 
     def comparable(self) -> dict[str, Any]:
         """Returns the fields as plain values, the same on all ranks that were given the same options."""

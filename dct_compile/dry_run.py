@@ -36,7 +36,8 @@ def dry_run(options: Mapping[str, Any] | None, runtime: Runtime, collect: Callab
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         active = [(integration, target) for integration in INTEGRATIONS for target in integration.active()]
-        group = gradient_group(config, bool(active))
+        reduced_outside = any(integration.averages for integration, _ in active)
+        group = gradient_group(config, reduced_outside)
         for integration, target in active:
             if target not in previewed:
                 decisions = integration.preview(target, config, runtime)
@@ -45,7 +46,7 @@ def dry_run(options: Mapping[str, Any] | None, runtime: Runtime, collect: Callab
                 previewed.append(target)
         settings = Settings(phases_of(config)[-1].config, patches, group, runtime, _nothing_computed)
         note_unseen(example_inputs, runtime)
-        compiler = GraphCompiler(gm, example_inputs, settings, reduced_outside=bool(active))
+        compiler = GraphCompiler(gm, example_inputs, settings, reduced_outside=reduced_outside)
         compiled, requests = compiler.compile()
         entry = compiler.first_use.entry
 

@@ -1,8 +1,14 @@
-"""The order in which a parameter's elements lie in a flat buffer, where that is not the row-major order."""
+"""The elements of a parameter: those that this rank holds, and the order in which they lie in a flat buffer if it is not row-major."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Returns this rank's part of a DTensor, and any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)

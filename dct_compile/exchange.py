@@ -20,11 +20,13 @@ from dct_compile.traffic import Traffic, one_share_to_each, share_leaving, to_al
 GRADIENT, ACTIVATION, EMBEDDING, OTHER = "gradient", "activation", "embedding", "other"
 BUFFERS = "buffers"
 """The kind of DDP's broadcast of buffers, which is outside of graphs."""
+PARAMETER, SHARDED_GRADIENT = "parameter", "sharded_gradient"
+"""The kinds of sharded data parallelism: the all_gather of parameter shards, and the reduce_scatter of their gradients."""
 BACKWARD_OF = {ACTIVATION: "activation_gradient", EMBEDDING: "embedding_gradient"}
 """The kind of the exchange that carries the gradient of one of these."""
 ALL_GATHER, ALL_TO_ALL, ALL_REDUCE = "all_gather_into_tensor", "all_to_all_single", "all_reduce"
-PARAMETER, RECTIFIED, FOREIGN, UNKNOWN = "parameter", "rectified", "foreign", "computed"
-"""The origins of an input beside :data:`EMBEDDING`: a parameter, a ReLU or its kin, what no graph shows, and whatever else is computed."""
+RECTIFIED, FOREIGN, UNKNOWN = "rectified", "foreign", "computed"
+"""Origins of an input beside :data:`EMBEDDING` and :data:`PARAMETER`: a ReLU or its kin, what no graph shows, whatever else is computed."""
 COMPUTED, RETURNED, STORED = "computed", "returned", "stored"
 """The destinations of a result: computed with, returned by the graph, or written to one of its inputs."""
 COMPRESSIBLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,12 +84,13 @@ def segments_of(parameters: Sequence[Parameter]) -> tuple[Segment, ...]:
 class Exchange:
     """One collective between the ranks of a group.
 
-    ``kind``: "gradient", "activation", "embedding", the gradient of one of the latter two (:data:`BACKWARD_OF`), or "other". ``name``: the
-    parameters whose gradient it carries, else the source line. ``shape``: of the input, ``None`` where it is unknown; a leading size that
-    is dynamic is the traced example's. ``static_rows``: whether all sizes but the leading one are static; ``static_width``: whether the
-    last one is. ``reduce_op``: "sum", "avg", ..., empty where nothing is reduced. ``splits``: the static input splits of an uneven
-    all_to_all. ``segments``: whose gradients a buffer holds. ``number``: the place among the sites of its graph. ``module``: the path of
-    the module that issued it, and ``source``: its source line, as "/path/model.py:12", by which the option ``exempt`` finds it too.
+    ``kind``: "gradient", "activation", "embedding", the gradient of one of the latter two (:data:`BACKWARD_OF`), "parameter",
+    "sharded_gradient" or "other". ``name``: the parameters that it carries, or whose gradient, else the source line. ``shape``: of the
+    input, ``None`` where it is unknown; a leading size that is dynamic is the traced example's. ``static_rows``: whether all sizes but the
+    leading one are static; ``static_width``: whether the last one is. ``reduce_op``: "sum", "avg", ..., empty where nothing is reduced.
+    ``splits``: the static input splits of an uneven all_to_all. ``segments``: whose gradients a buffer holds; with shards, the part of each
+    parameter in the buffer of one rank. ``number``: the place among the sites of its graph. ``module``: the path of the module that issued
+    it, and ``source``: its source line, as "/path/model.py:12", by which the option ``exempt`` finds it too.
 
     ``origin``: the source of the input, as far as the graph shows: :data:`EMBEDDING`, :data:`PARAMETER`, :data:`RECTIFIED`,
     :data:`FOREIGN` (not visible) or :data:`UNKNOWN`.
@@ -174,7 +177,7 @@ class Exchange:
 
     def canonical(self) -> "Exchange":
         """Returns this exchange with one row and even splits: what the ranks see alike, whatever their batches are."""
-        if self.kind == GRADIENT or not self.shape or self.dtype is None:
+        if self.kind in (GRADIENT, PARAMETER, SHARDED_GRADIENT) or not self.shape or self.dtype is None:
             return self
         return replace(
             self, shape=(1,) * (len(self.shape) - 1) + self.shape[-1:], input_bytes=self.width * self.dtype.itemsize, splits=None

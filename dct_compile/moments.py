@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dct_compile.element_order import local_tensor
 from dct_compile.first_moment import Factor, Group, number
 from dct_compile.ops import prepare_moments
 from dct_compile.triton_kernels.moments import spread_shares
@@ -54,13 +55,13 @@ class Preparation:
         if batch is None:
             batch = self._batches[key] = _Batch()
         assert parameter.grad is not None
-        batch.grads.append(parameter.grad)
+        batch.grads.append(local_tensor(parameter.grad))
         if _added_decay(group) != 0:
-            batch.parameters.append(parameter)
+            batch.parameters.append(local_tensor(parameter))
         if first is not None:
-            batch.first.append(first[0])
+            batch.first.append(local_tensor(first[0]))
         if second is not None:
-            batch.second.append(second[0])
+            batch.second.append(local_tensor(second[0]))
             batch.last.append(second[1])
 
     def run(self) -> None:

@@ -26,6 +26,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from dct_compile.element_order import local_tensor
 from dct_compile.first_moment import Factor, FirstMoment, Group, State, first_moment_of, number, register_first_moment, steps_as_ever
 from dct_compile.moments import Preparation
 from dct_compile.state.gradient_use import GradientUse, Use
@@ -187,7 +188,8 @@ def last_arrivals(state: State, parameter: Tensor, start: Factor) -> Tensor:
     """
     held = state.get(LAST)
     if held is None:
-        steps = torch.empty_like(parameter, dtype=torch.int32, memory_format=torch.preserve_format).fill_(start)
+        own = local_tensor(parameter)
+        steps = torch.empty_like(own, dtype=torch.int32, memory_format=torch.preserve_format).fill_(start)
         held = state[LAST] = steps.unsqueeze(-1).view(torch.uint8)
     elif held.dtype != torch.uint8:
         held = state[LAST] = held.to(torch.uint8)

@@ -16,9 +16,11 @@ from dct_compile.traffic import Traffic
 c10d = torch.ops._c10d_functional
 
 ALL_REDUCE = Collective("all_reduce", True, ALL_GATHER, "all_reduce", traffic.ring_twice)
+GATHER = Collective("all_gather_into_tensor", False, ALL_GATHER, "reduce_scatter_tensor", traffic.to_all)
+SCATTER = Collective("reduce_scatter_tensor", True, ALL_TO_ALL, "all_gather_into_tensor", traffic.ring_once)
 _ENCODED = (
-    Collective("all_gather_into_tensor", False, ALL_GATHER, "reduce_scatter_tensor", traffic.to_all),
-    Collective("reduce_scatter_tensor", True, ALL_TO_ALL, "all_gather_into_tensor", traffic.ring_once),
+    GATHER,
+    SCATTER,
     Collective("all_to_all_single", False, ALL_TO_ALL, "all_to_all_single", traffic.one_share_to_each),
     ALL_REDUCE,
 )

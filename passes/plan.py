@@ -12,7 +12,20 @@ from dataclasses import replace
 from fractions import Fraction
 
 from dct_compile.config import DCTConfig
-from dct_compile.exchange import ALL_REDUCE, BACKWARD_OF, COMPRESSIBLE, FOREIGN, GRADIENT, OTHER, RETURNED, STORED, Exchange, segments_of
+from dct_compile.exchange import (
+    ALL_REDUCE,
+    BACKWARD_OF,
+    COMPRESSIBLE,
+    FOREIGN,
+    GRADIENT,
+    OTHER,
+    PARAMETER,
+    RETURNED,
+    SHARDED_GRADIENT,
+    STORED,
+    Exchange,
+    segments_of,
+)
 from dct_compile.link import ONE_MACHINE, Link, duration
 from dct_compile.passes.decision import Decision, dense
 from dct_compile.passes.exchanges import exchanges_of
@@ -179,6 +192,8 @@ def _left_alone(exchange: Exchange, config: DCTConfig) -> str | None:
         if exchange.collective.name != ALL_REDUCE:
             return Reason.GRADIENT_COLLECTIVE.format(collective=exchange.collective.name)
         return Reason.WHOSE_GRADIENT if not exchange.segments else None
+    if exchange.kind in (PARAMETER, SHARDED_GRADIENT):
+        return None  # what is exempt is so by parameter
     if exchange.kind in BACKWARD_OF.values() and exchange.origin == FOREIGN:
         return Reason.NO_FORWARD
     if exchange.kind == OTHER:

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 import dct_compile
 from dct_compile.backend import dct
 
-EXACT = {"dp_density": 1, "mp_density": 1}
+EXACT = {"dp_density": 1, "mp_density": 1, "parameter_codec": "dense", "sharded_gradients": "dense"}
 
 
 class Perceptron(nn.Module):

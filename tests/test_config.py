@@ -87,6 +87,8 @@ BAD: list[tuple[str, Any, str]] = [
     *[("mp_outputs", value, "True or False") for value in (1, None, "no")],
     *[("gradient_scheme", value, "one of 'auto', 'gather', 'owner', 'powersgd', 'random_k'") for value in ("ring", None, 1)],
     *[("embedding_codec", value, "one of 'int8', 'int4', 'threshold', 'dense'") for value in ("int2", "int 8", None, 8)],
+    *[("parameter_codec", value, "one of 'int8', 'int4', 'bfloat16', 'dense'") for value in ("int2", "bf16", None, 8)],
+    *[("sharded_gradients", value, "one of 'int8', 'dense'") for value in ("int4", "none", None, 8)],
     *[("inline_kernels", value, "True or False") for value in (1, 0, "yes", None)],
     *[("data_parallel", value, "True, False or a torch.distributed.ProcessGroup") for value in ("yes", 1, None, 0)],
 ]
@@ -113,6 +115,8 @@ def test_every_field_has_bad_values() -> None:
         ("mp_value_dtype", "bfloat", "bfloat16"),
         ("gradient_scheme", "owners", "owner"),
         ("embedding_codec", "int-8", "int8"),
+        ("parameter_codec", "bf16", "bfloat16"),
+        ("sharded_gradients", "int_8", "int8"),
     ],
 )
 def test_nearest_choice_is_named(key: str, value: str, near: str) -> None:

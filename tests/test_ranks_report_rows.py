@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -174,9 +174,12 @@ def test_only_advice_that_applies(ranks2_once: Ranks, how: str, advice: tuple[st
 def outside(rank: int, world_size: int, what: str) -> list[str]:
     mesh, model = init_device_mesh("cpu", (world_size,)), Net()
     compiled: Any = torch.compile(model, backend=dct)
-    if what == "fsdp":
+    if what == "fully_shard":
         fully_shard(model, mesh=mesh)
         run(compiled)
+    elif what == "fsdp":
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+        run(torch.compile(wrapped, backend=dct))
     elif what == "tensor parallel":
         parallelize_module(model, mesh, {"top": ColwiseParallel()})
         run(compiled)
@@ -190,6 +193,10 @@ def outside(rank: int, world_size: int, what: str) -> list[str]:
 @pytest.mark.parametrize(("what", "unseen"), [("fsdp", Unseen.FSDP), ("tensor parallel", Unseen.DTENSOR), ("pipeline", Unseen.PIPELINE)])
 def test_collectives_outside_are_named(ranks2: Ranks, what: str, unseen: Unseen) -> None:
     assert ranks2(outside, what) == [[Note.UNSEEN.format(what=unseen)]] * 2
+
+
+def test_fully_shard_is_seen(ranks2: Ranks) -> None:
+    assert ranks2(outside, "fully_shard") == [[], []]
 
 
 def made(how: str, width: int) -> Any:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dct_compile
@@ -56,6 +58,14 @@ def in_graph(model: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
     return torch.compile(model, backend=dct, options=options)
 
 
+def shards(options: dict[str, Any], copies: int = 1, **settings: Any) -> Callable[..., Any]:
+    model, ranks = Wide(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (copies, ranks // copies), mesh_dim_names=("copies", "shards"))
+    for part in (model.top, model):
+        fully_shard(part, mesh=mesh["shards"] if copies == 1 else mesh, **settings)
+    return in_graph(model, options)
+
+
 CASES: dict[str, Callable[[], Callable[..., Any]]] = {
     "ddp gather": lambda: ddp(Wide(), {"gradient_scheme": "gather"}),
     "ddp owner": lambda: ddp(Wide(), {"gradient_scheme": "owner"}),
@@ -68,6 +78,10 @@ CASES: dict[str, Callable[[], Callable[..., Any]]] = {
     "all_to_all": lambda: in_graph(Wide(exchange), {"data_parallel": True}),
     "all_to_all dense": lambda: in_graph(Wide(exchange), {"mp_density": 1}),
     "all_gather": lambda: in_graph(Wide(gather), {}),
+    "fsdp": lambda: shards({}),
+    "fsdp kept": lambda: shards({"parameter_codec": "bfloat16"}, reshard_after_forward=False),
+    "fsdp gradients": lambda: shards({"parameter_codec": "dense"}),
+    "hsdp": lambda: shards({}, copies=2),
 }
 
 
@@ -96,6 +110,10 @@ def test_two_ranks_send_what_the_report_says(ranks2: Ranks, name: str) -> None:
     check(ranks2(counted, name))
 
 
-@pytest.mark.parametrize("name", ["ddp gather", "ddp owner", "ddp powersgd", "ddp buffers", "all_to_all", "all_gather"])
+def test_four_ranks_send_what_the_report_says(ranks4: Ranks) -> None:
+    check(ranks4(counted, "hsdp"))
+
+
+@pytest.mark.parametrize("name", ["ddp gather", "ddp owner", "ddp powersgd", "ddp buffers", "all_to_all", "all_gather", "fsdp"])
 def test_three_ranks_send_what_the_report_says(ranks3: Ranks, name: str) -> None:
     check(ranks3(counted, name))

@@ -30,7 +30,10 @@ def test_every_part_of_a_note_is_told(text: str) -> None:
     assert (ROOT / "docs" / "troubleshooting.md").read_text().count(text) == 1
 
 
-SCHEMES = [f"dct_compile/schemes/{name}.py" for name in ("powersgd", "quantized_rows", "random_k", "row_threshold", "rows", "threshold")]
+SCHEMES = [
+    f"dct_compile/schemes/{name}.py"
+    for name in ("powersgd", "quantized_rows", "quantized_shards", "random_k", "row_threshold", "rows", "threshold")
+]
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,7 @@ SCHEMES = [f"dct_compile/schemes/{name}.py" for name in ("powersgd", "quantized_
         "passes/plan.py",
         "dct_compile/integrations/ddp.py",
         "dct_compile/integrations/ddp_report.py",
+        "dct_compile/integrations/fsdp_plan.py",
         "dct_compile/schemes/members.py",
         *SCHEMES,
     ],

@@ -10,11 +10,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from dct_compile.config import DCTConfig
+from dct_compile.element_order import local_tensor
 from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.insert_gradient_sync import BUCKET_BYTES
 from dct_compile.posts import Signature
 from dct_compile.runtime import Runtime
-from dct_compile.state.store import local_tensor
 
 Compiled = Callable[..., Any]
 _ADVICE = (

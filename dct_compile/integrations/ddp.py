@@ -18,10 +18,11 @@ from dct_compile.integrations.ddp_plan import BucketPlan
 from dct_compile.integrations.ddp_reducer import GradientCompressor
 from dct_compile.integrations.ddp_report import bucket_name, publish_module, title_of
 from dct_compile.integrations.interface import Compiled
+from dct_compile.integrations.other_options import note_other_options
 from dct_compile.link import Link
 from dct_compile.passes.decision import Decision, dense
 from dct_compile.phases import Phase, phases_of
-from dct_compile.reasons import Note, Reason
+from dct_compile.reasons import Reason
 from dct_compile.report import wrapped_class
 from dct_compile.runtime import Runtime
 from dct_compile.state.store import named_parameters
@@ -39,6 +40,8 @@ class _Attached:
 class DDPIntegration:
     """The integration of DistributedDataParallel; a target is a DDP module."""
 
+    averages = True
+
     def active(self) -> list[DistributedDataParallel]:
         return running_modules()
 
@@ -46,7 +49,7 @@ class DDPIntegration:
         held: _Attached | None = runtime.attached.get(target)
         if held is not None:
             if config != held.config:
-                _note_other_options(target, held.config, config, runtime)
+                note_other_options(wrapped_class(target), "DDP", held.config, config, (), runtime)
             return
         gloo.shorten_names()  # the graph may have been compiled before there was a group
         phases = phases_of(config)
@@ -198,12 +201,3 @@ def _future_buckets(module: DistributedDataParallel) -> list[list[Tensor]]:
     limits = getattr(module, "bucket_bytes_cap_list", []) or [*first, module.bucket_bytes_cap]
     buckets, _ = _compute_bucket_assignment_by_size(parameters, limits, sparse[::-1])
     return [[parameters[position] for position in bucket] for bucket in buckets]
-
-
-def _note_other_options(module: DistributedDataParallel, first: DCTConfig, other: DCTConfig, runtime: Runtime) -> None:
-    """Notes the options for gradients that differ between the graph that ran first inside of ``module`` and another one."""
-    values, others = first.for_gradients(), other.for_gradients()
-    names = [name for name in values if values[name] != others[name]]
-    differences = [f"option {name!r} is {values[name]!r} there and {others[name]!r} in another graph" for name in names]
-    if differences:
-        runtime.warn_once(Note.OTHER_OPTIONS.format(module=wrapped_class(module), differences="; ".join(differences)))

@@ -14,7 +14,12 @@ Compiled = Callable[..., Any]
 
 
 class Integration(Protocol):
-    """A kind of wrapper that exchanges gradients by itself, such as DistributedDataParallel. A wrapper here is called a target."""
+    """A kind of wrapper that exchanges gradients by itself, such as DistributedDataParallel. A wrapper here is called a target.
+
+    ``averages``: whether a target averages the gradients of copies, so that ``data_parallel`` would average them a second time.
+    """
+
+    averages: bool
 
     def active(self) -> Sequence[Any]:
         """Returns the targets whose ``forward`` is running now, innermost first."""

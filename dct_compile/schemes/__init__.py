@@ -1,6 +1,16 @@
 """The schemes: ways to carry an exchange, each a plain function of tensors. This is the list of all."""
 
-from dct_compile.schemes import cast_rows, powersgd, quantized_rows, quantized_sum, random_k, row_threshold, threshold, threshold_owner
+from dct_compile.schemes import (
+    cast_rows,
+    powersgd,
+    quantized_rows,
+    quantized_shards,
+    quantized_sum,
+    random_k,
+    row_threshold,
+    threshold,
+    threshold_owner,
+)
 from dct_compile.schemes.offer import Declined, GradientOffer, Offer, RowOffer, Scheme
 
 SCHEMES = (
@@ -12,6 +22,7 @@ SCHEMES = (
     Scheme("quantized_rows", quantized_rows.offer),
     Scheme("quantized_sum", quantized_sum.offer),
     Scheme("cast_rows", cast_rows.offer),
+    Scheme("quantized_shards", quantized_shards.offer),
 )
 """Every scheme, in the order in which they are preferred where they send as many bytes."""
 

@@ -18,6 +18,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from dct_compile.element_order import local_tensor
+
 NO_BACKWARD = -1
 """The number of the present backward pass outside of any."""
 
@@ -211,7 +213,9 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _note(group: Sequence[Use]) -> None:
-    gradients = [parameter.grad if (parameter := use.parameter()) is not None else None for use in group]
+    # Of a DTensor this rank's part: all of it would be looked at by a collective.
+    held = [parameter.grad if (parameter := use.parameter()) is not None else None for use in group]
+    gradients = [local_tensor(gradient) if gradient is not None else None for gradient in held]
     kept: bool | Tensor = False
     for gradient in gradients:
         if gradient is not None and kept is False:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dct_compile.element_order import local_tensor
 from dct_compile.state.bucket import BucketState
 from dct_compile.state.checks import check_entry
 from dct_compile.state.entry import Entry, copy_of, fold_late
@@ -179,11 +179,6 @@ class StateStore:
                     del self._pending[position]
                 return first
         return None
-
-
-def local_tensor(parameter: Tensor) -> Tensor:
-    """Returns this rank's part of a DTensor, and any other tensor itself."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,0 +1,163 @@
+"""Hybrid sharding (HSDP): the shards have copies on other ranks, and FSDP averages a shard's gradient over its copies by all_reduce.
+
+That all_reduce has no object to replace. So FSDP is told that a shard has no copies, by a process group of this rank alone, and our average
+runs in the hook that FSDP calls behind its all_reduce. The hook is not called where FSDP accumulates without an all_reduce
+(``set_requires_all_reduce(False)``), as before.
+"""
+
+import copy
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dct_compile.comm import Comm
+from dct_compile.config import DCTConfig
+from dct_compile.element_order import local_tensor
+from dct_compile.exchange import Parameter, gradient_exchange, segments_of
+from dct_compile.integrations.ddp_plan import BucketPlan
+from dct_compile.integrations.fsdp_plan import name_of
+from dct_compile.measure import BucketMeasure
+from dct_compile.passes.collectives import ALL_REDUCE
+from dct_compile.passes.decision import dense, held_until
+from dct_compile.passes.plan import LinkOf, decide
+from dct_compile.phases import Phase, phase_at, phases_of
+from dct_compile.reasons import Reason
+from dct_compile.report import ReportEntry
+from dct_compile.runtime import Runtime
+from dct_compile.state.bucket import BucketState
+from dct_compile.state.exchanges import count_exchange, exchanges_of
+
+
+class NoCopies:
+    """The process group of a shard without copies, as far as FSDP uses it: its all_reduce changes nothing."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+    def allreduce(self, tensors: list[Tensor], options: Any) -> None:
+        """Leaves ``tensors`` as they are."""
+
+
+def copies_of(group: Any) -> ProcessGroup | None:
+    """Returns the ranks that hold copies of the shards of ``group``, an FSDPParamGroup; ``None`` where there are none."""
+    found: ProcessGroup | NoCopies | None = getattr(group.mesh_info, "replicate_process_group", None)
+    if isinstance(found, NoCopies):
+        return group._all_reduce_hook.process_group  # type: ignore[no-any-return]
+    return found if found is not None and found.size() > 1 else None
+
+
+class ReplicaAverage:
+    """Averages the gradients of the shards of one parameter group over their copies: the hook that FSDP calls.
+
+    ``held``: the parameters that are trained. ``plans``: the decisions, by the first exchange of a phase.
+    """
+
+    def __init__(self, group: Any, process_group: ProcessGroup, title: str, config: DCTConfig, runtime: Runtime, link_of: LinkOf) -> None:
+        self.process_group, self.config, self.runtime, self.title = process_group, config, runtime, title
+        self.group = weakref.ref(group)
+        # A rank may hold nothing of a parameter that is shorter than the ranks are many.
+        self.held = [held for held in group.fsdp_params if held.sharded_param.requires_grad]
+        self.parts = [held for held in self.held if local_tensor(held.sharded_param).numel()]
+        self.padded = sum(held._sharded_param_data.numel() for held in self.held)
+        self.phases = phases_of(config)
+        own = group._all_reduce_hook
+        reason = Reason.OWN_HOOK_OF_FSDP if own is not None and not isinstance(own, ReplicaAverage) else None
+        self.plans = {phase.first: self._plan(group, phase, link_of, reason) for phase in self.phases}
+        self.shown: tuple[BucketPlan, BucketState | None] | None = None
+        self.entry: ReportEntry | None = None
+
+    @classmethod
+    def of(cls, group: Any, title: str, config: DCTConfig, runtime: Runtime, link_of: LinkOf) -> "ReplicaAverage | None":
+        """Returns the average of the shards of ``group``, ``None`` where they have no copies or this rank trains nothing of it."""
+        process_group = copies_of(group)
+        if process_group is None:
+            return None
+        average = cls(group, process_group, title, config, runtime, link_of)
+        return average if average.parts else None
+
+    @property
+    def last(self) -> BucketPlan:
+        """The decision of the last phase."""
+        return self.plans[self.phases[-1].first]
+
+    def install(self) -> None:
+        """Takes the place of FSDP's all_reduce, if anything is compressed."""
+        group = self.group()
+        assert group is not None, "its forward runs"
+        if not any(plan.decision.compressed for plan in self.plans.values()):
+            return
+        group.mesh_info = copy.copy(group.mesh_info)
+        group.mesh_info.replicate_process_group = NoCopies()
+        group._all_reduce_hook = self
+
+    def publish(self, plan: BucketPlan, state: BucketState | None = None) -> None:
+        """Reports the decision of a phase in the place of that of the phase before."""
+        if self.shown == (plan, state):
+            return
+        if self.entry is not None:
+            self.runtime.reports.remove(self.entry)
+        self.shown = plan, state
+        self.entry = plan.publish(f"{self.title} copies", self.runtime, BucketMeasure([state]) if state is not None else None)
+        self.entry.owner, self.entry.model = self.group, self.title
+
+    def __call__(self, shards: Tensor) -> None:
+        """Averages ``shards``, the flat buffer of FSDP's reduce_scatter with its padding, in place."""
+        group = self.group()
+        assert group is not None, "its backward runs"
+        sums = group.gradient_divide_factor is not None  # then FSDP's all_reduce would not divide
+        if shards.numel() != self.padded:  # a step without some of the parameters
+            dist.all_reduce(shards, dist.ReduceOp.SUM if sums else dist.ReduceOp.AVG, self.process_group)
+            return
+        views = self._views(shards)
+        mean = self._average([held.sharded_param for held in self.parts], torch.cat(views))
+        if sums:
+            mean = mean * self.process_group.size()
+        for view, part in zip(views, mean.split([view.numel() for view in views]), strict=True):
+            view.copy_(part)
+
+    def _average(self, parameters: Sequence[Tensor], buffer: Tensor) -> Tensor:
+        phase = self._begin_exchange(parameters)
+        plan = self.plans[phase.first]
+        if plan.offer is None:
+            self.publish(plan)
+            return plan.reduce_dense(buffer)
+        compressed = [parameters[segment.parameter.position] for segment in plan.offer.members.compressed]
+        state = self.runtime.states.bucket(compressed, plan.offer.state, "FSDP")
+        self.publish(plan, state)
+        self.runtime.begin_exchange(state, phase.config)
+        return plan.offer.reduce(buffer, state.tensors, plan.comm)
+
+    def _begin_exchange(self, parameters: Sequence[Tensor]) -> Phase:
+        """Looks whether the last gradients were applied, and counts this exchange. Returns the phase that it is in."""
+        self.runtime.states.use.look(parameters)
+        if len(self.phases) == 1:
+            return self.phases[0]
+        uses = self.runtime.states.use.of(parameters)
+        named = [(name_of(held), held.sharded_param) for held in self.parts]
+        self.runtime.agree_on_exchanges(self.process_group, self.config, named)
+        phase = phase_at(self.phases, exchanges_of(uses))
+        count_exchange(uses)
+        return phase
+
+    def _views(self, shards: Tensor) -> list[Tensor]:
+        """Returns the parts of FSDP's buffer that hold gradients, without the padding between them."""
+        sizes = [held._sharded_param_data.numel() for held in self.held]
+        numels = [local_tensor(held.sharded_param).numel() for held in self.held]
+        return [part[:numel] for part, numel in zip(shards.split(sizes), numels, strict=True) if numel]
+
+    def _plan(self, group: Any, phase: Phase, link_of: LinkOf, reason: str | None) -> BucketPlan:
+        shapes = [tuple(local_tensor(held.sharded_param).shape) for held in self.parts]
+        members = [Parameter(index, name_of(held), shape) for index, (held, shape) in enumerate(zip(self.parts, shapes, strict=True))]
+        dtype = group._reduce_dtype or self.held[0].param_dtype or self.held[0].orig_dtype
+        exchange = gradient_exchange(ALL_REDUCE, segments_of(members), dtype, self.process_group)
+        decision = dense(exchange, reason) if reason is not None else decide(exchange, phase.config, link_of)
+        comm = Comm(self.process_group.group_name, self.process_group.size())
+        return BucketPlan(held_until(decision, phase.until), comm, group.device, sparse=False)
