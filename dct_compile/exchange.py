@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from dct_compile.element_order import ElementOrder
 from dct_compile.labels import site_label
-from dct_compile.traffic import Traffic, one_share_to_each, share_leaving, to_all
+from dct_compile.traffic import Traffic, once, one_share_to_each, share_leaving, to_all
 
 GRADIENT, ACTIVATION, EMBEDDING, OTHER = "gradient", "activation", "embedding", "other"
 BUFFERS = "buffers"
@@ -22,6 +22,8 @@ BUFFERS = "buffers"
 BACKWARD_OF = {ACTIVATION: "activation_gradient", EMBEDDING: "embedding_gradient"}
 """The kind of the exchange that carries the gradient of one of these."""
 ALL_GATHER, ALL_TO_ALL, ALL_REDUCE = "all_gather_into_tensor", "all_to_all_single", "all_reduce"
+SEND = "send"
+"""A message from one rank to another, which is outside of graphs."""
 COMPUTED, RETURNED, STORED = "computed", "returned", "stored"
 """The destinations of a result: computed with, returned by the graph, or written to one of its inputs."""
 COMPRESSIBLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,8 +35,8 @@ class Collective:
     """A collective operation; ``passes/collectives.py`` has the table of all.
 
     ``sums``: whether it adds up the inputs of the ranks. ``carrier``: the collective that carries its input once that is encoded,
-    :data:`ALL_GATHER` or :data:`ALL_TO_ALL`, empty where no scheme carries it. ``backward``: the collective that carries its gradient.
-    ``sent``: its traffic by input bytes and ranks.
+    :data:`ALL_GATHER`, :data:`ALL_TO_ALL` or :data:`SEND`, empty where no scheme carries it. ``backward``: the collective that carries its
+    gradient. ``sent``: its traffic by input bytes and ranks.
     """
 
     name: str
@@ -153,6 +155,8 @@ class Exchange:
         """Returns the traffic of an encoded input of ``payload_bytes``, carried by the collective's carrier."""
         if self.collective.carrier == ALL_GATHER:
             return to_all(payload_bytes, self.ranks)
+        if self.collective.carrier == SEND:
+            return once(payload_bytes, self.ranks)
         return self.sent_by_all_to_all(payload_bytes)
 
     def sent_by_all_to_all(self, input_bytes: int) -> Traffic:

@@ -42,6 +42,10 @@ class Reason(StrEnum):
     USED_PARAMETERS = "DDP compares the parameters that the ranks used, as find_unused_parameters asks"
     BUFFERS = "DDP copies rank 0's buffers each step; mean over the ranks"
 
+    PIPELINE_STARTS = "dense until a training step has run in every stage of the pipeline"
+    PIPELINE_LACKS = "no graph of backend 'dct' has run, and been given a gradient, in these stages of the pipeline: {stages}"
+    NARROW_ROW = "rows of {width} elements are narrower than {limit}"
+
     NO_FORWARD = "no forward collective has this one as its backward, so there is no mask to reuse"
     PARAMETERS = "carries parameters, not activations"
     FOREIGN = "its input was computed outside of this graph, so an embedding exchange cannot be told from an activation"
@@ -138,7 +142,6 @@ class Unseen(StrEnum):
     """Collectives outside of everything that the report counts, for ``Note.UNSEEN``."""
 
     FSDP = "FSDP's all_gather of parameters and reduce_scatter of gradients"
-    PIPELINE = "the tensors that pipeline stages send to each other"
     DTENSOR = "collectives on DTensor parameters outside of the model, as in gradient clipping and some optimizers"
     BUFFER_HOOK = "the buffers of DDP, which a communication hook of your own exchanges"
 

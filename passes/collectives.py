@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from dct_compile import traffic
-from dct_compile.exchange import ALL_GATHER, ALL_TO_ALL, Collective
+from dct_compile.exchange import ALL_GATHER, ALL_TO_ALL, SEND, Collective
 from dct_compile.traffic import Traffic
 
 c10d = torch.ops._c10d_functional
@@ -24,6 +24,8 @@ _ENCODED = (
 )
 """The collectives that schemes carry."""
 BROADCAST = Collective("broadcast", False, "", "", traffic.from_one)
+MESSAGE = Collective(SEND, False, SEND, SEND, traffic.once)
+"""A message from one pipeline stage to another, which an integration encodes."""
 _TRAFFIC: dict[str, Callable[[int, int], Traffic]] = {
     "all_reduce": traffic.ring_twice,
     "all_gather": traffic.to_all,

@@ -2,7 +2,8 @@
 
 from dct_compile.integrations.ddp import DDPIntegration
 from dct_compile.integrations.interface import Integration
+from dct_compile.integrations.pipeline import PipelineIntegration
 
-INTEGRATIONS: tuple[Integration, ...] = (DDPIntegration(),)
+INTEGRATIONS: tuple[Integration, ...] = (DDPIntegration(), PipelineIntegration())
 
 __all__ = ["INTEGRATIONS", "Integration"]

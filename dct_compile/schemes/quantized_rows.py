@@ -10,6 +10,7 @@ The backward is encoded by itself, in the same way.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -40,6 +41,21 @@ class QuantizedRows(RowOffer):
     def backward(self, dy: Tensor, saved: tuple[Tensor, ...], comm: Comm) -> Tensor:
         assert self.exchange.backward is not None
         return self._exchange(dy, self.exchange.backward, comm)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Returns the codes of ``x`` [R, ...] as one message, uint8 [R, bytes]."""
+        payload: Tensor = dct.quantize_rows(x.contiguous(), _seed(x, self.exchange.number), self.bits, site=self.exchange.label)
+        return payload
+
+    def payload_for(self, x: Tensor) -> Tensor:
+        """Returns an empty message for the codes of a tensor like ``x`` [R, ...]."""
+        row_bytes = prod(x.shape[1:-1]) * quantized_row_bytes(x.shape[-1], self.bits)
+        return torch.empty([x.shape[0], row_bytes], dtype=torch.uint8, device=x.device)
+
+    def decode(self, payload: Tensor, x: Tensor) -> Tensor:
+        """Returns the rows of a message, with the shape and dtype of ``x``."""
+        y: Tensor = dct.dequantize_rows(payload, list(x.shape[1:]), self.bits, x.dtype, site=self.exchange.label)
+        return y
 
     def _exchange(self, x: Tensor, exchange: Exchange, comm: Comm) -> Tensor:
         site, carrier, row_shape = exchange.label, exchange.collective.carrier, [int(size) for size in x.shape[1:]]
