@@ -32,6 +32,7 @@ _TRAFFIC: dict[str, Callable[[int, int], Traffic]] = {
     "reduce_scatter": traffic.ring_once,
     "all_to_all": traffic.one_share_to_each,
     "broadcast": traffic.from_one,
+    "irecv": traffic.received,
 }
 """The traffic of all others, by the beginning of the name: coalesced, in place, or with an output given."""
 

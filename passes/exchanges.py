@@ -58,8 +58,11 @@ def _exchange(site: Site, number: int, training: bool) -> Exchange:
 
 
 def _input_bytes(site: Site) -> int:
-    """Returns the bytes of all inputs, by the traced example where sizes are symbolic."""
+    """Returns the bytes of all inputs that are sent, by the traced example where sizes are symbolic."""
     first: Any = site.node.args[0] if site.node.args else None
+    if site.collective.name == "batch_p2p_ops":
+        tensors: Any = gu.argument(site.node, "tensors")
+        first = [tensor for operation, tensor in zip(first, tensors, strict=True) if operation == "isend"]
     nodes = [first] if isinstance(first, fx.Node) else first if isinstance(first, list | tuple) else []
     values = [value for node in nodes if isinstance(node, fx.Node) and (value := gu.value(node)) is not None]
     return sum(gu.numel_hint(value) * value.itemsize for value in values)

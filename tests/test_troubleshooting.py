@@ -39,6 +39,7 @@ SCHEMES = [f"dct_compile/schemes/{name}.py" for name in ("powersgd", "quantized_
         "passes/plan.py",
         "dct_compile/integrations/ddp.py",
         "dct_compile/integrations/ddp_report.py",
+        "dct_compile/integrations/pipeline_plan.py",
         "dct_compile/schemes/members.py",
         *SCHEMES,
     ],
