@@ -155,12 +155,12 @@ class Exchange:
         """Returns the traffic of an encoded input of ``payload_bytes``, carried by the collective's carrier."""
         if self.collective.carrier == ALL_GATHER:
             return to_all(payload_bytes, self.ranks)
-        if self.collective.carrier == SEND:
-            return once(payload_bytes, self.ranks)
         return self.sent_by_all_to_all(payload_bytes)
 
     def sent_by_all_to_all(self, input_bytes: int) -> Traffic:
-        """Returns the traffic of an all_to_all of ``input_bytes``, split as this exchange is."""
+        """Returns the traffic of an all_to_all of ``input_bytes``, split as this exchange is; of one message where that is the carrier."""
+        if self.collective.carrier == SEND:
+            return once(input_bytes, self.ranks)
         even = one_share_to_each(input_bytes, self.ranks)
         return even if self.splits is None else replace(even, wire=input_bytes * share_leaving(self.splits, self.rank))
 

@@ -31,6 +31,7 @@ class Reason(StrEnum):
     MIN_NUMEL = "fewer than min_numel={min_numel} elements"
     EXEMPT = "exempt by pattern {pattern!r}"
     ONE_MACHINE = "all ranks are on one machine, where dense is as fast as memory; link='1Gbit/s' assumes a slower link, link=None none"
+    FAST_COPY = "devices of one process are taken for linked as fast as memory; link='16Gbit/s' assumes a slower link, link=None none"
     FAST_LINK = "{scheme} would take {seconds}, dense takes {dense} on a link of {link}"
     GRADIENT_TOO_LARGE = "{scheme} with {ranks} ranks would send {wire} bytes, dense sends {dense}"
     MAY_BE_UNUSED = "{scheme} cannot leave out a parameter for one step, as find_unused_parameters asks"

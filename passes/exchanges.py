@@ -8,6 +8,7 @@ from torch import fx
 
 from dct_compile.exchange import Exchange
 from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.device_copy import is_device_copy
 from dct_compile.passes.sites import Site
 from dct_compile.passes.source import module_path, source_line
 
@@ -52,7 +53,7 @@ def _exchange(site: Site, number: int, training: bool) -> Exchange:
         operator=site.operator,
         trains=training,
         local_gradient=site.local_gradient is not None,
-        waited=all(user.target is gu.WAIT or user.target in gu.METADATA_OPS for user in site.node.users),
+        waited=is_device_copy(site.node) or all(user.target is gu.WAIT or user.target in gu.METADATA_OPS for user in site.node.users),
         used=bool(gu.waits(site.node)),
     )
 
