@@ -14,6 +14,7 @@ from dct_compile.compiler.phases import compile_phases
 from dct_compile.config import DCTConfig
 from dct_compile.integrations import INTEGRATIONS
 from dct_compile.integrations.unseen import note_unseen
+from dct_compile.passes.device_copy import has_several_accelerators
 from dct_compile.passes.source import innermost_line
 from dct_compile.reasons import BreakAdvice, Note
 from dct_compile.runtime import RUNTIME
@@ -47,7 +48,7 @@ def dct(
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], config: DCTConfig, patches: dict[str, Any]) -> Compiled:
-    if not dist.is_available() or not dist.is_initialized():
+    if not dist.is_available() or not (dist.is_initialized() or has_several_accelerators(gm, example_inputs)):
         RUNTIME.reports.called = True
         RUNTIME.warn_once(Note.NO_PROCESS_GROUP)
         return compile_graph(gm, example_inputs, patches)
@@ -55,7 +56,8 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], config: DCTConfi
     if not any(isinstance(item, Tensor) and item.is_cuda for item in example_inputs):
         prebuild()  # beside Inductor's own work
     reduced_outside = any(integration.averages and integration.active() for integration in INTEGRATIONS)
-    settings = Settings(config, patches, gradient_group(config, reduced_outside), RUNTIME)
+    group = gradient_group(config, reduced_outside) if dist.is_initialized() else None
+    settings = Settings(config, patches, group, RUNTIME)
     warn_of_graph_break(gm, settings, in_ddp=reduced_outside)
     note_unseen(example_inputs, RUNTIME)
     return compile_phases(gm, example_inputs, settings, reduced_outside=reduced_outside)

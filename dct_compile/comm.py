@@ -50,3 +50,16 @@ class Comm:
         """Waits for the collective whose result is ``x``."""
         waited: Tensor = c10d.wait_tensor(x)
         return waited
+
+
+@dataclass(frozen=True)
+class DeviceComm(Comm):
+    """Copies what a scheme sends to another device of this process. ``device``: that device."""
+
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return x.to(self.device)
+
+    def wait(self, x: Tensor) -> Tensor:
+        return x

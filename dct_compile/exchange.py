@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from dct_compile.element_order import ElementOrder
 from dct_compile.labels import site_label
-from dct_compile.traffic import Traffic, one_share_to_each, share_leaving, to_all
+from dct_compile.traffic import Traffic, once, one_share_to_each, share_leaving, to_all
 
 GRADIENT, ACTIVATION, EMBEDDING, OTHER = "gradient", "activation", "embedding", "other"
 BUFFERS = "buffers"
@@ -27,6 +27,8 @@ BACKWARD_OF = {ACTIVATION: "activation_gradient", EMBEDDING: "embedding_gradient
 ALL_GATHER, ALL_TO_ALL, ALL_REDUCE = "all_gather_into_tensor", "all_to_all_single", "all_reduce"
 RECTIFIED, FOREIGN, UNKNOWN = "rectified", "foreign", "computed"
 """Origins of an input beside :data:`EMBEDDING` and :data:`PARAMETER`: a ReLU or its kin, what no graph shows, whatever else is computed."""
+SEND = "send"
+"""A message from one rank to another, which is outside of graphs."""
 COMPUTED, RETURNED, STORED = "computed", "returned", "stored"
 """The destinations of a result: computed with, returned by the graph, or written to one of its inputs."""
 COMPRESSIBLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,8 +40,8 @@ class Collective:
     """A collective operation; ``passes/collectives.py`` has the table of all.
 
     ``sums``: whether it adds up the inputs of the ranks. ``carrier``: the collective that carries its input once that is encoded,
-    :data:`ALL_GATHER` or :data:`ALL_TO_ALL`, empty where no scheme carries it. ``backward``: the collective that carries its gradient.
-    ``sent``: its traffic by input bytes and ranks.
+    :data:`ALL_GATHER`, :data:`ALL_TO_ALL` or :data:`SEND`, empty where no scheme carries it. ``backward``: the collective that carries its
+    gradient. ``sent``: its traffic by input bytes and ranks.
     """
 
     name: str
@@ -163,7 +165,9 @@ class Exchange:
         return self.sent_by_all_to_all(payload_bytes)
 
     def sent_by_all_to_all(self, input_bytes: int) -> Traffic:
-        """Returns the traffic of an all_to_all of ``input_bytes``, split as this exchange is."""
+        """Returns the traffic of an all_to_all of ``input_bytes``, split as this exchange is; of one message where that is the carrier."""
+        if self.collective.carrier == SEND:
+            return once(input_bytes, self.ranks)
         even = one_share_to_each(input_bytes, self.ranks)
         return even if self.splits is None else replace(even, wire=input_bytes * share_leaving(self.splits, self.rank))
 

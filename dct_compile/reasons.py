@@ -31,6 +31,7 @@ class Reason(StrEnum):
     MIN_NUMEL = "fewer than min_numel={min_numel} elements"
     EXEMPT = "exempt by pattern {pattern!r}"
     ONE_MACHINE = "all ranks are on one machine, where dense is as fast as memory; link='1Gbit/s' assumes a slower link, link=None none"
+    FAST_COPY = "devices of one process are taken for linked as fast as memory; link='16Gbit/s' assumes a slower link, link=None none"
     FAST_LINK = "{scheme} would take {seconds}, dense takes {dense} on a link of {link}"
     GRADIENT_TOO_LARGE = "{scheme} with {ranks} ranks would send {wire} bytes, dense sends {dense}"
     MAY_BE_UNUSED = "{scheme} cannot leave out a parameter for one step, as find_unused_parameters asks"
@@ -41,6 +42,9 @@ class Reason(StrEnum):
     DELAYED = "DDP reduces these parameters itself, as delay_all_reduce_named_params asks"
     USED_PARAMETERS = "DDP compares the parameters that the ranks used, as find_unused_parameters asks"
     BUFFERS = "DDP copies rank 0's buffers each step; mean over the ranks"
+
+    PIPELINE_STARTS = "dense until a training step has run in every stage of the pipeline"
+    PIPELINE_LACKS = "no graph of backend 'dct' has run, and been given a gradient, in these stages of the pipeline: {stages}"
 
     NO_FORWARD = "no forward collective has this one as its backward, so there is no mask to reuse"
     PARAMETERS = "carries parameters, not activations"
@@ -155,7 +159,6 @@ class Unseen(StrEnum):
     """Collectives outside of everything that the report counts, for ``Note.UNSEEN``."""
 
     FSDP = "what FullyShardedDataParallel gathers and reduces; fully_shard is compressed"
-    PIPELINE = "the tensors that pipeline stages send to each other"
     DTENSOR = "collectives on DTensor parameters outside of the model, as in gradient clipping and some optimizers"
     BUFFER_HOOK = "the buffers of DDP, which a communication hook of your own exchanges"
 

@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
@@ -47,7 +47,7 @@ class Runtime:
     synchronised: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     agreed: "WeakKeyDictionary[ProcessGroup, WeakTensorKeyDictionary]" = field(default_factory=WeakKeyDictionary)
-    attached: "WeakKeyDictionary[nn.Module, Any]" = field(default_factory=WeakKeyDictionary)
+    attached: "WeakKeyDictionary[Any, Any]" = field(default_factory=WeakKeyDictionary)
 
     bypass: Bypass = field(init=False)
 

@@ -72,6 +72,11 @@ def from_one(input_bytes: int, ranks: int) -> Traffic:
     return Traffic(1, Fraction((ranks - 1) * input_bytes, ranks), (ranks - 1).bit_length())
 
 
+def received(input_bytes: int, ranks: int) -> Traffic:
+    """Returns the traffic of a rank that only receives."""
+    return NOTHING
+
+
 def once(input_bytes: int, ranks: int) -> Traffic:
     """Returns the traffic of every collective that is not known: the input, once."""
     return Traffic(1, Fraction(input_bytes if ranks > 1 else 0), min(1, ranks - 1))

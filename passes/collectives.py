@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from dct_compile import traffic
-from dct_compile.exchange import ALL_GATHER, ALL_TO_ALL, Collective
+from dct_compile.exchange import ALL_GATHER, ALL_TO_ALL, SEND, Collective
+from dct_compile.passes.device_copy import is_device_copy
 from dct_compile.traffic import Traffic
 
 c10d = torch.ops._c10d_functional
@@ -26,12 +27,17 @@ _ENCODED = (
 )
 """The collectives that schemes carry."""
 BROADCAST = Collective("broadcast", False, "", "", traffic.from_one)
+DEVICE_COPY = Collective("device_copy", False, SEND, "device_copy", traffic.once)
+"""A copy from one accelerator to another inside of one process."""
+MESSAGE = Collective(SEND, False, SEND, SEND, traffic.once)
+"""A message from one pipeline stage to another, which an integration encodes."""
 _TRAFFIC: dict[str, Callable[[int, int], Traffic]] = {
     "all_reduce": traffic.ring_twice,
     "all_gather": traffic.to_all,
     "reduce_scatter": traffic.ring_once,
     "all_to_all": traffic.one_share_to_each,
     "broadcast": traffic.from_one,
+    "irecv": traffic.received,
 }
 """The traffic of all others, by the beginning of the name: coalesced, in place, or with an output given."""
 
@@ -62,8 +68,8 @@ def collective_of(node: fx.Node) -> Collective | None:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     found = TABLE.get(node.target)
-    if found is not None:
-        return found
+    if found is not None or is_device_copy(node):
+        return found or DEVICE_COPY
     namespace, _, name = node.target._schema.name.partition("::")
     if namespace not in _NAMESPACES or name.startswith(_NOT_COLLECTIVES):
         return None

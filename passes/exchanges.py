@@ -8,6 +8,7 @@ from torch import fx
 
 from dct_compile.exchange import Exchange
 from dct_compile.passes import graph_utils as gu
+from dct_compile.passes.device_copy import is_device_copy
 from dct_compile.passes.sites import Site
 from dct_compile.passes.source import module_path, source_line
 
@@ -52,14 +53,17 @@ def _exchange(site: Site, number: int, training: bool) -> Exchange:
         operator=site.operator,
         trains=training,
         local_gradient=site.local_gradient is not None,
-        waited=all(user.target is gu.WAIT or user.target in gu.METADATA_OPS for user in site.node.users),
+        waited=is_device_copy(site.node) or all(user.target is gu.WAIT or user.target in gu.METADATA_OPS for user in site.node.users),
         used=bool(gu.waits(site.node)),
     )
 
 
 def _input_bytes(site: Site) -> int:
-    """Returns the bytes of all inputs, by the traced example where sizes are symbolic."""
+    """Returns the bytes of all inputs that are sent, by the traced example where sizes are symbolic."""
     first: Any = site.node.args[0] if site.node.args else None
+    if site.collective.name == "batch_p2p_ops":
+        tensors: Any = gu.argument(site.node, "tensors")
+        first = [tensor for operation, tensor in zip(first, tensors, strict=True) if operation == "isend"]
     nodes = [first] if isinstance(first, fx.Node) else first if isinstance(first, list | tuple) else []
     values = [value for node in nodes if isinstance(node, fx.Node) and (value := gu.value(node)) is not None]
     return sum(gu.numel_hint(value) * value.itemsize for value in values)

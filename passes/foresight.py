@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dct_compile.passes.device_copy import has_several_accelerators
+
 _PLAIN_NAMESPACES = ("aten", "prims", "prim")
 _PLAIN_MODULES = ("torch", "_operator", "math", "builtins")
 """The packages whose functions compute on one rank, but for torch.distributed."""
@@ -31,12 +33,12 @@ _HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 
 
 def can_hold_sites(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """Returns False only where no collective can appear in the joint graph of ``gm``.
+    """Returns False only where neither a collective nor a copy between devices can appear in the joint graph of ``gm``.
 
     A collective can come from an operator or a function that is not known to compute on one rank, from a tensor subclass such as DTensor,
     and from a hook.
     """
-    if any(isinstance(item, Tensor) and is_traceable_wrapper_subclass(item) for item in inputs):
+    if any(isinstance(item, Tensor) and is_traceable_wrapper_subclass(item) for item in inputs) or has_several_accelerators(gm, inputs):
         return True
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
     return any(_can_communicate(node) for graph in graphs for node in graph.nodes)

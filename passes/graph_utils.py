@@ -9,6 +9,8 @@ from torch import SymInt, Tensor, fx
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
+from dct_compile.passes.device_copy import is_device_copy
+
 c10d = torch.ops._c10d_functional
 aten = torch.ops.aten
 
@@ -97,8 +99,8 @@ def resolve_group(name: str) -> ProcessGroup:
 
 
 def waits(node: fx.Node) -> list[fx.Node]:
-    """Returns the nodes that wait for a collective's result."""
-    return [user for user in node.users if user.target is WAIT]
+    """Returns the nodes that wait for a collective's result. A copy between devices is its own: it needs no wait."""
+    return [node] if is_device_copy(node) else [user for user in node.users if user.target is WAIT]
 
 
 def value(node: fx.Node) -> Tensor | None:

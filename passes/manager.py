@@ -156,7 +156,12 @@ class JointGraphPass(CustomGraphPass):
 
 
 def link_between(runtime: Runtime, config: DCTConfig, group_name: str) -> Link | None:
-    """Returns the link of the group of that name, as the options say it; "auto" may wait for its ranks."""
+    """Returns the link of the group of that name, as the options say it; "auto" may wait for its ranks.
+
+    The devices of one process, whose name is empty, have the link that the options assume, or none.
+    """
+    if not group_name:
+        return config.link.on("cuda") if isinstance(config.link, Link) else None
     return runtime.links.of(resolve_group(group_name), config.link)
 
 

@@ -27,6 +27,7 @@ from dct_compile.exchange import (
     segments_of,
 )
 from dct_compile.link import ONE_MACHINE, Link, duration
+from dct_compile.passes.collectives import DEVICE_COPY
 from dct_compile.passes.decision import Decision, dense
 from dct_compile.passes.exchanges import exchanges_of
 from dct_compile.passes.sites import Site
@@ -198,6 +199,8 @@ def _left_alone(exchange: Exchange, config: DCTConfig) -> str | None:
         return Reason.NO_FORWARD
     if exchange.kind == OTHER:
         return Reason.PARAMETERS
+    if exchange.collective is DEVICE_COPY and config.link == "auto":
+        return Reason.FAST_COPY
     for pattern in config.exempt:
         if exchange.matches(pattern):
             return Reason.EXEMPT.format(pattern=pattern)

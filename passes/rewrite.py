@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from dct_compile.comm import Comm
+from dct_compile.comm import Comm, DeviceComm
 from dct_compile.exchange import Exchange
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.decision import Decision
+from dct_compile.passes.device_copy import is_device_copy
 from dct_compile.passes.sites import Site
 from dct_compile.passes.splice import splice
 from dct_compile.schemes import GradientOffer, RowOffer
@@ -89,6 +90,8 @@ def _rewrite_backward(offer: RowOffer, site: Site, exchange: Exchange, saved: Se
 
 def _comm(site: Site) -> tuple[Callable[[Sequence[Any]], Comm], list[fx.Node]]:
     """Returns a function that makes the Comm of ``site`` from the values of its symbolic splits, and the nodes of these splits."""
+    if is_device_copy(site.node):
+        return lambda _: DeviceComm("", site.group_size, device=site.node.meta["val"].device), []
     group = gu.argument(site.node, "group_name")
     received, sent = (gu.optional_argument(site.node, f"{side}_split_sizes") for side in ("output", "input"))
     if received is None:
@@ -116,10 +119,11 @@ def _first_wait(site: Site) -> fx.Node:
 def _replace(site: Site, result: fx.Node) -> None:
     """Lets ``result`` stand for the waited result. Removes the wait before the collective, since both have side effects."""
     _move_queries(site, result)
-    for wait in gu.waits(site.node):
-        wait.replace_all_uses_with(result)
-        site.node.graph.erase_node(wait)
-    site.node.graph.erase_node(site.node)
+    graph = site.node.graph
+    for node in dict.fromkeys([*gu.waits(site.node), site.node]):
+        if node is not site.node or is_device_copy(node):
+            node.replace_all_uses_with(result)
+        graph.erase_node(node)
 
 
 def _move_queries(site: Site, result: fx.Node) -> None:

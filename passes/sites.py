@@ -25,7 +25,7 @@ from dct_compile.exchange import (
     Segment,
 )
 from dct_compile.passes import graph_utils as gu
-from dct_compile.passes.collectives import collective_of
+from dct_compile.passes.collectives import DEVICE_COPY, collective_of
 from dct_compile.passes.destination import destination, read_results
 from dct_compile.passes.origin import origin
 from dct_compile.passes.source import source_name
@@ -153,7 +153,7 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
 def _site(node: fx.Node, collective: Collective, context: GraphContext, returned: dict[Any, Parameter]) -> Site:
     first = node.args[0] if node.args else None
     tensor = first if isinstance(first, fx.Node) else None
-    group = gu.process_group(node)
+    group_name, group_size, group_rank = _group(node, collective)
     return Site(
         node,
         collective,
@@ -161,11 +161,19 @@ def _site(node: fx.Node, collective: Collective, context: GraphContext, returned
         origin=origin(tensor, context.parameters, context.foreign) if tensor is not None else UNKNOWN,
         name=source_name(node),
         input=tensor,
-        group_name=group.group_name if group is not None else "unknown",
-        group_size=group.size() if group is not None else dist.get_world_size(),
-        group_rank=group.rank() if group is not None else dist.get_rank(),
+        group_name=group_name,
+        group_size=group_size,
+        group_rank=group_rank,
         segments=context.segments.get(node) or _gradient_segments(node, returned),
     )
+
+
+def _group(node: fx.Node, collective: Collective) -> tuple[str, int, int]:
+    """Returns name, size and own rank of the group of a collective. Two devices of one process are a group without a name."""
+    if collective is DEVICE_COPY:
+        return "", 2, 0
+    group = gu.process_group(node)
+    return (group.group_name, group.size(), group.rank()) if group is not None else ("unknown", dist.get_world_size(), dist.get_rank())
 
 
 def _pair_by_gradient(sites: list[Site], backward: set[fx.Node]) -> None:

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -183,14 +182,10 @@ def outside(rank: int, world_size: int, what: str) -> list[str]:
     elif what == "tensor parallel":
         parallelize_module(model, mesh, {"top": ColwiseParallel()})
         run(compiled)
-    else:
-        stage = PipelineStage(torch.compile(nn.Sequential(Normed()), backend=dct), rank, world_size, torch.device("cpu"))
-        schedule = ScheduleGPipe(stage, 2, loss_fn=lambda output, target: loss_of(output))
-        schedule.step(*[torch.randn(8, 16)] * (rank == 0), target=torch.empty(8))
     return [note for note in dct_compile.report().notes if not note.startswith("no gradient")]
 
 
-@pytest.mark.parametrize(("what", "unseen"), [("fsdp", Unseen.FSDP), ("tensor parallel", Unseen.DTENSOR), ("pipeline", Unseen.PIPELINE)])
+@pytest.mark.parametrize(("what", "unseen"), [("fsdp", Unseen.FSDP), ("tensor parallel", Unseen.DTENSOR)])
 def test_collectives_outside_are_named(ranks2: Ranks, what: str, unseen: Unseen) -> None:
     assert ranks2(outside, what) == [[Note.UNSEEN.format(what=unseen)]] * 2
 

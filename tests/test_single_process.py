@@ -86,6 +86,16 @@ def test_without_a_process_group_it_is_inductor(expected: list[Tensor]) -> None:
         assert dct_compile.state_dict(model) == {}
 
 
+def test_a_model_cut_over_devices_needs_no_process_group(expected: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no two devices here. Its graphs are compiled with the passes, which find no copy."""
+    for name in ("backend", "passes.foresight"):
+        monkeypatch.setattr(f"dct_compile.{name}.has_several_accelerators", lambda *_: True)
+    with fresh_compiler():
+        model = Net()
+        assert_same(train(model, torch.compile(model, backend=dct, options={"data_parallel": True})), expected)
+        assert dct_compile.report().notes == ()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -43,6 +43,7 @@ SCHEMES = [
         "dct_compile/integrations/ddp.py",
         "dct_compile/integrations/ddp_report.py",
         "dct_compile/integrations/fsdp_plan.py",
+        "dct_compile/integrations/pipeline_plan.py",
         "dct_compile/schemes/members.py",
         *SCHEMES,
     ],

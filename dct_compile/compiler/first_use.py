@@ -32,6 +32,7 @@ class FirstUse:
         self.config, self.runtime = config, runtime
         self.entry: ReportEntry | None = None
         self.forward, self.backward = _Half(self), _Half(self)
+        self._has_exchanges = False
 
     def watch(self, entry: ReportEntry) -> None:
         """Tells ``entry`` of the report how the graph is called. The entry lives as long as the graph."""
@@ -40,14 +41,17 @@ class FirstUse:
     def expect(self, decisions: Sequence[Decision], training: bool) -> None:
         """Remembers the decisions about the graph. ``training``: whether it has a backward of its own."""
         late = (GRADIENT, *BACKWARD_OF.values()) if training else ()
+        self._has_exchanges = bool(decisions)
         for decision in decisions:
+            if not decision.exchange.group:  # a copy between devices of this process
+                continue
             half = self.backward if decision.exchange.kind in late else self.forward
             signature = Signature(decision.exchange.key(), decision.digest, decision.exchange.label)
             half.signatures.setdefault(decision.exchange.group, []).append(signature)
 
     def before_forward(self, compiled: Compiled, positions: Sequence[int]) -> Compiled:
         """Returns ``compiled``, which agrees before its forward runs. ``positions``: those of the parameters among its arguments."""
-        if not self.forward.signatures and not self.backward.signatures:
+        if not self._has_exchanges:
             return compiled
 
         def run(*args: Any) -> Any:

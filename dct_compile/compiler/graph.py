@@ -84,7 +84,7 @@ class GraphCompiler:
         self.gm, self.example_inputs, self.settings = gm, example_inputs, settings
         self.config, self.group, self.runtime = settings.config, settings.group, settings.runtime
         self.reduced_outside = reduced_outside
-        self.is_reduced = reduced_outside or settings.group is not None or dist.get_world_size() == 1
+        self.is_reduced = reduced_outside or settings.group is not None or not dist.is_initialized() or dist.get_world_size() == 1
         self.ahead_of_time = functorch_config.bypass_autograd_cache_key
         self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
         meshes, nodes = fsdp_meshes(), gu.placeholders(gm.graph)

@@ -3,7 +3,8 @@
 from dct_compile.integrations.ddp import DDPIntegration
 from dct_compile.integrations.fsdp import FSDPIntegration
 from dct_compile.integrations.interface import Integration
+from dct_compile.integrations.pipeline import PipelineIntegration
 
-INTEGRATIONS: tuple[Integration, ...] = (DDPIntegration(), FSDPIntegration())
+INTEGRATIONS: tuple[Integration, ...] = (DDPIntegration(), FSDPIntegration(), PipelineIntegration())
 
 __all__ = ["INTEGRATIONS", "Integration"]

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from dct_compile.reasons import Note, Unseen
 from dct_compile.runtime import Runtime
 
-_WRAPPERS = {"torch.distributed.fsdp.fully_sharded_data_parallel": Unseen.FSDP, "torch.distributed.pipelining": Unseen.PIPELINE}
+_WRAPPERS = {"torch.distributed.fsdp.fully_sharded_data_parallel": Unseen.FSDP}
 """By the package of a class whose method is running while its part of the model is compiled."""
 
 

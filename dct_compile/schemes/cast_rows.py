@@ -29,6 +29,18 @@ class CastRows(RowOffer):
         assert self.exchange.backward is not None
         return _exchange(dy, self.exchange.backward, comm)
 
+    def encode(self, x: Tensor) -> Tensor:
+        """Returns ``x`` as one message, bfloat16."""
+        return x.bfloat16()
+
+    def payload_for(self, x: Tensor) -> Tensor:
+        """Returns an empty message for a tensor like ``x``."""
+        return torch.empty_like(x, dtype=torch.bfloat16)
+
+    def decode(self, payload: Tensor, x: Tensor) -> Tensor:
+        """Returns the rows of a message, with the dtype of ``x``."""
+        return payload.to(x.dtype)
+
 
 def _exchange(x: Tensor, exchange: Exchange, comm: Comm) -> Tensor:
     received = carry(x.bfloat16(), exchange, comm)

@@ -11,6 +11,7 @@ The backward is encoded by itself, in the same way. A sum is taken of the decode
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dct_compile.comm import Comm
@@ -36,6 +37,18 @@ class QuantizedRows(RowOffer):
     def backward(self, dy: Tensor, saved: tuple[Tensor, ...], comm: Comm) -> Tensor:
         assert self.exchange.backward is not None
         return self._exchange(dy, self.exchange.backward, comm)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Returns the codes of ``x`` [R, ...] as one message, uint8 [blocks, bytes]."""
+        return self.coding.encode(x.reshape(-1, self.coding.block), self.exchange.number, site=self.exchange.label)
+
+    def payload_for(self, x: Tensor) -> Tensor:
+        """Returns an empty message for the codes of a tensor like ``x`` [R, ...]."""
+        return torch.empty([x.numel() // self.coding.block, self.coding.block_bytes], dtype=torch.uint8, device=x.device)
+
+    def decode(self, payload: Tensor, x: Tensor) -> Tensor:
+        """Returns the rows of a message, with the shape and dtype of ``x``."""
+        return self.coding.decode(payload, x.dtype, site=self.exchange.label).view(x.shape)
 
     def _exchange(self, x: Tensor, exchange: Exchange, comm: Comm) -> Tensor:
         names, carrier = {"site": exchange.label}, exchange.collective.carrier

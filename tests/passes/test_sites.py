@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.config as dynamo_config
+import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, fx, nn
 
@@ -151,6 +153,29 @@ def test_unknown_collectives_are_named_and_left_dense(name: str) -> None:
     assert traced.schemes == ["dense"]
     assert traced.reasons == [f"{name} is not compressed"]
     assert traced.decisions[0].dense_bytes > 0
+
+
+def apart(x: Tensor) -> Tensor:
+    received = torch.empty_like(x)
+    for work in (dist.isend(x.relu(), 1), dist.irecv(received, 1)):
+        assert work is not None
+        work.wait()
+    return received.sin()
+
+
+def together(x: Tensor) -> Tensor:
+    received = torch.empty_like(x)
+    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, x.relu(), 1), dist.P2POp(dist.irecv, received, 1)]):
+        work.wait()
+    return received.sin()
+
+
+@pytest.mark.parametrize(("function", "sent"), [(apart, {"isend": 4096, "irecv": 0}), (together, {"batch_p2p_ops": 4096})])
+def test_messages_to_one_rank_are_named_and_left_dense(function: Callable[[Tensor], Tensor], sent: dict[str, int]) -> None:
+    with dynamo_config.patch(enable_p2p_compilation=True):
+        traced = trace(function, torch.randn(16, 64))
+    assert {item.exchange.collective.name: item.dense_bytes for item in traced.decisions} == sent
+    assert traced.reasons == [f"{name} is not compressed" for name in sent]
 
 
 def test_in_place_all_reduce_is_left_dense() -> None:
