@@ -6,8 +6,9 @@
     their gradients     [B of this rank, D]       encode, all_to_all_single, decode
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import gcd
 from typing import Any, TypeVar
 
@@ -73,7 +74,7 @@ def torchrec_sharder(sharder: Sharder, bits: int = 8) -> Sharder:
     """Lets a sharder of torchrec make modules that exchange embeddings, and their gradients, as rows of integer codes.
 
     ``sharders=[dct_compile.torchrec_sharder(EmbeddingBagCollectionSharder())]``. A row is an embedding vector, or the largest part that
-    divides the vectors of all tables. Its modules run outside of compiled graphs, where torchrec's exchanges are asynchronous.
+    divides the vectors of all tables. Its modules run outside of compiled graphs, and wait for their exchange.
 
     Args:
         sharder: ``EmbeddingBagCollectionSharder`` or ``EmbeddingCollectionSharder``; changed in place.
@@ -94,12 +95,20 @@ def torchrec_sharder(sharder: Sharder, bits: int = 8) -> Sharder:
     def shard_encoded(module: Any, params: Mapping[str, Any], *args: Any, **settings: Any) -> Any:
         sharder._qcomm_codecs_registry = {**given, **_registry(_width(params), bits)}  # type: ignore[attr-defined]
         sharded = shard(module, params, *args, **settings)
-        # Where Dynamo traces it, torchrec takes collectives that let autograd pass through the codes.
-        sharded.forward = torch.compiler.disable(sharded.forward, reason=ENCODES_ITSELF)
+        sharded.forward = torch.compiler.disable(partial(_finished, sharded.forward), reason=ENCODES_ITSELF)
         return sharded
 
     sharder.shard = shard_encoded  # type: ignore[attr-defined]
     return sharder
+
+
+def _finished(forward: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """Calls the forward of a sharded module, and waits for its exchange. Dynamo is to trace neither.
+
+    It would make torchrec take collectives through which autograd passes, and it gives up a function that waits.
+    """
+    found = forward(*args, **settings)
+    return found.wait() if hasattr(type(found), "wait") else found
 
 
 def _registry(width: int, bits: int) -> dict[str, Any]:

@@ -19,10 +19,9 @@ def torchrec_notes() -> list[str]:
     if types is None or not dist.is_initialized() or dist.get_world_size() == 1:
         return []
     # torchrec keeps no list of them, but every object refers to its class.
-    found = [item for item in gc.get_referrers(*_subclasses(types.ShardedModule)) if isinstance(item, types.ShardedModule)]
-    modules = {module: _exchanged(module) for module in found if _exchanged(module)}
-    dense = sorted({type(module).__name__ for module in modules if not _is_encoded(module)})
-    summed = sorted({table for module, tables in modules.items() for table, kind in tables.items() if _adds_up(module, kind)})
+    modules = [item for item in gc.get_referrers(*_subclasses(types.ShardedModule)) if isinstance(item, types.ShardedModule)]
+    dense = sorted({type(module).__name__ for module in modules if _tables(module, summed=False) and not _is_encoded(module)})
+    summed = sorted({table for module in modules for table in _tables(module, summed=True)})
     return [
         *([Note.TORCHREC.format(modules=", ".join(dense))] if dense else []),
         *([Note.TORCHREC_SUMS.format(tables=abbreviated(summed))] if summed else []),
@@ -35,14 +34,11 @@ def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
         yield from _subclasses(child)
 
 
-def _exchanged(module: Any) -> dict[str, str]:
-    """Returns the sharding types of the tables whose embeddings the module exchanges, by name."""
-    plan = getattr(module, "module_sharding_plan", None) or {}
-    return {table: sharding.sharding_type for table, sharding in plan.items() if sharding.sharding_type != "data_parallel"}
-
-
-def _adds_up(module: Any, sharding_type: str) -> bool:
-    return sharding_type in _SUMS and hasattr(module, "embedding_bags")
+def _tables(module: Any, summed: bool) -> list[str]:
+    """Returns the tables whose embeddings the module adds up over ranks, or those that it exchanges as they are."""
+    pooled, plan = hasattr(module, "embedding_bags"), getattr(module, "module_sharding_plan", None) or {}
+    kinds = {table: sharding.sharding_type for table, sharding in plan.items() if sharding.sharding_type != "data_parallel"}
+    return [table for table, kind in kinds.items() if (pooled and kind in _SUMS) == summed]
 
 
 def _is_encoded(module: Any) -> bool:
