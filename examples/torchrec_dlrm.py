@@ -34,7 +34,7 @@ compiled = torch.compile(wrapped, backend="dct", options={"link": "1Gbit/s"})
 optimizer = torch.optim.Adagrad([p for name, p in wrapped.named_parameters() if "embedding_bags" not in name], lr=0.02)
 taste = torch.randn(len(FEATURES), ROWS, generator=torch.Generator().manual_seed(1))
 data = torch.Generator().manual_seed(2 + rank)
-for step in range(201):
+for step in range(101):
     dense, ids = torch.randn(BATCH, DENSE, generator=data), torch.randint(ROWS, (len(FEATURES), BATCH), generator=data)
     score = dense.sum(1) / 2 + taste.gather(1, ids).sum(0)
     jagged = KeyedJaggedTensor(FEATURES, ids.flatten(), lengths=torch.ones(ids.numel(), dtype=torch.int64))
