@@ -89,12 +89,12 @@ def train(method: str, seed: int, steps: int) -> Outcome:
     for step in range(steps):
         if step == 50:
             dist.barrier()
-            sent, start = sent_bytes(), perf_counter()
+            before, start = sent_bytes(), perf_counter()
         loss = loss_of(run, *samples(data))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    seconds, sent = (perf_counter() - start) / (steps - 50), (sent_bytes() - sent) / (steps - 50)
+    seconds, sent = (perf_counter() - start) / (steps - 50), (sent_bytes() - before) / (steps - 50)
     tested = torch.Generator().manual_seed(7 + dist.get_rank())
     with torch.no_grad():
         losses = torch.tensor([loss_of(model, *samples(tested)) for _ in range(100)]).mean()
@@ -103,15 +103,16 @@ def train(method: str, seed: int, steps: int) -> Outcome:
 
 
 def main() -> None:
-    """Prints a table: mean and spread over the seeds, and the difference from dense of each seed."""
+    """Prints a table: mean and spread over the seeds, and the difference from the first method, seed by seed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="the first is compared with")
     chosen = parser.parse_args()
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     reference: list[float] = []
-    for method in METHODS:
+    for method in chosen.methods:
         outcomes = [train(method, seed, chosen.steps) for seed in range(chosen.seeds)]
         losses = [outcome.loss for outcome in outcomes]
         reference = reference or losses
