@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from dct_compile.audit import Audit, AuditError, AuditResult, audit
 from dct_compile.checkpoint import LoadPlanner
 from dct_compile.config import DCTConfig
+from dct_compile.embeddings import all_to_all_single, torchrec_sharder
 from dct_compile.monitor import Monitor, SiteStats, monitor
 from dct_compile.optim import first_moment_of
 from dct_compile.report import GraphReport, NodeReport, Report, ReportDiff, SiteReport
@@ -32,6 +33,7 @@ __all__ = [
     "SiteStats",
     "StateDict",
     "adapt",
+    "all_to_all_single",
     "audit",
     "discard_gradients",
     "drain",
@@ -42,6 +44,7 @@ __all__ = [
     "reset_report",
     "scale_residuals",
     "state_dict",
+    "torchrec_sharder",
 ]
 
 

@@ -16,7 +16,7 @@ from dct_compile.integrations import INTEGRATIONS
 from dct_compile.integrations.unseen import note_unseen
 from dct_compile.passes.device_copy import has_several_accelerators
 from dct_compile.passes.source import innermost_line
-from dct_compile.reasons import BreakAdvice, Note
+from dct_compile.reasons import ENCODES_ITSELF, BreakAdvice, Note
 from dct_compile.runtime import RUNTIME
 from dct_compile.triton_kernels.cpu.build import prebuild
 from dct_compile.workarounds import gloo
@@ -66,7 +66,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], config: DCTConfi
 def warn_of_graph_break(gm: fx.GraphModule, settings: Settings, *, in_ddp: bool) -> None:
     """Warns where Dynamo could not trace what runs between this graph and the next: it runs unseen."""
     ended: GraphCompileReason | None = getattr(gm, "compile_subgraph_reason", None)
-    if ended is None or not ended.graph_break:
+    if ended is None or not ended.graph_break or ENCODES_ITSELF in ended.reason:
         return
     line = innermost_line("".join(traceback.format_list(ended.user_stack)))
     if line is None:  # torch cut it itself, as at DDP's buckets; all of it is compiled

@@ -5,6 +5,8 @@ from enum import StrEnum, unique
 
 _NAMED = 8
 """Parameters that a note names."""
+ENCODES_ITSELF = "it encodes its exchanges itself, as dct_compile's report says"
+"""Why Dynamo is not to trace a function of this project. Such a graph break needs no note."""
 
 
 @unique
@@ -103,14 +105,15 @@ class Reason(StrEnum):
 class Note(StrEnum):
     """What no site can tell, because there is none. Templates like :class:`Reason`.
 
-    All but ``IGNORED``, ``UNMATCHED`` and ``UNSEEN`` are also logged as a warning, by the first rank that has it.
+    All but ``IGNORED``, ``UNMATCHED`` and the last four are also logged as a warning, by the first rank that has it.
     """
 
     NO_PROCESS_GROUP = "torch.distributed is not initialised: graphs were compiled as by backend 'inductor'"
     GRAPH_BREAK = "a graph ends early, at {line}: {cause}. Collectives that run there are not seen{more}"
     ASYNC_COLLECTIVE = (
         "a graph ends early, at {line}: Dynamo does not trace a collective with async_op=True, so it stays dense. Call it without async_op,"
-        " or as torch.distributed._functional_collectives, which are asynchronous by themselves"
+        " or as torch.distributed._functional_collectives, which are asynchronous by themselves. In an autograd function of your own,"
+        " dct_compile.all_to_all_single in its place sends int8 rows"
     )
     SHARDED = (
         "data_parallel leaves these parameters as they are, and does not average their gradients, because each rank holds another shard of"
@@ -144,6 +147,15 @@ class Note(StrEnum):
     IGNORED = "DDP was told to ignore {parameters}: it does not average their gradients, and they are not in this table"
     UNMATCHED = "patterns of {option} that match nothing on this rank so far: {patterns}"
     UNSEEN = "not seen, not compressed and not counted: {what}"
+    ENCODED = "{name} has encoded {count} tensors outside of graphs, {before} bytes as {after} bytes so far; they are not in this table"
+    TORCHREC = (
+        "torchrec exchanges the embeddings of {modules} dense: sharders=[dct_compile.torchrec_sharder(EmbeddingBagCollectionSharder())] in"
+        " DistributedModelParallel, and in its planner, sends int8 rows"
+    )
+    TORCHREC_SUMS = (
+        "torchrec adds up the pooled embeddings of {tables} by reduce_scatter, which takes no codes: they stay dense. Those of tables that"
+        " are sharded table-wise or column-wise can be sent as int8 rows"
+    )
 
 
 @unique

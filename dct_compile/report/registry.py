@@ -13,6 +13,7 @@ from dct_compile.report.data import DeferredGraph, GraphReport, SiteReport
 from dct_compile.report.entry import Measure, ReportEntry, Use, sites_of
 from dct_compile.report.patterns import Patterns
 from dct_compile.report.report import Report
+from dct_compile.report.torchrec import torchrec_notes
 
 NOTHING_COMPILED = (
     "backend 'dct' has not been called: no compiled function has run yet, or torch.compile skipped the model "
@@ -54,6 +55,7 @@ class ReportRegistry:
     _ignored: "list[tuple[str, weakref.ref[Tensor]]]" = field(default_factory=list)
     _passes: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
     _is_backward_last: bool = False
+    _encoded: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     _dropped: "weakref.WeakSet[ReportEntry]" = field(default_factory=weakref.WeakSet)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
     """Models may be trained, and compiled, in several threads."""
@@ -129,8 +131,15 @@ class ReportRegistry:
             if text not in self.notes:
                 self.notes.append(text)
 
+    def count_encoded(self, name: str, before: int, after: int) -> None:
+        """Counts a tensor of ``before`` bytes that the public function ``name`` has encoded in ``after`` bytes, outside of every graph."""
+        with self._lock:
+            tensors, total_before, total_after = self._encoded.get(name, (0, 0, 0))
+            self._encoded[name] = tensors + 1, total_before + before, total_after + after
+
     def clear(self) -> None:
         with self._lock:
+            self._encoded.clear()
             self.entries.clear()
             self._dropped.clear()
             self.notes.clear()
@@ -152,13 +161,20 @@ class ReportRegistry:
         current = self._current()
         sites = sites_of(current, measured=True)
         graphs = tuple(entry.described() for entry, _ in current)
-        return Report(tuple(sites), graphs, (*self.notes, *self._hints(sites, not_reached)))
+        return Report(tuple(sites), graphs, (*self.notes, *self._hints(sites, not_reached), *self._outside()))
 
     def _current(self) -> list[tuple[ReportEntry, int]]:
         """Returns the entries that there are now, each with its calls: another thread may train meanwhile."""
         with self._lock:
             counted = [(entry, self.calls(entry)) for entry in self.entries]
             return [(entry, calls) for entry, calls in counted if calls or not entry.of_phase]
+
+    def _outside(self) -> list[str]:
+        """Returns notes about embeddings that are exchanged outside of graphs."""
+        with self._lock:
+            encoded = sorted(self._encoded.items())
+        notes = [Note.ENCODED.format(name=name, count=count, before=before, after=after) for name, (count, before, after) in encoded]
+        return [*notes, *torchrec_notes()]
 
     def _hints(self, sites: Sequence[SiteReport], not_reached: Callable[[], Sequence[str]]) -> list[str]:
         """Returns notes about what is missing, as far as is known by now."""
