@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], words: list[str]) -
         assert word in str(raised.value)
 
 
-def test_one_rank_keeps_exact_values() -> None:
+def test_one_rank_encodes_nothing() -> None:
     with fake_group(1), fresh_compiler():
         dct_compile.all_to_all_single(torch.ones(4, 8), torch.ones(4, 8))
         assert not [note for note in dct_compile.report().notes if "encoded" in note]
