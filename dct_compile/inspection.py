@@ -92,6 +92,7 @@ def inspected(
             raise ValueError(f"ranks is {ranks}, but a process group of {dist.get_world_size()} ranks is initialised: leave ranks out")
         model = stack.enter_context(undisturbed(model, (inputs, named_inputs)))
         stack.enter_context(dynamo_config.patch(fail_on_recompile_limit_hit=True))
+        stack.enter_context(RUNTIME.reports.lending_counts(runtime.reports))
         with torch.enable_grad():
             _compile(model, dry_run(options, runtime, decisions.extend))(*inputs, **named_inputs)
     return runtime.reports.snapshot(), decisions

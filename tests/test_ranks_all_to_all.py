@@ -137,7 +137,16 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], words: list[str]) -
         assert word in str(raised.value)
 
 
-def test_one_rank_keeps_exact_values() -> None:
+def test_one_rank_encodes_nothing() -> None:
     with fake_group(1), fresh_compiler():
         dct_compile.all_to_all_single(torch.ones(4, 8), torch.ones(4, 8))
         assert not [note for note in dct_compile.report().notes if "encoded" in note]
+
+
+def test_explain_counts_what_its_own_run_encodes() -> None:
+    """A report of a training says nothing of it."""
+    with fresh_compiler():
+        explained = dct_compile.explain(Recommender(ENCODED, 0, 2), torch.arange(16), ranks=2)
+        note = Note.ENCODED.format(name="dct_compile.all_to_all_single", count=1, before=16 * DIM * 4, after=16 * (DIM + 2))
+        assert note in explained.notes
+        assert not [text for text in dct_compile.report().notes if "encoded" in text]

@@ -2,7 +2,8 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -136,6 +137,15 @@ class ReportRegistry:
         with self._lock:
             tensors, total_before, total_after = self._encoded.get(name, (0, 0, 0))
             self._encoded[name] = tensors + 1, total_before + before, total_after + after
+
+    @contextmanager
+    def lending_counts(self, other: "ReportRegistry") -> Iterator[None]:
+        """While it lasts, what is encoded outside of graphs counts for ``other``."""
+        kept, self._encoded = self._encoded, other._encoded
+        try:
+            yield
+        finally:
+            self._encoded = kept
 
     def clear(self) -> None:
         with self._lock:
