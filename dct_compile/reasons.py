@@ -105,7 +105,7 @@ class Reason(StrEnum):
 class Note(StrEnum):
     """What no site can tell, because there is none. Templates like :class:`Reason`.
 
-    All but ``IGNORED``, ``UNMATCHED`` and the last four are also logged as a warning, by the first rank that has it.
+    All but ``IGNORED``, ``RUN_TIME_ROWS``, ``UNMATCHED`` and the last four are also logged as a warning, by the first rank that has it.
     """
 
     NO_PROCESS_GROUP = "torch.distributed is not initialised: graphs were compiled as by backend 'inductor'"
@@ -146,6 +146,7 @@ class Note(StrEnum):
     OTHER_OPTIONS = "the gradients of {module} travel by the options of the first graph that ran inside of its {wrapper}: {differences}"
     IGNORED = "DDP was told to ignore {parameters}: it does not average their gradients, and they are not in this table"
     UNMATCHED = "patterns of {option} that match nothing on this rank so far: {patterns}"
+    RUN_TIME_ROWS = "{count} exchanges have rows that are known at run time only (0 in this table, which counts no bytes for them)"
     UNSEEN = "not seen, not compressed and not counted: {what}"
     ENCODED = "{name} has encoded {count} tensors outside of graphs, {before} bytes as {after} bytes so far; they are not in this table"
     TORCHREC = (

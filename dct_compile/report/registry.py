@@ -194,6 +194,8 @@ class ReportRegistry:
         ignored = dict.fromkeys(name for name, ref in self._ignored if (parameter := ref()) is not None and id(parameter) not in averaged)
         hints = [Note.IGNORED.format(parameters=abbreviated(list(ignored)))] if ignored else []
         hints += self.patterns.notes(sites)
+        if unsized := sum(0 in site.shape for site in sites):
+            hints.append(Note.RUN_TIME_ROWS.format(count=unsized))
         if names := not_reached():
             return [*hints, NOT_REACHED.format(modules=", ".join(names))]
         advised = self.trains_alone and not self.has_shards and not any(site.kind == "gradient" for site in sites)
