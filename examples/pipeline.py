@@ -1,55 +1,59 @@
-"""A transformer cut into pipeline stages that send int8 rows: `torchrun --nproc-per-node 2 examples/pipeline.py`.
+"""A pipeline: each rank holds a stage. Hidden states and their gradients travel as int8 rows, once all stages have agreed (step 3).
 
-The ranks of this trial share one machine, where nothing would be compressed. So it assumes the link of two hosts; leave `link` out there.
+torchrun --nproc-per-node 2 examples/pipeline.py
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from language import TOKENS, LanguageModel, batches, run
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-
-import dct_compile
-
-VOCABULARY, LENGTH, WIDTH, BATCH, MICROBATCHES = 64, 32, 128, 32, 4
+from torch.nn import functional as F
 
 
 class Stage(nn.Module):
-    """One block of a transformer; the first stage embeds the tokens, the last one returns logits."""
+    """A block; the first stage embeds the tokens, the last one returns logits."""
 
-    def __init__(self, is_first: bool, is_last: bool) -> None:
+    def __init__(self, whole: LanguageModel, stage: int, stages: int) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH) if is_first else nn.Identity()
-        self.block = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
-        self.head = nn.Linear(WIDTH, VOCABULARY) if is_last else nn.Identity()
+        self.embedding = nn.ModuleList([whole.tokens, whole.places]) if stage == 0 else None
+        self.block = whole.blocks[stage]
+        self.head = nn.Sequential(whole.norm, whole.head) if stage == stages - 1 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, T] or hidden states [B, T, W] to hidden states or logits [B, T, V]."""
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
-        return self.head(self.block(self.embed(x), src_mask=mask, is_causal=True))
+        if self.embedding is not None:
+            x = self.embedding[0](x) + self.embedding[1].weight[: x.shape[1]]
+        result: Tensor = self.head(self.block(x))
+        return result
 
 
-def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy of logits [B, T, V]."""
-    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+def loss_of(logits: Tensor, following: Tensor) -> Tensor:
+    """Returns the mean cross entropy of logits [batch, length, TOKENS]."""
+    return F.cross_entropy(logits.view(-1, TOKENS), following.flatten())
 
 
-dist.init_process_group("gloo")
-torch.set_num_threads(1)
-rank, stages = dist.get_rank(), dist.get_world_size()
-torch.manual_seed(rank)
-module = Stage(rank == 0, rank == stages - 1)
-compiled = torch.compile(module, backend="dct", options={"link": "1Gbit/s"})
-schedule = Schedule1F1B(PipelineStage(compiled, rank, stages, torch.device("cpu")), MICROBATCHES, loss_fn=loss_of)
-optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-generator = torch.Generator().manual_seed(0)  # all ranks draw the same tokens
-for step in range(61):
-    first = torch.randint(VOCABULARY, (BATCH, 1), generator=generator)
-    tokens = (first + 3 * torch.arange(LENGTH + 1)) % VOCABULARY  # each token follows from the one before
-    losses: list[Tensor] = []
-    schedule.step(*[tokens[:, :-1]] * (rank == 0), target=tokens[:, 1:], losses=losses)
-    optimizer.step()
-    optimizer.zero_grad()
-    if step % 20 == 0 and rank == stages - 1:
-        print(f"step {step:2}: loss {torch.stack(losses).mean().item():.3f}", flush=True)
-print(f"rank {rank}: {dct_compile.report()}", flush=True)
-dist.destroy_process_group()
+def train(options: dict[str, Any], steps: int = 600, seed: int = 0) -> tuple[float, nn.Module]:
+    """Returns the loss at the end, and the stage."""
+    torch.manual_seed(seed)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = torch.compile(Stage(LanguageModel(ranks), rank, ranks), backend="dct", options=options)
+    schedule = Schedule1F1B(PipelineStage(model, rank, ranks, torch.device("cpu")), n_microbatches=4, loss_fn=loss_of)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.95))
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps + 1)
+    last = torch.zeros(())
+    for step, tokens in enumerate(batches(seed, steps)):
+        losses: list[Tensor] = []
+        schedule.step(*[tokens[:, :-1]] * (rank == 0), target=tokens[:, 1:], losses=losses)
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.step()
+        if losses and step >= steps - max(1, steps // 10):
+            last += torch.stack(losses).mean().detach()
+    dist.all_reduce(last)  # only the last stage has a loss
+    return last.item() / max(1, steps // 10), model
+
+
+if __name__ == "__main__":
+    run(train, {"link": "1Gbit/s"})  # without it the link is measured, and ranks of one machine stay dense

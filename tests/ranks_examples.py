@@ -28,7 +28,13 @@ class Trained(NamedTuple):
     report: str
 
 
-DENSE = {"dp_density": 1.0, "activation_codec": "dense", "embedding_codec": "dense"}
+DENSE = {
+    "dp_density": 1.0,
+    "activation_codec": "dense",
+    "embedding_codec": "dense",
+    "parameter_codec": "dense",
+    "sharded_gradients": "dense",
+}
 
 
 def trained(rank: int, world_size: int, name: str, options: dict[str, Any]) -> Trained:
