@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from dct_compile.element_order import ElementOrder
-from dct_compile.exchange import ACTIVATION, ALL_REDUCE, BACKWARD_OF, COMPUTED, EMBEDDING, GRADIENT, OTHER, Collective, Parameter, Segment
+from dct_compile.exchange import ACTIVATION, ALL_REDUCE, BACKWARD_OF, COMPUTED, GRADIENT, OTHER, Collective, Parameter, Segment
 from dct_compile.passes import graph_utils as gu
-from dct_compile.passes.collectives import collective_of
+from dct_compile.passes.collectives import GATHER, collective_of
 from dct_compile.passes.destination import destination, read_results
 from dct_compile.passes.source import source_name
 
@@ -125,12 +125,12 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
             site.kind = GRADIENT if collective.name.startswith("all_reduce") else BACKWARD_OF[ACTIVATION]
         elif node in backward:
             site.twin = forward_by_seq.pop(seq, None) if seq is not None else None
-            site.kind = BACKWARD_OF[EMBEDDING if site.twin is not None and site.twin.kind == EMBEDDING else ACTIVATION]
+            site.kind = BACKWARD_OF[site.twin.kind if site.twin is not None and site.twin.kind in BACKWARD_OF else ACTIVATION]
             if site.twin is not None:
                 site.name = site.twin.name
-        elif site.origin == "embedding":
-            site.kind = EMBEDDING
-        elif site.tensor is not None and site.tensor.is_floating_point() and site.origin != "parameter":
+        elif site.origin == "embedding" or (site.origin == "parameter" and collective == GATHER and _is_float(site)):
+            site.kind = site.origin  # these origins are kinds, too
+        elif _is_float(site) and site.origin != "parameter":
             site.kind = ACTIVATION
         if node not in backward and seq is not None:
             forward_by_seq.setdefault(seq, site)
@@ -199,13 +199,17 @@ def _local_gradient(node: fx.Node, backward: set[fx.Node]) -> tuple[fx.Node, tup
 
 def _origin(node: fx.Node, context: GraphContext) -> str:
     producers = gu.sources(node)
+    if producers and all(gu.unpadded(producer) in context.parameters for producer in producers):
+        return "parameter"
     if producers and all(_is_embedding(producer) for producer in producers):
         return "embedding"
-    if producers and all(producer in context.parameters for producer in producers):
-        return "parameter"
     if any(producer in context.foreign for producer in producers):
         return "foreign"
     return "computed"
+
+
+def _is_float(site: Site) -> bool:
+    return site.tensor is not None and site.tensor.is_floating_point()
 
 
 def _is_embedding(node: fx.Node) -> bool:

@@ -1,6 +1,15 @@
 """The schemes: ways to carry an exchange, each a plain function of tensors. This is the list of all."""
 
-from dct_compile.schemes import powersgd, quantized_rows, quantized_shards, random_k, row_threshold, threshold, threshold_owner
+from dct_compile.schemes import (
+    gathered_shards,
+    powersgd,
+    quantized_rows,
+    quantized_shards,
+    random_k,
+    row_threshold,
+    threshold,
+    threshold_owner,
+)
 from dct_compile.schemes.offer import Declined, GradientOffer, Offer, RowOffer, Scheme
 
 SCHEMES = (
@@ -11,6 +20,7 @@ SCHEMES = (
     Scheme("row_threshold", row_threshold.offer),
     Scheme("quantized_rows", quantized_rows.offer),
     Scheme("quantized_shards", quantized_shards.offer),
+    Scheme("gathered_shards", gathered_shards.offer),
 )
 """Every scheme, in the order in which they are preferred where they send as many bytes."""
 
