@@ -22,7 +22,7 @@ BUFFERS = "buffers"
 """The kind of DDP's broadcast of buffers, which is outside of graphs."""
 PARAMETER, SHARDED_GRADIENT = "parameter", "sharded_gradient"
 """The kinds of sharded data parallelism: the all_gather of parameter shards, and the reduce_scatter of their gradients."""
-BACKWARD_OF = {ACTIVATION: "activation_gradient", EMBEDDING: "embedding_gradient"}
+BACKWARD_OF = {ACTIVATION: "activation_gradient", EMBEDDING: "embedding_gradient", PARAMETER: SHARDED_GRADIENT}
 """The kind of the exchange that carries the gradient of one of these."""
 ALL_GATHER, ALL_TO_ALL, ALL_REDUCE = "all_gather_into_tensor", "all_to_all_single", "all_reduce"
 RECTIFIED, FOREIGN, UNKNOWN = "rectified", "foreign", "computed"
@@ -86,8 +86,8 @@ def segments_of(parameters: Sequence[Parameter]) -> tuple[Segment, ...]:
 class Exchange:
     """One collective between the ranks of a group.
 
-    ``kind``: "gradient", "activation", "embedding", the gradient of one of the latter two (:data:`BACKWARD_OF`), "parameter",
-    "sharded_gradient" or "other". ``name``: the parameters that it carries, or whose gradient, else the source line. ``shape``: of the
+    ``kind``: "gradient", "activation", "embedding", "parameter", the gradient of one of the latter three (:data:`BACKWARD_OF`),
+    or "other". ``name``: the parameters that it carries, or whose gradient, else the source line. ``shape``: of the
     input, ``None`` where it is unknown; a leading size that is dynamic is the traced example's. ``static_rows``: whether all sizes but the
     leading one are static; ``static_width``: whether the last one is. ``reduce_op``: "sum", "avg", ..., empty where nothing is reduced.
     ``splits``: the static input splits of an uneven all_to_all. ``segments``: whose gradients a buffer holds; with shards, the part of each
@@ -101,7 +101,7 @@ class Exchange:
     ``trains``: whether a backward belongs to it. ``backward``: the exchange of that backward; ``None`` where it sends nothing.
     ``local_gradient``: whether the gradient of the input was found on this rank, for an exchange whose backward sends nothing.
     ``waited``: whether its result is used only after a wait; ``used``: whether there is a wait. ``may_be_unused``: whether a step may leave
-    out parameters (DDP's ``find_unused_parameters``).
+    out parameters (DDP's ``find_unused_parameters``). ``uneven``: whether the graph gathers shards of unequal lengths.
     """
 
     collective: Collective
@@ -130,6 +130,7 @@ class Exchange:
     waited: bool = True
     used: bool = True
     may_be_unused: bool = False
+    uneven: bool = False
 
     @property
     def label(self) -> str:

@@ -67,6 +67,7 @@ class Reason(StrEnum):
     SHARDED_DENSE = "sharded_gradients='dense'"
     ALREADY_SMALL = "parameters of dtype {dtype} are not smaller as {codec}"
     SHORT_SHARD = "{codec} blocks would not be smaller than its values"
+    UNEVEN = "its graph gathers shards of unequal lengths: ranks whose graphs differ would send in another order"
     OWN_COMM = "FSDP has a custom {collective} of yours here"
     OWN_HOOK_OF_FSDP = "FSDP has an all_reduce hook of yours here"
     RESHARDED = "parameters that were resharded to fewer ranks after the forward (reshard_after_forward) are gathered as they are"

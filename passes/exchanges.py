@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import fx
 
-from dct_compile.exchange import Exchange
+from dct_compile.exchange import PARAMETER, Exchange
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.device_copy import is_device_copy
 from dct_compile.passes.sites import Site
 from dct_compile.passes.source import module_path, source_line
+
+_CUTS = frozenset({gu.aten.slice.Tensor, gu.aten.split.Tensor, gu.aten.split_with_sizes.default})
 
 
 def exchanges_of(sites: Sequence[Site], training: bool) -> list[Exchange]:
@@ -25,7 +27,13 @@ def exchanges_of(sites: Sequence[Site], training: bool) -> list[Exchange]:
     """
     plain = [_exchange(site, number, training) for number, site in enumerate(sites)]
     backward = {id(site.twin): exchange for site, exchange in zip(sites, plain, strict=True) if site.twin is not None}
-    return [replace(exchange, backward=backward.get(id(site))) for site, exchange in zip(sites, plain, strict=True)]
+    uneven = any(site.kind == PARAMETER and _is_cut(site) for site in sites)
+    return [replace(exchange, backward=backward.get(id(site)), uneven=uneven) for site, exchange in zip(sites, plain, strict=True)]
+
+
+def _is_cut(site: Site) -> bool:
+    """Returns whether the result of a gather is cut: then shards were padded, on ranks whose shard is shorter."""
+    return any(user.target in _CUTS for wait in gu.waits(site.node) for user in wait.users)
 
 
 def _exchange(site: Site, number: int, training: bool) -> Exchange:

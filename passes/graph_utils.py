@@ -63,6 +63,8 @@ METADATA_OPS = frozenset(
 
 SCALING_OPS = frozenset({aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar})
 
+_PADDING_OPS = frozenset({aten.constant_pad_nd.default, aten._to_copy.default, torch.ops.prims.convert_element_type.default})
+
 
 def argument(node: fx.Node, name: str) -> Any:
     """Returns an operator argument by its schema name. Raises ``KeyError`` where the operator has none of that name."""
@@ -154,6 +156,13 @@ def sources(node: fx.Node) -> set[fx.Node]:
         else:
             found.add(current)
     return found
+
+
+def unpadded(node: fx.Node) -> fx.Node:
+    """Returns the producer of the values of ``node``, padding and casts left out: a shard may be shorter than those of other ranks."""
+    while node.target in _PADDING_OPS and len(found := sources(node.args[0])) == 1:  # type: ignore[arg-type]
+        (node,) = found
+    return node
 
 
 def _is_getitem_of_shape_op(node: fx.Node) -> bool:

@@ -45,10 +45,10 @@ def origin(node: fx.Node, parameters: Collection[fx.Node], foreign: Collection[f
         One of the origins of :class:`dct_compile.exchange.Exchange`.
     """
     producers = set(_producers(node))
+    if producers and all(gu.unpadded(producer) in parameters for producer in producers):
+        return PARAMETER
     if producers and all(_is_embedding(producer) for producer in producers):
         return EMBEDDING
-    if producers and all(producer in parameters for producer in producers):
-        return PARAMETER
     if producers and all(_is_rectified(producer) for producer in producers):
         return RECTIFIED
     return FOREIGN if any(producer in foreign for producer in producers) else UNKNOWN

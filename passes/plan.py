@@ -21,7 +21,6 @@ from dct_compile.exchange import (
     OTHER,
     PARAMETER,
     RETURNED,
-    SHARDED_GRADIENT,
     STORED,
     Exchange,
     segments_of,
@@ -193,8 +192,8 @@ def _left_alone(exchange: Exchange, config: DCTConfig) -> str | None:
         if exchange.collective.name != ALL_REDUCE:
             return Reason.GRADIENT_COLLECTIVE.format(collective=exchange.collective.name)
         return Reason.WHOSE_GRADIENT if not exchange.segments else None
-    if exchange.kind in (PARAMETER, SHARDED_GRADIENT):
-        return None  # what is exempt is so by parameter
+    if exchange.segments:
+        return None  # shards outside of graphs: what is exempt is so by parameter
     if exchange.kind in BACKWARD_OF.values() and exchange.origin == FOREIGN:
         return Reason.NO_FORWARD
     if exchange.kind == OTHER:
@@ -204,6 +203,8 @@ def _left_alone(exchange: Exchange, config: DCTConfig) -> str | None:
     for pattern in config.exempt:
         if exchange.matches(pattern):
             return Reason.EXEMPT.format(pattern=pattern)
+    if exchange.kind == PARAMETER:
+        return _mismatch(exchange, exchange.backward) if exchange.backward is not None else None
     if exchange.destination == STORED:
         return Reason.STORED
     if exchange.destination == RETURNED and not config.mp_outputs:

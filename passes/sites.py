@@ -25,7 +25,7 @@ from dct_compile.exchange import (
     Segment,
 )
 from dct_compile.passes import graph_utils as gu
-from dct_compile.passes.collectives import DEVICE_COPY, collective_of
+from dct_compile.passes.collectives import DEVICE_COPY, GATHER, collective_of
 from dct_compile.passes.destination import destination, read_results
 from dct_compile.passes.origin import origin
 from dct_compile.passes.source import source_name
@@ -132,12 +132,12 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
             site.kind, site.origin = (GRADIENT, site.origin) if is_gradient else (BACKWARD_OF[ACTIVATION], FOREIGN)
         elif node in backward:
             site.twin = forward_by_seq.pop(seq, None) if seq is not None else None
-            site.kind = BACKWARD_OF[EMBEDDING if site.twin is not None and site.twin.kind == EMBEDDING else ACTIVATION]
+            site.kind = BACKWARD_OF[site.twin.kind if site.twin is not None and site.twin.kind in BACKWARD_OF else ACTIVATION]
             if site.twin is not None:
                 site.name = site.twin.name
-        elif site.origin == EMBEDDING:
-            site.kind = EMBEDDING
-        elif site.tensor is not None and site.tensor.is_floating_point() and site.origin != PARAMETER:
+        elif site.origin == EMBEDDING or (site.origin == PARAMETER and collective == GATHER and _is_float(site)):
+            site.kind = site.origin  # these origins are kinds, too
+        elif _is_float(site) and site.origin != PARAMETER:
             site.kind = ACTIVATION
         if node not in backward and seq is not None:
             forward_by_seq.setdefault(seq, site)
@@ -210,6 +210,10 @@ def _local_gradient(node: fx.Node, backward: set[fx.Node]) -> tuple[fx.Node, tup
     if actual is None or actual.shape != expected.shape:
         return None
     return gradient, tuple(user for user in gradient.users if user in own)
+
+
+def _is_float(site: Site) -> bool:
+    return site.tensor is not None and site.tensor.is_floating_point()
 
 
 def _gradient_segments(node: fx.Node, returned: dict[Any, Parameter]) -> tuple[Segment, ...]:

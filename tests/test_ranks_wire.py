@@ -16,6 +16,7 @@ import dct_compile
 from dct_compile.backend import dct
 from tests.rank_pool import Ranks
 from tests.ranks_ddp import ddp_of
+from tests.ranks_simple_fsdp import simple_fsdp
 from tests.sockets import sent_bytes
 
 pytestmark = pytest.mark.distributed
@@ -81,6 +82,7 @@ CASES: dict[str, Callable[[], Callable[..., Any]]] = {
     "fsdp": lambda: shards({}),
     "fsdp kept": lambda: shards({"parameter_codec": "bfloat16"}, reshard_after_forward=False),
     "fsdp gradients": lambda: shards({"parameter_codec": "dense"}),
+    "simple fsdp": lambda: in_graph(simple_fsdp(Wide(), init_device_mesh("cpu", (dist.get_world_size(),))), {}),
     "hsdp": lambda: shards({}, copies=2),
 }
 

@@ -2,6 +2,7 @@
 
 from dct_compile.schemes import (
     cast_rows,
+    gathered_shards,
     powersgd,
     quantized_rows,
     quantized_shards,
@@ -23,6 +24,7 @@ SCHEMES = (
     Scheme("quantized_sum", quantized_sum.offer),
     Scheme("cast_rows", cast_rows.offer),
     Scheme("quantized_shards", quantized_shards.offer),
+    Scheme("gathered_shards", gathered_shards.offer),
 )
 """Every scheme, in the order in which they are preferred where they send as many bytes."""
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
 from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
-from dct_compile.exchange import PARAMETER, SHARDED_GRADIENT, Exchange, Parameter
+from dct_compile.exchange import ALL_GATHER, ALL_TO_ALL, PARAMETER, SHARDED_GRADIENT, Exchange, Parameter
 from dct_compile.reasons import Reason
 from dct_compile.schemes.members import divide
 from dct_compile.schemes.offer import Declined, Offer
@@ -85,8 +85,8 @@ class ShardCodec:
 
     def decode(self, payload: Tensor, dtype: torch.dtype, site: str, receives: str) -> Tensor:
         """Decodes what :meth:`encode` returns: ``dtype`` [ranks, numel]."""
-        rows = payload.shape[0]
-        x, start = payload.new_empty((rows, self.numel), dtype=dtype), 0
+        found: dict[int, Tensor] = {}
+        start = 0
         if self.blocks:
             shape = [sum(-(-numel // BLOCK) for _, numel in self.blocks), BLOCK]
             start = shape[0] * quantized_row_bytes(BLOCK, self.bits)
@@ -94,16 +94,16 @@ class ShardCodec:
             values = dct.dequantize_rows(codes, shape, self.bits, dtype, site=site, receives=receives).flatten(1)
             place = 0
             for offset, numel in self.blocks:
-                x[:, offset : offset + numel] = values[:, place : place + numel]
+                found[offset] = values[:, place : place + numel]
                 place += -(-numel // BLOCK) * BLOCK
         for spans, kept in ((self.rounded, torch.bfloat16), (self.exact, self.dtype)):
             if spans:
                 end = start + sum(numel for _, numel in spans) * kept.itemsize
                 values = payload[:, start:end].clone(memory_format=torch.contiguous_format).view(kept)
-                for (offset, numel), part in zip(spans, values.split([numel for _, numel in spans], 1), strict=True):
-                    x[:, offset : offset + numel] = part
+                for (offset, _), part in zip(spans, values.split([numel for _, numel in spans], 1), strict=True):
+                    found[offset] = part.to(dtype)
                 start = end
-        return x
+        return torch.cat([found[offset] for offset in sorted(found)], 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +114,27 @@ class QuantizedShards(Offer):
 
     def gather(self, shard: Tensor, comm: Comm) -> Tensor:
         """Gathers the ``shard`` [numel] of every rank: [ranks, numel], as all ranks decode it, this one's own part too."""
-        label, carrier = self.exchange.label, self.exchange.collective.carrier
-        payload = self.codec.encode(shard.unsqueeze(0), self.exchange.number, label, carrier)
-        return self.codec.decode(comm.wait(comm.all_gather(payload)), shard.dtype, label, carrier)
+        return gathered(self.codec, shard, self.exchange, comm)
 
     def reduce(self, grad: Tensor, comm: Comm) -> Tensor:
         """Sends each rank its part of ``grad`` [ranks * numel], and adds up what it gets: float32 [numel]. Its own part is exact."""
-        label, carrier, rows = self.exchange.label, self.exchange.collective.carrier, grad.view(comm.size, -1)
-        codec = self.codec.of(rows.shape[1])
-        received = comm.wait(comm.all_to_all(codec.encode(rows, self.exchange.number, label, carrier)))
-        parts = codec.decode(received, torch.float32, label, carrier)
-        parts[self.exchange.rank] = rows[self.exchange.rank]
-        return parts.sum(0)
+        rows = grad.view(comm.size, -1)
+        return summed(self.codec.of(rows.shape[1]), rows, self.exchange, comm)
+
+
+def gathered(codec: ShardCodec, shard: Tensor, exchange: Exchange, comm: Comm) -> Tensor:
+    """Gathers the ``shard`` [numel] of every rank: [ranks, numel], as all ranks decode it, this one's own part too."""
+    payload = codec.encode(shard.unsqueeze(0), exchange.number, exchange.label, ALL_GATHER)
+    return codec.decode(comm.wait(comm.all_gather(payload)), shard.dtype, exchange.label, ALL_GATHER)
+
+
+def summed(codec: ShardCodec, rows: Tensor, exchange: Exchange, comm: Comm) -> Tensor:
+    """Sends each rank its row of ``rows`` [ranks, numel], and adds up what it gets: float32 [numel]. Its own row is exact."""
+    received = comm.wait(comm.all_to_all(codec.encode(rows, exchange.number, exchange.label, ALL_TO_ALL)))
+    parts = codec.decode(received, torch.float32, exchange.label, ALL_TO_ALL)
+    # Ranks differ by a constant alone. Inductor orders nodes by the form of a graph, and their collectives must come in one order.
+    own = torch.arange(comm.size, device=rows.device).unsqueeze(1) == exchange.rank
+    return torch.where(own, rows.float(), parts).sum(0)
 
 
 def _cut(x: Tensor, spans: tuple[Span, ...]) -> list[Tensor]:
@@ -140,22 +149,20 @@ def _seed(x: Tensor, number: int) -> Tensor:
 
 def offer(exchange: Exchange, config: DCTConfig) -> QuantizedShards | Declined | None:
     """Offers blocks of integers, or bfloat16, for the shards of parameters and for their gradients."""
-    if exchange.kind not in (PARAMETER, SHARDED_GRADIENT):
-        return None
+    if exchange.kind not in (PARAMETER, SHARDED_GRADIENT) or not exchange.segments:
+        return None  # those of a graph travel as pairs
     assert exchange.dtype is not None
     codec = config.parameter_codec if exchange.kind == PARAMETER else config.sharded_gradients
-    if codec == "dense":
-        return Declined(Reason.PARAMETER_DENSE if exchange.kind == PARAMETER else Reason.SHARDED_DENSE)
-    if codec == "bfloat16" and exchange.dtype.itemsize == 2:
-        return Declined(Reason.ALREADY_SMALL.format(dtype=str(exchange.dtype).removeprefix("torch."), codec=codec))
-    members = divide(exchange, config, partial(_too_short, codec, exchange.dtype.itemsize))
+    if (reason := refused(codec, exchange)) is not None:
+        return Declined(reason)
+    members = divide(exchange, config, partial(too_short, codec, exchange.dtype.itemsize))
     if isinstance(members, str):
         return Declined(members)
     small, exact = (tuple((part.offset, part.parameter.numel) for part in parts) for parts in (members.compressed, members.rest))
     in_blocks, names = codec in BITS, members.rest_names
     shards = ShardCodec(small if in_blocks else (), () if in_blocks else small, exact, BITS.get(codec, 0), exchange.dtype)
     plain, but = (Reason.BLOCKS, Reason.BLOCKS_BUT) if in_blocks else (Reason.ROUNDED, Reason.ROUNDED_BUT)
-    traffic = _traffic(exchange, shards)
+    traffic = traffic_of(exchange, shards)
     return QuantizedShards(
         exchange=exchange,
         scheme="quantized_shards",
@@ -167,13 +174,23 @@ def offer(exchange: Exchange, config: DCTConfig) -> QuantizedShards | Declined |
     )
 
 
-def _too_short(codec: str, itemsize: int, parameter: Parameter) -> str | None:
+def refused(codec: str, exchange: Exchange) -> str | None:
+    """Returns the reason why the option ``codec`` leaves an exchange dense, if it does."""
+    assert exchange.dtype is not None
+    if codec == "dense":
+        return Reason.PARAMETER_DENSE if exchange.kind == PARAMETER else Reason.SHARDED_DENSE
+    if codec == "bfloat16" and exchange.dtype.itemsize == 2:
+        return Reason.ALREADY_SMALL.format(dtype=str(exchange.dtype).removeprefix("torch."), codec=codec)
+    return None
+
+
+def too_short(codec: str, itemsize: int, parameter: Parameter) -> str | None:
     """Returns the reason why blocks of a parameter would not be smaller than its values, if so."""
     wire = -(-parameter.numel // BLOCK) * quantized_row_bytes(BLOCK, BITS[codec]) if codec in BITS else 2 * parameter.numel
     return Reason.SHORT_SHARD.format(codec=codec) if wire >= itemsize * parameter.numel else None
 
 
-def _traffic(exchange: Exchange, codec: ShardCodec) -> Traffic:
+def traffic_of(exchange: Exchange, codec: ShardCodec) -> Traffic:
     """Returns the work of one call: a rank encodes its shard, or its gradient for all ranks, and decodes what all ranks send."""
     assert exchange.dtype is not None
     rows = 1 if exchange.kind == PARAMETER else exchange.ranks
