@@ -19,6 +19,7 @@ from dct_compile.integrations.ddp_reducer import GradientCompressor
 from dct_compile.integrations.ddp_report import bucket_name, publish_module, title_of
 from dct_compile.integrations.interface import Compiled
 from dct_compile.integrations.other_options import note_other_options
+from dct_compile.integrations.pipeline import running_stage
 from dct_compile.link import Link
 from dct_compile.passes.decision import Decision, dense
 from dct_compile.phases import Phase, phases_of
@@ -117,7 +118,8 @@ class DDPIntegration:
             config.check_single_average()
         targets = [*running, *parts_of_compiled_model()]
         for target in targets:
-            if target.require_backward_grad_sync:  # in no_sync() a rank may be alone
+            # In no_sync() a rank may be alone. A pipeline runs all its forwards there, on every rank.
+            if target.require_backward_grad_sync or running_stage() is not None:
                 self.attach(target, config, runtime)
         held = [runtime.attached.get(target) for target in targets]
         compressors = [item.compressor for item in held[: len(running)] if item is not None and item.compressor is not None]

@@ -85,7 +85,7 @@ class StageCompressor:
     def _is_told_of_the_end(self) -> bool:
         """Whether a gradient comes to this stage, or the loss is computed here: only then it knows that the others have run."""
         stage = self.stage
-        return stage.has_backward and (stage.is_last or bool(places(stage.grad_recv_info[0])))
+        return stage.has_backward and (stage.is_last or bool(places(stage.grad_recv_info.get(0, ()))))
 
     def _backward(self, backward: Callable[..., Any], chunk: int, *args: Any, **kwargs: Any) -> Any:
         if self._is_watched and self.stage.has_backward:
