@@ -62,6 +62,7 @@ class Reason(StrEnum):
     BACKWARD_COLLECTIVE = "its backward is {actual}, expected {expected}"
     BACKWARD_SHAPE = "its backward carries rows of another shape"
     BACKWARD_DTYPE = "its backward has dtype {dtype}"
+    MESSAGE_CODEC = "activation_codec='threshold' does not encode messages between stages; 'int8' and 'int4' do"
     CODEC_DENSE = "{option}='dense'"
     PARAMETER_DENSE = "parameter_codec='dense'"
     SHARDED_DENSE = "sharded_gradients='dense'"

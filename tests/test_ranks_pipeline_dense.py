@@ -123,6 +123,29 @@ def test_other_options_are_an_error_of_both_stages(ranks2: Ranks) -> None:
         assert "'pipeline' (messages of 2 stages)" in message
 
 
+def with_codec(rank: int, world_size: int, codecs: tuple[Any, ...]) -> list[list[str]]:
+    """Returns the reasons in the report after three steps, for each value of ``activation_codec``."""
+    reasons = []
+    for codec in codecs:
+        pipe = Pipe(options={"activation_codec": codec})
+        for step in range(3):
+            pipe.step(*batch(step))
+        reasons.append([str(site.reason) for site in sites()])
+        dct_compile.reset_report()
+    return reasons
+
+
+def test_the_codec_of_activations_is_that_of_messages(ranks2: Ranks) -> None:
+    codecs = ("int4", "threshold", "dense", {"stage 0*": "int4"})
+    expected = [
+        Reason.QUANTIZED.format(bits=4),
+        Reason.MESSAGE_CODEC,
+        Reason.CODEC_DENSE.format(option="activation_codec"),
+        Reason.QUANTIZED.format(bits=4),
+    ]
+    assert ranks2(with_codec, codecs) == [[[reason] for reason in expected]] * 2
+
+
 class Joins(nn.Module):
     """Adds what has skipped a stage."""
 

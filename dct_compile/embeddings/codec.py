@@ -5,12 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
 from dct_compile.runtime import RUNTIME
-from dct_compile.triton_kernels.layout import quantized_row_bytes
+from dct_compile.schemes.quantized import Coding
 from dct_compile.triton_kernels.quantize import largest_code
-
-dct = torch.ops.dct
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,10 @@ class RowCodec:
         if self.width < 1:
             raise ValueError(f"width is {self.width}; allowed is 1 or more, the numbers of an embedding vector")
 
+    @property
+    def _coding(self) -> Coding:
+        return Coding(self.bits, self.width)
+
     def size(self, numel: int) -> int:
         """Returns the bytes of ``numel`` encoded elements.
 
@@ -41,7 +42,7 @@ class RowCodec:
         """
         if numel % self.width:
             raise ValueError(f"{numel} elements are no whole rows of {self.width}: a share has to hold whole embedding vectors")
-        return numel // self.width * quantized_row_bytes(self.width, self.bits)
+        return numel // self.width * self._coding.block_bytes
 
     def encode(self, x: Tensor) -> Tensor:
         """Encodes all elements of ``x``, and counts them for the report.
@@ -54,14 +55,10 @@ class RowCodec:
         """
         size = self.size(x.numel())
         rows = x.detach().reshape(x.numel() // self.width, self.width)
-        # A seed of the data's own bits changes with every batch, and a resumed run repeats it.
-        seed = rows.view(torch.int32 if rows.itemsize == 4 else torch.int16).sum() + self.number
         RUNTIME.reports.count_encoded(self.name, x.numel() * x.itemsize, size)
-        payload: Tensor = dct.quantize_rows(rows, seed.reshape([1]), self.bits).reshape(size)
-        return payload
+        return self._coding.encode(rows, self.number).reshape(size)
 
     def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor:
         """Decodes what :meth:`encode` has made, as ``dtype`` [elements]."""
-        row_bytes = quantized_row_bytes(self.width, self.bits)
-        rows: Tensor = dct.dequantize_rows(payload.reshape(payload.numel() // row_bytes, row_bytes), [self.width], self.bits, dtype)
-        return rows.reshape(-1)
+        row_bytes = self._coding.block_bytes
+        return self._coding.decode(payload.reshape(payload.numel() // row_bytes, row_bytes), dtype).reshape(-1)

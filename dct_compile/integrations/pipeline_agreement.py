@@ -27,6 +27,9 @@ from dct_compile.runtime import Runtime
 if TYPE_CHECKING:
     from torch.distributed.pipelining.stage import _PipelineStageBase
 
+_OPTIONS = ("activation_codec", "mp_density", "exempt", "mp_eval", "link")
+"""The options on which both ends of an edge depend."""
+
 
 @dataclass(eq=False)
 class Pipeline:
@@ -78,10 +81,10 @@ class Pipeline:
         if not self._is_complete or self.reason is None:
             return
         config = self.config
-        options = {name: config.comparable()[name] for name in ("activation_codec", "exempt", "mp_eval", "link")}
-        decision = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        options = config.comparable()
+        decision = ", ".join(f"{name}={options[name]!r}" for name in _OPTIONS)
         signature = Signature(f"messages of {self.num_stages} stages", decision, "pipeline")
-        self.runtime.agreement.check(self.group, config.comparable(), [signature], fresh=True)
+        self.runtime.agreement.check(self.group, options, [signature], fresh=True)
         self.link = self.runtime.links.of(self.group, config.link)
         self.reason = None
 

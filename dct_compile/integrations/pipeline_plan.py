@@ -14,9 +14,9 @@ from dct_compile.passes.decision import Decision, dense
 from dct_compile.passes.manager import publish
 from dct_compile.passes.plan import decide, matching_rows
 from dct_compile.passes.record import describe_site
+from dct_compile.reasons import Reason
 from dct_compile.report import GraphReport, ReportEntry
 from dct_compile.schemes.cast_rows import CastRows
-from dct_compile.schemes.codecs import THRESHOLD
 from dct_compile.schemes.quantized_rows import QuantizedRows
 
 MessageOffer = QuantizedRows | CastRows
@@ -43,10 +43,11 @@ def decide_message(tensor: Tensor, edge: Edge, kind: str, pipeline: Pipeline, tr
     )
     if reason is not None:
         return dense(plain, reason)
-    config = pipeline.config
-    if config.activation_codec == THRESHOLD:
-        config = replace(config, activation_codec="int8")  # the mask of a message would have to reach the backward of another stage
-    return decide(plain, config, lambda _: pipeline.link)
+    decision = decide(replace(plain, kind=ACTIVATION), pipeline.config, lambda _: pipeline.link)
+    if decision.offer is not None and not isinstance(decision.offer, MessageOffer):
+        return dense(plain, Reason.MESSAGE_CODEC)
+    offer = replace(decision.offer, exchange=plain) if decision.offer is not None else None
+    return replace(decision, exchange=plain, offer=offer)
 
 
 def offer_of(decision: Decision) -> MessageOffer | None:
