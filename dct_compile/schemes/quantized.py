@@ -62,8 +62,14 @@ def coding_of(exchange: Exchange, config: DCTConfig) -> Coding | str | None:
     width = exchange.width
     if exchange.kind not in (EMBEDDING, BACKWARD_OF[EMBEDDING]) and width < NARROWEST:
         return Reason.NARROW_ROW.format(width=width)
-    block = next(width // count for count in range(1, width + 1) if width % count == 0 and width // count <= WIDEST)
-    return Coding(bits, block) if block >= NARROWEST or block == width else Reason.WIDE_ROW.format(width=width, limit=WIDEST)
+    block = largest_part(width, WIDEST)
+    return Coding(bits, block) if block <= WIDEST else Reason.WIDE_ROW.format(width=width, limit=WIDEST)
+
+
+def largest_part(width: int, limit: int) -> int:
+    """Returns the largest divisor of ``width`` up to ``limit``; ``width`` itself where that is less than :data:`NARROWEST`."""
+    part = next(width // count for count in range(1, width + 1) if width % count == 0 and width // count <= limit)
+    return part if part >= min(NARROWEST, width) else width
 
 
 def _seed(x: Tensor, number: int) -> Tensor:

@@ -25,9 +25,12 @@ from dct_compile.config import DCTConfig
 from dct_compile.exchange import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Exchange
 from dct_compile.reasons import Reason
 from dct_compile.schemes.offer import RowOffer
-from dct_compile.schemes.quantized import Coding, coding_of
+from dct_compile.schemes.quantized import Coding, coding_of, largest_part
 from dct_compile.schemes.rows import averaged
 from dct_compile.traffic import Traffic
+
+SHARED = 128
+"""Elements of the largest block. Every rank adds up as many blocks, so small ones leave less to be filled up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +62,10 @@ def offer(exchange: Exchange, config: DCTConfig) -> QuantizedSum | None:
     """Offers integer codes, twice, for the sum of an activation or its gradient. What declines is said by "quantized_rows"."""
     if exchange.collective.name != ALL_REDUCE or exchange.ranks <= 2:
         return None
-    coding = coding_of(exchange, config)
-    if not isinstance(coding, Coding):
+    whole = coding_of(exchange, config)
+    if not isinstance(whole, Coding):
         return None
+    coding = Coding(whole.bits, largest_part(whole.block, SHARED))
     reason = Reason.QUANTIZED_SUM.format(bits=coding.bits)
     return QuantizedSum(
         exchange=exchange,
@@ -77,8 +81,8 @@ def offer(exchange: Exchange, config: DCTConfig) -> QuantizedSum | None:
 
 
 def _traffic(exchange: Exchange, coding: Coding) -> Traffic:
-    """Counts two steps. Fewer blocks than ranks stand for any number of them: no padding is counted then."""
+    """Counts two steps. One row stands for any number of them, of which no padding is known."""
     ranks, blocks = exchange.ranks, coding.blocks(exchange)
-    padded = blocks + -blocks % ranks if blocks >= ranks else blocks
+    padded = blocks + -blocks % ranks if exchange.rows > 1 else blocks
     payload = padded * coding.block_bytes
     return Traffic(2, Fraction(2 * (ranks - 1) * payload, ranks), ranks).passing_over(4 * exchange.input_bytes + 4 * payload)

@@ -136,13 +136,20 @@ def test_dynamic_sequence_is_quantised() -> None:
         (2, "quantized_rows", 16 * 66),
         (3, "quantized_sum", 2 * 2 * 18 * 66 // 3),  # 16 rows are padded to 18
         (4, "quantized_sum", 2 * 3 * 16 * 66 // 4),
-        (64, "quantized_sum", 2 * 63 * 16 * 66 // 64),  # fewer rows than ranks stand for any number of them
+        (16, "quantized_sum", 2 * 15 * 16 * 66 // 16),
     ],
 )
 def test_bytes_of_a_sum_do_not_grow_with_the_ranks(ranks: int, scheme: str, sent: int) -> None:
     decision = decide(make_site("all_reduce", origin="computed", ranks=ranks))
     assert (decision.scheme, decision.wire_bytes) == (scheme, sent)
     assert decision.dense_bytes > 3.5 * sent * (0.8 if ranks == 3 else 1)
+
+
+def test_wide_rows_are_shared_in_blocks() -> None:
+    """Five rows of 1024 are 40 blocks of 128: ten for each rank, and no block is empty."""
+    decision = decide(make_site("all_reduce", (5, 1024), origin="computed", ranks=4))
+    assert decision.wire_bytes == 2 * 3 * 40 * 130 // 4
+    assert decide(make_site("all_reduce", (5, 1021), origin="computed", ranks=4)).wire_bytes == 2 * 3 * 8 * 1023 // 4  # a prime
 
 
 def test_sum_of_statistics_stays_exact() -> None:
