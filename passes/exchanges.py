@@ -12,7 +12,7 @@ from dct_compile.passes.device_copy import is_device_copy
 from dct_compile.passes.sites import Site
 from dct_compile.passes.source import module_path, source_line
 
-_CUTS = frozenset({gu.aten.slice.Tensor, gu.aten.split.Tensor, gu.aten.split_with_sizes.default})
+_SPLITS = frozenset({gu.aten.split.Tensor, gu.aten.split_with_sizes.default})
 
 
 def exchanges_of(sites: Sequence[Site], training: bool) -> list[Exchange]:
@@ -32,8 +32,15 @@ def exchanges_of(sites: Sequence[Site], training: bool) -> list[Exchange]:
 
 
 def _is_cut(site: Site) -> bool:
-    """Returns whether the result of a gather is cut: then shards were padded, on ranks whose shard is shorter."""
-    return any(user.target in _CUTS for wait in gu.waits(site.node) for user in wait.users)
+    """Returns whether the result of a gather is cut at once: then shards were padded, on ranks whose shard is shorter."""
+    users = [user for wait in gu.waits(site.node) for user in wait.users]
+    chunks = [chunk for user in users if user.target in _SPLITS for item in user.users for chunk in item.users]
+    return any(user.target == gu.aten.slice.Tensor and _shortens(user) for user in (*users, *chunks))
+
+
+def _shortens(node: fx.Node) -> bool:
+    before, after = gu.value(node.args[0]), gu.value(node)  # type: ignore[arg-type]
+    return before is not None and after is not None and gu.numel_hint(after) < gu.numel_hint(before)
 
 
 def _exchange(site: Site, number: int, training: bool) -> Exchange:

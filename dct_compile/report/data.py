@@ -9,7 +9,7 @@ from pathlib import Path
 class SiteReport:
     """One collective.
 
-    ``kind``: "gradient", "activation", "activation_gradient", "embedding", "embedding_gradient", "buffers" (of DDP) or "other". ``name``:
+    ``kind``: one of ``page.KINDS``, where "parameter" and "sharded_gradient" are about shards and "buffers" are of DDP. ``name``:
     the parameters or buffers that it is about, else the source line. ``decision``: "compressed" or "dense", for ``reason``.
     ``dense_bytes``, ``wire_bytes``: sent per rank and call before and after, metadata and padding included. ``density``: fraction of the
     elements sent so far (for row thresholds: of a row's elements that its payload holds). ``overflow``: entries above the threshold that

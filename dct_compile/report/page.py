@@ -17,7 +17,17 @@ from dct_compile.report.data import GraphReport, NodeReport, SiteReport, step_an
 from dct_compile.report.drawing import HEIGHT, WIDTH, Drawing, draw
 from dct_compile.report.table import COVERED, calls, schemes_offered, sites_table, totals
 
-KINDS = ("gradient", "activation", "activation_gradient", "embedding", "embedding_gradient", "buffers", "other")
+KINDS = (
+    "gradient",
+    "sharded_gradient",
+    "parameter",
+    "activation",
+    "activation_gradient",
+    "embedding",
+    "embedding_gradient",
+    "buffers",
+    "other",
+)
 _AROUND = 1
 """Source lines that are shown on either side of one that issued a node."""
 

@@ -28,7 +28,7 @@ _COLUMNS: Columns = {
 """The value of each column and the format of its numbers."""
 _WIDTHS = {"name": 44, "stepped": 40, "reason": 60}
 """Longer texts are shortened."""
-COVERED = "counted: collectives of compiled graphs, of DDP, fully_shard and pipelines; not of the training loop"
+COVERED = "counted: collectives of compiled graphs, DDP, fully_shard and pipelines; not of the training loop"
 _STACKED = ("graph", "collective", "kind", "name", "shape", "dtype", "decision", "stepped", "reason")
 """The columns that become one, where lines would be too long."""
 

@@ -49,7 +49,7 @@ def test_evaluation_has_no_gradient_sites() -> None:
     assert trace(lambda x: exchange(x.relu()), torch.randn(16, 64)).kinds == [(A2A, "activation", "rectified")]
 
 
-def test_parameter_gather_is_neither_activation_nor_compressed_gradient() -> None:
+def test_parameter_gather_is_no_activation() -> None:
     class Sharded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -59,8 +59,8 @@ def test_parameter_gather_is_neither_activation_nor_compressed_gradient() -> Non
             return x @ gather(self.shard.view(16, 64))
 
     traced = trace(Sharded(), leaf(8, 64))
-    assert traced.kinds == [(AG, "other", "parameter"), (RS, "gradient", "computed")]
-    assert traced.schemes == ["dense", "dense"]
+    assert traced.kinds == [(AG, "parameter", "parameter"), (RS, "sharded_gradient", "computed")]
+    assert traced.schemes == ["gathered_shards", "gathered_shards"]
 
 
 def test_what_comes_from_behind_a_graph_break_is_foreign() -> None:
