@@ -26,7 +26,8 @@ def _threshold(density: float) -> Callable[[Tensor], tuple[Tensor, Way]]:
     def code(x: Tensor) -> tuple[Tensor, Way]:
         layout = RowLayout(tuple(x.shape[1:]), round(density * x.shape[-1]), torch.bfloat16)
         y = dct.unpack_rows(dct.pack_rows(x, layout, "exact", density, 0.0, site="", sends=""), layout, 1, x.dtype, site="", receives="")
-        return y, lambda g: torch.where(y != 0, g.bfloat16().float(), 0)
+        mask = y != 0  # not y itself, whose node would then hold it for ever
+        return y, lambda g: torch.where(mask, g.bfloat16().float(), 0)
 
     return code
 
