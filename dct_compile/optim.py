@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -190,10 +191,18 @@ def last_arrivals(state: State, parameter: Tensor, start: Factor) -> Tensor:
     if held is None:
         own = local_tensor(parameter)
         steps = torch.empty_like(own, dtype=torch.int32, memory_format=torch.preserve_format).fill_(start)
-        held = state[LAST] = steps.unsqueeze(-1).view(torch.uint8)
+        held = state[LAST] = _sharded_like(parameter, steps.unsqueeze(-1).view(torch.uint8))
     elif held.dtype != torch.uint8:
         held = state[LAST] = held.to(torch.uint8)
-    return held.view(torch.int32).squeeze(-1)
+    return local_tensor(held).view(torch.int32).squeeze(-1)
+
+
+def _sharded_like(parameter: Tensor, own: Tensor) -> Tensor:
+    """Returns ``own`` [*part of the parameter, 4] as a DTensor where the parameter is one: a checkpoint takes plain tensors for copies."""
+    if not isinstance(parameter, DTensor):
+        return own
+    shape, stride = (*parameter.shape, 4), (*(4 * size for size in parameter.stride()), 1)
+    return DTensor.from_local(own, parameter.device_mesh, parameter.placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def _is_stepped_elsewhere(optimizer: Optimizer, parameter: Tensor) -> bool:

@@ -1,17 +1,21 @@
 """Hybrid sharding: the average of shards over their copies travels by the gradient schemes, with a residual of the shard's size."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dct_compile
 from dct_compile.backend import dct
+from dct_compile.optim import LAST
 from dct_compile.reasons import Reason
 from tests.rank_pool import Ranks
 from tests.ranks_fsdp import Net, batch, gradients, is_same_everywhere, loss_of, parameters, sharded
@@ -155,3 +159,34 @@ def phased(rank: int, world_size: int) -> list[str]:
 
 def test_the_first_exchanges_are_dense_with_start_iter(ranks2: Ranks) -> None:
     assert ranks2(phased) == [["dense", "dense", "compressed", "compressed"]] * 2
+
+
+def optimizer_through_a_checkpoint(rank: int, world_size: int, folder: str) -> list[tuple[Tensor, Tensor]]:
+    """Returns the steps of the last arrivals on this rank, before the optimizer was saved and after it was loaded by a new run."""
+    options = {"dp_density": 0.02, "second_moment": "gaps"}
+    before = sharded(mesh_of(world_size, 2))
+    optimizer = train(before, options, rank, "AdamW", range(6))
+    checkpoint.save({"optimizer": get_optimizer_state_dict(before, optimizer)}, checkpoint_id=folder)
+    model = sharded(mesh_of(world_size, 2))
+    fresh = train(model, options, rank, "AdamW", range(4))  # its state is there, with other values
+    loaded = {"optimizer": get_optimizer_state_dict(model, fresh)}
+    checkpoint.load(loaded, checkpoint_id=folder)
+    set_optimizer_state_dict(model, fresh, loaded["optimizer"])
+    pairs = zip(before.named_parameters(), model.parameters(), strict=True)
+    return [(local(optimizer, old), local(fresh, new)) for (_, old), new in pairs if LAST in optimizer.state[old]]
+
+
+def local(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    steps = optimizer.state[parameter][LAST]
+    assert isinstance(steps, DTensor)
+    assert steps.shape == (*parameter.shape, 4)
+    return steps.to_local().to(torch.uint8).view(torch.int32)  # torch casts what it loads to the dtype of the parameter
+
+
+def test_last_arrivals_are_sharded_in_a_checkpoint(ranks4: Ranks, tmp_path: Path) -> None:
+    results = ranks4(optimizer_through_a_checkpoint, str(tmp_path))
+    for pairs in results:
+        assert pairs
+        for saved, loaded in pairs:
+            assert torch.equal(saved, loaded)
+    assert any(not torch.equal(one, other) for (one, _), (other, _) in zip(results[0], results[1], strict=True))
