@@ -37,6 +37,7 @@ RANKS = {
     "ddp": 2,
     "data_parallel": 2,
     "fsdp2": 2,
+    "simple_fsdp": 2,
     "hsdp": 4,
     "tensor_parallel_fsdp2": 4,
     "tensor_parallel": 2,

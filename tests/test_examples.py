@@ -19,6 +19,7 @@ RATIOS = {
     "tensor_and_data_parallel": 4.5,
     "tensor_parallel_fsdp2": 3.5,
     "fsdp2": 3.5,
+    "simple_fsdp": 3.5,
     "hsdp": 3.5,
     "pipeline": 3.5,
 }
@@ -39,7 +40,7 @@ def test_example_learns_and_sends_little(ranks2: Ranks, ranks4: Ranks, name: str
     for plain, result in zip(dense, compressed, strict=True):
         assert result.dense / result.wire > RATIOS[name], result.report
         # Elements of a gradient wait for a hundred steps: so short a training is behind. Both begin at 2.77.
-        assert result.loss < plain.loss + (0.4 if "gradient," in result.report or "density" in result.report else 0.05), result.report
+        assert result.loss < plain.loss + (0.6 if "density" in result.report else 0.05), result.report
         assert result.loss < 2.6
         assert plain.measured > 0.6 * min(RATIOS[name], 20) * result.measured
     check_bytes(compressed)
