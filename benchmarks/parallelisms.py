@@ -22,17 +22,10 @@ from torch.multiprocessing.spawn import spawn
 
 import dct_compile
 from dct_compile.bench.machine import circumstances
+from tests.ranks_examples import DENSE, EXAMPLES
 from tests.sockets import sent_bytes
 
-DENSE = {
-    "dp_density": 1.0,
-    "activation_codec": "dense",
-    "embedding_codec": "dense",
-    "parameter_codec": "dense",
-    "sharded_gradients": "dense",
-}
 METHODS: dict[str, dict[str, Any]] = {"dense": DENSE, "dct": {}}
-EXAMPLES = Path(__file__).parent.parent / "examples"
 RANKS = {
     "ddp": 2,
     "data_parallel": 2,
