@@ -17,7 +17,6 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
-from record import Record
 from simulation import Method, Simulation
 from tabulate import tabulate
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.bench.machine import circumstances
+from dct_compile.bench.record import Record
 from dct_compile.models.datasets import Samples, batches, load
 from dct_compile.models.dlrm import DLRM
 from dct_compile.models.metrics import auc, log_loss

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from baselines import BASELINES
 from matplotlib import pyplot as plt
-from record import Record
 from tabulate import tabulate
 from torch._logging._internal import set_logs
 from torch.multiprocessing.spawn import spawn
 
 import dct_compile
 from dct_compile.bench.machine import circumstances
+from dct_compile.bench.record import Record
 from dct_compile.cli.methods import Compiled, compile_with, computed_bytes
 from dct_compile.models.parallel import Mesh, make_mesh
 from dct_compile.models.tasks import TASKS, DataSource, Task

@@ -16,12 +16,12 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
-from record import Record, Run
 from tabulate import tabulate
 from torch.multiprocessing.spawn import spawn
 
 import dct_compile
 from dct_compile.bench.machine import circumstances
+from dct_compile.bench.record import Record, Run
 from tests.ranks_examples import DENSE, EXAMPLES
 from tests.sockets import sent_bytes
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import click
 import dlrm_adam
 import torch
-from record import Record
 from simulation import Method, Simulation, density_of_int8
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from dct_compile.bench.machine import circumstances
+from dct_compile.bench.record import Record
 from dct_compile.models.datasets import load
 from dct_compile.models.dlrm import DLRM
 from dct_compile.models.gpt import GPT

@@ -2,6 +2,7 @@
 
 import click
 
+from dct_compile.cli.accuracy import accuracy
 from dct_compile.cli.advise import advise
 from dct_compile.cli.bench import bench
 from dct_compile.cli.inspect import inspect
@@ -15,6 +16,7 @@ def main() -> None:
 
 
 main.add_command(advise)
+bench.add_command(accuracy)
 main.add_command(bench)
 main.add_command(inspect)
 main.add_command(link)

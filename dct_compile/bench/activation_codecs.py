@@ -1,4 +1,4 @@
-"""Codecs of activations for `activations.py`: what a receiver gets, and what its gradient becomes on the way back."""
+"""Codecs of activations for ``dct bench accuracy``: what a receiver gets, and what its gradient becomes on the way back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

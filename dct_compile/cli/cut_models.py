@@ -1,12 +1,12 @@
-"""Models that are cut as parallelisms cut them, for `activations.py`: two simulated ranks in one process, each exchange with a codec."""
+"""Models cut as parallelisms cut them, for ``dct bench accuracy``: two simulated ranks in one process, each exchange with a codec."""
 
 from collections.abc import Callable, Iterator
 
 import torch
-from activation_codecs import Codec, coded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dct_compile.bench.activation_codecs import Codec, coded
 from dct_compile.models.dlrm import DLRM
 from dct_compile.models.gpt import GPT, Block
 
