@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
+from dct_compile.schemes.quantized import Coding
 from dct_compile.triton_kernels.layout import RowLayout, quantized_row_bytes, row_bytes
 
 dct = torch.ops.dct
@@ -34,11 +35,9 @@ def _threshold(density: float) -> Callable[[Tensor], tuple[Tensor, Way]]:
 
 def _integers(bits: int) -> Callable[[Tensor], tuple[Tensor, Way]]:
     def one_way(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        seed = rows.view(torch.int32).sum().reshape(1)
-        codes = dct.quantize_rows(rows, seed, bits, site="", sends="")
-        decoded: Tensor = dct.dequantize_rows(codes, [x.shape[-1]], bits, x.dtype, site="", receives="")
-        return decoded.view(x.shape)
+        coding = Coding(bits, x.shape[-1])
+        codes = coding.encode(x.reshape(-1, coding.block), 0)
+        return coding.decode(codes, x.dtype).view(x.shape)
 
     return lambda x: (one_way(x), one_way)
 

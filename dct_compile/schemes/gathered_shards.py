@@ -12,8 +12,9 @@ from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import PARAMETER, Exchange, Parameter
 from dct_compile.reasons import Reason
+from dct_compile.schemes.codecs import BITS
 from dct_compile.schemes.offer import Declined, RowOffer
-from dct_compile.schemes.quantized_shards import BITS, BLOCK, ShardCodec, gathered, refused, summed, too_short, traffic_of
+from dct_compile.schemes.quantized_shards import BLOCK, ShardCodec, gathered, refused, summed, too_short, traffic_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,17 +19,15 @@ from dct_compile.config import DCTConfig
 from dct_compile.exchange import Exchange
 from dct_compile.reasons import Reason
 from dct_compile.schemes.codecs import DENSE, asked_for, codec_of
-from dct_compile.schemes.offer import Declined, RowOffer
-from dct_compile.schemes.quantized import Coding, coding_of
+from dct_compile.schemes.offer import Declined
+from dct_compile.schemes.quantized import Coding, QuantizedOffer, coding_of, offered
 from dct_compile.schemes.rows import addends, averaged, carry
 from dct_compile.traffic import Traffic
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizedRows(RowOffer):
+class QuantizedRows(QuantizedOffer):
     """An offer of the scheme "quantized_rows"."""
-
-    coding: Coding
 
     def forward(self, x: Tensor, comm: Comm) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self._exchange(x, self.exchange, comm), ()
@@ -67,18 +65,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> QuantizedRows | Declined | N
         return Declined(Reason.CODEC_DENSE.format(option=asked_for(exchange, config)[0]))
     if not isinstance(coding, Coding):
         return Declined(coding) if coding is not None else None
-    reason = Reason.QUANTIZED.format(bits=coding.bits)
-    return QuantizedRows(
-        exchange=exchange,
-        scheme="quantized_rows",
-        reason=reason,
-        too_large=Reason.QUANTIZED_TOO_LARGE.format(bits=coding.bits, width=exchange.width),
-        traffic=_traffic(exchange, coding),
-        digest=f"{coding.bits} bits",
-        backward_traffic=_traffic(exchange.backward, coding) if exchange.backward is not None else None,
-        backward_reason=reason,
-        coding=coding,
-    )
+    return offered(QuantizedRows, "quantized_rows", Reason.QUANTIZED, exchange, coding, _traffic)
 
 
 def _traffic(exchange: Exchange, coding: Coding) -> Traffic:

@@ -26,15 +26,16 @@ from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import ALL_GATHER, ALL_TO_ALL, PARAMETER, SHARDED_GRADIENT, Exchange, Parameter
 from dct_compile.reasons import Reason
+from dct_compile.schemes.codecs import BITS
 from dct_compile.schemes.members import divide
 from dct_compile.schemes.offer import Declined, Offer
+from dct_compile.schemes.quantized import seed_of
 from dct_compile.traffic import Traffic
 from dct_compile.triton_kernels.layout import quantized_row_bytes
 
 dct = torch.ops.dct
 BLOCK = 256
 """Elements that share a scale. No block holds elements of two parameters, whose magnitudes may differ."""
-BITS = {"int8": 8, "int4": 4}
 Span = tuple[int, int]
 """The offset and the elements of a parameter in a row."""
 
@@ -77,7 +78,7 @@ class ShardCodec:
         if self.blocks:
             padded = [F.pad(part, (0, -part.shape[1] % BLOCK)) for part in _cut(x, self.blocks)]
             blocks = torch.cat(padded, 1).unflatten(1, (-1, BLOCK))
-            parts.append(dct.quantize_rows(blocks, _seed(blocks, number), self.bits, site=site, sends=sends))
+            parts.append(dct.quantize_rows(blocks, seed_of(blocks, number), self.bits, site=site, sends=sends))
         for spans, dtype in ((self.rounded, torch.bfloat16), (self.exact, self.dtype)):
             if spans:
                 parts.append(torch.cat(_cut(x, spans), 1).to(dtype).view(torch.uint8))
@@ -139,12 +140,6 @@ def summed(codec: ShardCodec, rows: Tensor, exchange: Exchange, comm: Comm) -> T
 
 def _cut(x: Tensor, spans: tuple[Span, ...]) -> list[Tensor]:
     return [x[:, offset : offset + numel] for offset, numel in spans]
-
-
-def _seed(x: Tensor, number: int) -> Tensor:
-    """Makes a seed of the data's own bits: weights that did not change, as between forward and backward, decode to the same values."""
-    bits = x.view(torch.int32 if x.itemsize == 4 else torch.int16)
-    return (bits.sum() + number).reshape([1])
 
 
 def offer(exchange: Exchange, config: DCTConfig) -> QuantizedShards | Declined | None:

@@ -24,8 +24,7 @@ from dct_compile.comm import Comm
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Exchange
 from dct_compile.reasons import Reason
-from dct_compile.schemes.offer import RowOffer
-from dct_compile.schemes.quantized import Coding, coding_of, largest_part
+from dct_compile.schemes.quantized import Coding, QuantizedOffer, coding_of, largest_part, offered
 from dct_compile.schemes.rows import averaged
 from dct_compile.traffic import Traffic
 
@@ -34,10 +33,8 @@ SHARED = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizedSum(RowOffer):
+class QuantizedSum(QuantizedOffer):
     """An offer of the scheme "quantized_sum"."""
-
-    coding: Coding
 
     def forward(self, x: Tensor, comm: Comm) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self._sum(x, self.exchange, comm), ()
@@ -66,18 +63,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> QuantizedSum | None:
     if not isinstance(whole, Coding):
         return None
     coding = Coding(whole.bits, largest_part(whole.block, SHARED))
-    reason = Reason.QUANTIZED_SUM.format(bits=coding.bits)
-    return QuantizedSum(
-        exchange=exchange,
-        scheme="quantized_sum",
-        reason=reason,
-        too_large=Reason.QUANTIZED_TOO_LARGE.format(bits=coding.bits, width=exchange.width),
-        traffic=_traffic(exchange, coding),
-        digest=f"{coding.bits} bits",
-        backward_traffic=_traffic(exchange.backward, coding) if exchange.backward is not None else None,
-        backward_reason=reason,
-        coding=coding,
-    )
+    return offered(QuantizedSum, "quantized_sum", Reason.QUANTIZED_SUM, exchange, coding, _traffic)
 
 
 def _traffic(exchange: Exchange, coding: Coding) -> Traffic:
