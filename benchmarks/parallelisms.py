@@ -16,16 +16,16 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
+from dense_options import DENSE, EXAMPLES
 from tabulate import tabulate
 from torch.multiprocessing.spawn import spawn
 
 import dct_compile
 from dct_compile.bench.machine import circumstances
 from dct_compile.bench.record import Record, Run
-from tests.ranks_examples import DENSE, EXAMPLES
-from tests.sockets import sent_bytes
+from dct_compile.bench.sockets import sent_bytes
 
-METHODS: dict[str, dict[str, Any]] = {"dense": DENSE, "dct": {}}
+METHODS: dict[str, dict[str, Any]] = {"dense": DENSE, "dct": {}, "threshold": {"activation_codec": "threshold"}}
 RANKS = {
     "ddp": 2,
     "data_parallel": 2,
@@ -66,39 +66,39 @@ def _rank(rank: int, folder: str, path: Path, runs: list[Run]) -> None:
     dist.destroy_process_group()
 
 
-def train_all(record: Record, name: str, steps: int, seeds: int) -> None:
+def train_all(record: Record, name: str, method: str, steps: int, seeds: int) -> None:
     """Does those trainings of an example that are not in ``record`` yet."""
-    runs: list[Run] = [(name, RANKS[name], steps, method, seed) for seed in range(seeds) for method in METHODS]
+    runs: list[Run] = [(name, RANKS[name], steps, method, seed) for seed in range(seeds) for method in ("dense", method)]
     missing = [run for run in runs if not record.rows(run)]
     if missing:
         with tempfile.TemporaryDirectory() as folder:
             spawn(_rank, (folder, record.path, missing), nprocs=RANKS[name])
 
 
-def row(record: Record, name: str, steps: int, seeds: int) -> list[str]:
+def row(record: Record, name: str, method: str, steps: int, seeds: int) -> list[str]:
     """Returns the table's row: bytes, their ratio, losses, and the difference of each pair."""
-    found = {method: [record.rows((name, RANKS[name], steps, method, seed))[0] for seed in range(seeds)] for method in METHODS}
-    sent = {method: statistics.mean(rows[1] for rows in found[method]) for method in METHODS}
-    losses = {method: [rows[0] for rows in found[method]] for method in METHODS}
-    apart = [compressed - dense for dense, compressed in zip(losses["dense"], losses["dct"], strict=True)]
-    spread = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if seeds > 1 else 0:.3f}" for values in (*losses.values(), apart)]
-    sizes = [f"{sent['dense']:,.0f}", f"{sent['dct']:,.0f}", f"{sent['dense'] / sent['dct']:.1f}"]
-    return [name, str(RANKS[name]), *sizes, *spread]
+    both = [[record.rows((name, RANKS[name], steps, item, seed))[0] for seed in range(seeds)] for item in ("dense", method)]
+    dense, other = ([rows[0] for rows in found] for found in both)
+    sent, less = (statistics.mean(rows[1] for rows in found) for found in both)
+    apart = [one - two for one, two in zip(other, dense, strict=True)]
+    spread = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if seeds > 1 else 0:.3f}" for values in (dense, other, apart)]
+    return [name, str(RANKS[name]), f"{sent:,.0f}", f"{less:,.0f}", f"{sent / less:.1f}", *spread]
 
 
 @click.command()
 @click.option("--steps", default=1000, help="Steps of each training.")
 @click.option("--seeds", default=3, help="Seeds of each method.")
 @click.option("--only", default=";".join(RANKS), help="Examples, separated by semicolons.")
+@click.option("--method", type=click.Choice(list(METHODS)), default="dct", help="What is compared with dense.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, help="The file of results.")
-def main(steps: int, seeds: int, only: str, results: Path) -> None:
+def main(steps: int, seeds: int, only: str, method: str, results: Path) -> None:
     """Prints a table, and keeps all runs in the results."""
     record, names = Record(results, RUN, MEASURED), only.split(";")
     for name in names:
-        train_all(record, name, steps, seeds)
+        train_all(record, name, method, steps, seeds)
     print(f"{steps} steps, {seeds} seeds, mean and standard deviation; {circumstances()}")
-    heads = ["example", "ranks", "bytes dense", "bytes dct", "ratio", "loss dense", "loss dct", "seed by seed"]
-    print(tabulate([row(record, name, steps, seeds) for name in names], heads, disable_numparse=True))
+    heads = ["example", "ranks", "bytes dense", f"bytes {method}", "ratio", "loss dense", f"loss {method}", "seed by seed"]
+    print(tabulate([row(record, name, method, steps, seeds) for name in names], heads, disable_numparse=True))
 
 
 if __name__ == "__main__":

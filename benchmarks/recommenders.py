@@ -23,7 +23,7 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.models.dlrm import DLRM
 
 import dct_compile
-from tests.sockets import sent_bytes
+from dct_compile.bench.sockets import sent_bytes
 
 DENSE, FEATURES, ROWS, DIM, BATCH = 8, 4, 500, 32, 128
 NAMES = [f"f{index}" for index in range(FEATURES)]

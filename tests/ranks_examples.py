@@ -2,7 +2,6 @@
 
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +9,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import dct_compile
+from benchmarks.dense_options import DENSE, EXAMPLES
+from dct_compile.bench.sockets import sent_bytes
 from tests.rank_pool import Ranks
-from tests.sockets import sent_bytes
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 STEPS = 150
 
 
@@ -33,15 +32,6 @@ class Trained(NamedTuple):
     messages: int
     copies: dict[str, torch.Tensor]
     report: str
-
-
-DENSE = {
-    "dp_density": 1.0,
-    "activation_codec": "dense",
-    "embedding_codec": "dense",
-    "parameter_codec": "dense",
-    "sharded_gradients": "dense",
-}
 
 
 def trained(rank: int, world_size: int, name: str, options: dict[str, Any]) -> Trained:

@@ -2,8 +2,9 @@
 
 import pytest
 
+from benchmarks.dense_options import EXAMPLES
 from tests.rank_pool import Ranks
-from tests.ranks_examples import EXAMPLES, compare
+from tests.ranks_examples import compare
 from tests.test_examples_shards import RATIOS as SHARDED
 
 pytestmark = pytest.mark.distributed

@@ -10,12 +10,12 @@ from torch import Tensor
 
 import dct_compile
 from dct_compile.backend import dct
+from dct_compile.bench.sockets import sent_bytes
 from dct_compile.reasons import Note
 from dct_compile.report import GRADIENTS_OUTSIDE
 from tests.rank_pool import Ranks
 from tests.ranks import fresh_compiler
 from tests.ranks_embeddings import DENSE, DIM, ENCODED, Recommender, coded
-from tests.sockets import sent_bytes
 from tests.tracing import fake_group
 
 

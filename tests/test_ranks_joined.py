@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 import dct_compile
+from dct_compile.bench.sockets import sent_bytes
 from dct_compile.comm import Comm
 from dct_compile.integrations import ddp_reducer
 from dct_compile.integrations.ddp_join import send
@@ -19,7 +20,6 @@ from dct_compile.runtime import RUNTIME
 from tests.rank_pool import Ranks
 from tests.ranks import digest
 from tests.ranks_ddp import Net, Options, batch, ddp_of, loss_of
-from tests.sockets import sent_bytes
 
 pytestmark = pytest.mark.distributed
 STEPS = 5

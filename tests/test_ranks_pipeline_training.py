@@ -6,9 +6,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dct_compile
+from dct_compile.bench.sockets import sent_bytes
 from tests.rank_pool import Ranks
 from tests.ranks_pipeline import CHUNKS, Pipe
-from tests.sockets import sent_bytes
 
 pytestmark = pytest.mark.distributed
 STEPS, FRAMING = 4, 144 * 2 * CHUNKS

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dct_compile
 from dct_compile.backend import dct
+from dct_compile.bench.sockets import sent_bytes
 from tests.rank_pool import Ranks
 from tests.ranks_ddp import ddp_of
 from tests.ranks_simple_fsdp import simple_fsdp
-from tests.sockets import sent_bytes
 
 pytestmark = pytest.mark.distributed
 STEPS = 4

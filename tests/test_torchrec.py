@@ -9,12 +9,12 @@ from torch import Tensor
 
 import dct_compile
 from dct_compile.backend import dct
+from dct_compile.bench.sockets import sent_bytes
 from dct_compile.embeddings.codec import RowCodec
 from dct_compile.embeddings.torchrec import Codec
 from dct_compile.reasons import Note
 from tests.rank_pool import Ranks
 from tests.ranks_embeddings import coded
-from tests.sockets import sent_bytes
 
 
 @pytest.fixture
