@@ -68,7 +68,7 @@ def _rank(rank: int, folder: str, path: Path, runs: list[Run]) -> None:
 
 def train_all(record: Record, name: str, method: str, steps: int, seeds: int) -> None:
     """Does those trainings of an example that are not in ``record`` yet."""
-    runs: list[Run] = [(name, RANKS[name], steps, method, seed) for seed in range(seeds) for method in ("dense", method)]
+    runs: list[Run] = [(name, RANKS[name], steps, item, seed) for seed in range(seeds) for item in ("dense", method)]
     missing = [run for run in runs if not record.rows(run)]
     if missing:
         with tempfile.TemporaryDirectory() as folder:
