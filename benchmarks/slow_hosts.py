@@ -70,18 +70,22 @@ class SlowHosts:
         hosts: Their number, from 1 to 250.
         bits_per_s: Rate of each uplink and of each downlink; ``None`` for no limit.
         delay_s: Added to every packet on its uplink. It needs a kernel with netem.
+        ranks_per_host: Processes of a command on each host. What they send to one another has no limit.
 
     Raises:
         ValueError: A number is out of range.
         SlowHostsError: On entry: what is missing, or the command that failed.
     """
 
-    def __init__(self, hosts: int, bits_per_s: float | None, delay_s: float = 0.0) -> None:
+    def __init__(self, hosts: int, bits_per_s: float | None, delay_s: float = 0.0, ranks_per_host: int = 1) -> None:
         if not 1 <= hosts <= MOST_HOSTS:
             raise ValueError(f"hosts is {hosts}, allowed is 1 to {MOST_HOSTS}")
         if delay_s < 0:
             raise ValueError(f"delay_s is {delay_s}, allowed is 0 or more")
+        if ranks_per_host < 1:
+            raise ValueError(f"ranks_per_host is {ranks_per_host}, allowed is 1 or more")
         self.hosts, self.bits_per_s, self.delay_s = hosts, _checked(bits_per_s), delay_s
+        self.ranks_per_host = ranks_per_host
         self._holders: list[subprocess.Popen[str]] = []
         self._processes: list[subprocess.Popen[str]] = []
 
@@ -108,15 +112,17 @@ class SlowHosts:
             self._limit(self.hosts, f"port{host}", 0.0)
 
     def start(self, command: Sequence[str], environment: dict[str, str] | None = None) -> list[subprocess.Popen[str]]:
-        """Starts ``command`` once on each host, as torchrun would with one process per node, and returns the processes by rank.
+        """Starts ``command`` on each host, as torchrun would with so many processes per node, and returns the processes by rank.
 
         Standard input and output are pipes of text, errors go where those of this process go. The processes end with this one.
         """
-        ours = {"WORLD_SIZE": self.hosts, "LOCAL_RANK": 0, "MASTER_ADDR": ADDRESS.format(1), "MASTER_PORT": PORT}
+        each = self.ranks_per_host
+        ours = {"WORLD_SIZE": self.hosts * each, "LOCAL_WORLD_SIZE": each, "MASTER_ADDR": ADDRESS.format(1), "MASTER_PORT": PORT}
         inherited = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {}), "GLOO_SOCKET_IFNAME": INTERFACE}
         started = []
-        for host in range(self.hosts):
-            variables = inherited | {name: str(value) for name, value in (ours | {"RANK": host}).items()}
+        for rank in range(self.hosts * each):
+            host, local = divmod(rank, each)
+            variables = inherited | {name: str(value) for name, value in (ours | {"RANK": rank, "LOCAL_RANK": local}).items()}
             bound = ["setpriv", "--pdeathsig", "KILL", *self._inside(host), *command]
             pipe = subprocess.PIPE
             started.append(subprocess.Popen(bound, env=variables, stdin=pipe, stdout=pipe, text=True, start_new_session=True))

@@ -42,7 +42,7 @@ class Ranks:
         environment = {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         self.processes = hosts.start([sys.executable, str(Path(__file__).parent / "slow_rank.py")], environment)
         self._lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
-        for rank in range(hosts.hosts):
+        for rank in range(len(self.processes)):
             threading.Thread(target=self._read, args=(rank,), daemon=True).start()
 
     def ask(self, bits_per_s: float | None, **command: Any) -> list[dict[str, Any]]:

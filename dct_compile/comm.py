@@ -41,6 +41,11 @@ class Comm:
         exchanged: Tensor = c10d.all_to_all_single(x, received, sent, self.group)
         return exchanged
 
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Adds up ``x`` [size * n, ...] over the ranks. The result is this rank's share [n, ...] of the sum."""
+        share: Tensor = c10d.reduce_scatter_tensor(x, "sum", self.size, self.group)
+        return share
+
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         """Adds up ``x`` over the ranks; ``op`` "avg" divides by their number."""
         reduced: Tensor = c10d.all_reduce(x, op, self.group)
@@ -50,6 +55,21 @@ class Comm:
         """Waits for the collective whose result is ``x``."""
         waited: Tensor = c10d.wait_tensor(x)
         return waited
+
+
+@dataclass(frozen=True)
+class HostsComm(Comm):
+    """Collectives over all ranks, ``inside`` this rank's host, and ``across`` hosts: over the ranks at the same place of each."""
+
+    inside: Comm = Comm("", 1)
+    across: Comm = Comm("", 1)
+
+    @classmethod
+    def planned(cls, group: Any, size: int, per_host: int) -> Comm:
+        """Returns the collectives of a plan, over groups inside and across hosts that are not there yet."""
+        if per_host == 1:
+            return Comm(group, size)
+        return cls(group, size, inside=Comm(f"{group} inside hosts", per_host), across=Comm(f"{group} across hosts", size // per_host))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ REFRESH_WARMUPS = ("geometric", "off")
 FIRST_MOMENTS = ("auto", "bypass", "keep")
 _LATE = 0.1
 """The largest density at which an element waits as long as a first moment usually looks back: ten steps."""
-GRADIENT_SCHEMES = ("auto", "gather", "owner", "powersgd", "random_k")
+GRADIENT_SCHEMES = ("auto", "gather", "owner", "two_level", "powersgd", "random_k")
 SHARD_OPTIONS = ("parameter_codec", "sharded_gradients")
 """The options of sharded data parallelism alone."""
 ROW_OPTIONS = ("activation_codec", "mp_density", "mp_value_dtype", "mp_eval", "embedding_codec")
@@ -103,9 +103,12 @@ class DCTConfig:
     mp_outputs: bool = False
     """Compress also activations and embeddings that a graph returns as they arrive, such as gathered logits."""
     gradient_scheme: str = "auto"
-    """The scheme for gradients: "gather" sends payloads to all ranks, "owner" sends them through owners of shares, "auto" takes whichever
-    sends less; "powersgd" sends low-rank factors; "random_k" sends elements that all ranks draw alike.
+    """The scheme for gradients: "gather" sends payloads to all ranks, "owner" sends them through owners of shares, "two_level" (DDP alone)
+    adds up dense on each host and sends payloads between hosts, "auto" takes whichever of these costs least; "powersgd" sends low-rank
+    factors; "random_k" sends elements that all ranks draw alike.
     """
+    ranks_per_host: int | str = "auto"
+    """Ranks of a host, numbered one after the other, for "two_level"; 1 for none; "auto" takes torchrun's LOCAL_WORLD_SIZE."""
     rank: int = 1
     """Columns of the factors of "powersgd"."""
     link: str | Link | None = "auto"
@@ -156,6 +159,8 @@ class DCTConfig:
         checks.check_bool("mp_eval", self.mp_eval)
         checks.check_bool("mp_outputs", self.mp_outputs)
         checks.check_choice("gradient_scheme", self.gradient_scheme, GRADIENT_SCHEMES)
+        if self.ranks_per_host != "auto":
+            self._keep("ranks_per_host", checks.integer("ranks_per_host", self.ranks_per_host, 1, "'auto', or "))
         if self.gradient_scheme == "powersgd" and self.density_warmup:
             raise checks.error("density_warmup", self.density_warmup, "0 with gradient_scheme='powersgd', whose factors have no density")
         self._keep("rank", checks.integer("rank", self.rank, 1))

@@ -102,6 +102,7 @@ class Exchange:
     ``local_gradient``: whether the gradient of the input was found on this rank, for an exchange whose backward sends nothing.
     ``waited``: whether its result is used only after a wait; ``used``: whether there is a wait. ``may_be_unused``: whether a step may leave
     out parameters (DDP's ``find_unused_parameters``). ``uneven``: whether the graph gathers shards of unequal lengths.
+    ``per_host``: ranks that share a host, one after the other; 1 where that is not known.
     """
 
     collective: Collective
@@ -131,6 +132,7 @@ class Exchange:
     used: bool = True
     may_be_unused: bool = False
     uneven: bool = False
+    per_host: int = 1
 
     @property
     def label(self) -> str:
@@ -197,7 +199,12 @@ class Exchange:
 
 
 def gradient_exchange(
-    all_reduce: Collective, segments: tuple[Segment, ...], dtype: torch.dtype, group: ProcessGroup, may_be_unused: bool = False
+    all_reduce: Collective,
+    segments: tuple[Segment, ...],
+    dtype: torch.dtype,
+    group: ProcessGroup,
+    may_be_unused: bool = False,
+    per_host: int = 1,
 ) -> Exchange:
     """Describes the averaging of a gradient buffer over ``group``, for a buffer whose layout is known before any graph.
 
@@ -207,6 +214,7 @@ def gradient_exchange(
         dtype: dtype of the buffer.
         group: the ranks that average.
         may_be_unused: whether a step may leave out parameters.
+        per_host: ranks that share a host.
     """
     numel = sum(segment.parameter.numel for segment in segments)
     return Exchange(
@@ -222,4 +230,5 @@ def gradient_exchange(
         reduce_op="avg",
         segments=segments,
         may_be_unused=may_be_unused,
+        per_host=per_host,
     )

@@ -1,6 +1,8 @@
-"""Facts about a process group: its timeout, and a part of the store for one of its lives."""
+"""Facts about a process group: its timeout, its hosts, and a part of the store for one of its lives."""
 
 import hashlib
+import os
+from collections import Counter
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
@@ -16,6 +18,28 @@ def timeout_s(group: ProcessGroup) -> float:
         options = getattr(group._get_backend(device), "options", None)
         found.append(getattr(options, "_timeout", default_pg_timeout).total_seconds())
     return max(found)
+
+
+def ranks_per_host(group: ProcessGroup, option: int | str) -> int:
+    """Returns how many ranks of ``group`` each host has, where they are numbered host by host and are as many on each; else 1.
+
+    Args:
+        group: The process group.
+        option: The ranks of the world on each host, or "auto" for the number of ranks that torchrun has started on this one.
+
+    Raises:
+        ValueError: ``option`` is a number that does not divide the ranks of the world.
+    """
+    world = dist.get_world_size()
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1") if option == "auto" else str(option)
+    count = int(local) if local.isdecimal() else 1
+    if count < 1 or world % count:
+        if option == "auto":
+            return 1
+        raise ValueError(f"option 'ranks_per_host' is {option}; allowed is a number that divides the {world} ranks")
+    hosts = [rank // count for rank in dist.get_process_group_ranks(group)]
+    sizes = set(Counter(hosts).values())
+    return sizes.pop() if len(sizes) == 1 and hosts == sorted(hosts) else 1
 
 
 def store_of_life(group: ProcessGroup, purpose: str) -> tuple[PrefixStore, int]:

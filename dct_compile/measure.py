@@ -57,7 +57,7 @@ class Reading:
     """A bucket's numbers on their way to the host. Starting one does not wait for the device that computes them."""
 
     def __init__(self, bucket: BucketState) -> None:
-        self.numels, self.sent, self.restarts = bucket.spec.numels, bucket.spec.sent, bucket.pending.restarts
+        self.numels, self.sent, self.restarts = bucket.spec.counted or bucket.spec.numels, bucket.spec.sent, bucket.pending.restarts
         named = {name: [bucket.tensors[item.input_name] for item in bucket.spec.tensors if item.name == name] for name in _READ}
         self.has_threshold = bool(named["threshold"])
         with torch.no_grad():

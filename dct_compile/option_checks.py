@@ -35,10 +35,10 @@ def fraction(name: str, value: object) -> float:
     return _float(value)
 
 
-def integer(name: str, value: Any, low: int) -> int:
-    """Returns an integer from ``low`` on."""
+def integer(name: str, value: Any, low: int, others: str = "") -> int:
+    """Returns an integer from ``low`` on. ``others``: what else is allowed."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= LARGEST_INTEGER:
-        raise error(name, value, f"an integer >= {low}, up to {LARGEST_INTEGER}")
+        raise error(name, value, f"{others}an integer >= {low}, up to {LARGEST_INTEGER}")
     return int(value)
 
 

@@ -36,6 +36,7 @@ class Reason(StrEnum):
     FAST_COPY = "devices of one process are taken for linked as fast as memory; link='16Gbit/s' assumes a slower link, link=None none"
     FAST_LINK = "{scheme} would take {seconds}, dense takes {dense} on a link of {link}"
     GRADIENT_TOO_LARGE = "{scheme} with {ranks} ranks would send {wire} bytes, dense sends {dense}"
+    NO_HOSTS = "two_level is for DDP on several hosts with several ranks each, which the option ranks_per_host tells"
     MAY_BE_UNUSED = "{scheme} cannot leave out a parameter for one step, as find_unused_parameters asks"
     NO_MATRIX = "a vector has no low-rank factors"
     HIGH_RANK = "factors of rank {rank} are at least half of a {rows} x {columns} matrix"
@@ -82,6 +83,7 @@ class Reason(StrEnum):
 
     GRADIENT = "{scheme}, density {density}"
     GRADIENT_BUT = "{scheme}, density {density}; dense: {names}"
+    TWO_LEVEL = "{reason}; the {ranks} ranks of a host add up dense"
     LOW_RANK = "powersgd, rank {rank}"
     LOW_RANK_BUT = "powersgd, rank {rank}; dense: {names}"
     QUANTIZED = "int{bits} rows with stochastic rounding"

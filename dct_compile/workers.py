@@ -8,7 +8,7 @@ group each, as with DDP itself.
 import atexit
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 
+from dct_compile.comm import Comm, HostsComm
 from dct_compile.groups import store_of_life, timeout_s
 
 _Tasks = SimpleQueue[Callable[[], None] | None]
@@ -32,12 +33,35 @@ class ExchangeWorker:
     """
 
     def __init__(self, process_group: ProcessGroup) -> None:
-        self.group = _same_ranks(process_group)
+        self.group = _further_group(process_group, dist.get_process_group_ranks(process_group))
+        self._process_group = weakref.ref(process_group)
+        self._levels: dict[int, tuple[ProcessGroup, ProcessGroup]] = {}
+        self._made = [weakref.ref(self.group)]
         self._tasks: _Tasks = SimpleQueue()
         # The queue is made for it: a finalizer runs in the middle of any code, with any lock held.
         weakref.finalize(process_group, self._tasks.put, None).atexit = False
-        self._thread = threading.Thread(target=_work, args=(self._tasks, weakref.ref(self.group)), name="dct-exchanges", daemon=True)
+        self._thread = threading.Thread(target=_work, args=(self._tasks, self._made), name="dct-exchanges", daemon=True)
         self._thread.start()
+
+    def comm(self, per_host: int) -> Comm:
+        """Returns the collectives of the exchanges: at two levels where hosts have ``per_host`` > 1 ranks. All ranks make this call."""
+        whole, ranks = self.group.group_name, self.group.size()
+        if per_host == 1:
+            return Comm(whole, ranks)
+        inside, across = (Comm(group.group_name, group.size()) for group in self._levels_of(per_host))
+        return HostsComm(whole, ranks, inside=inside, across=across)
+
+    def _levels_of(self, per_host: int) -> tuple[ProcessGroup, ProcessGroup]:
+        if per_host not in self._levels:
+            process_group = self._process_group()
+            assert process_group is not None, "a model is trained over it"
+            ranks, place = dist.get_process_group_ranks(process_group), process_group.rank() % per_host
+            host = process_group.rank() - place
+            inside = _further_group(process_group, ranks[host : host + per_host], f"host {host} of {per_host}")
+            across = _further_group(process_group, ranks[place::per_host], f"place {place} of {per_host}")
+            self._made += [weakref.ref(inside), weakref.ref(across)]
+            self._levels[per_host] = inside, across
+        return self._levels[per_host]
 
     def submit(self, task: Callable[[], None]) -> None:
         """Runs ``task``, which raises nothing, after those submitted before. Returns at once."""
@@ -83,35 +107,41 @@ def _finish(workers: "weakref.ref[Workers]") -> None:
             slot.worker.finish()
 
 
-def _work(tasks: _Tasks, group: "weakref.ref[ProcessGroup]") -> None:
-    """Runs ``tasks`` up to the ``None`` that ends them, and gives up the group. Holds no group, which would not be released at exit.
+def _work(tasks: _Tasks, groups: "list[weakref.ref[ProcessGroup]]") -> None:
+    """Runs ``tasks`` up to the ``None`` that ends them, and gives up the groups. Holds none, which would not be released at exit.
 
-    The group is not looked up by its name: another one may have that by now, in a world that was made after this one has gone.
+    A group is not looked up by its name: another one may have that by now, in a world that was made after this one has gone.
     """
     while (task := tasks.get()) is not None:
         task()
         del task  # it holds the buffers of a model
-    with suppress(Exception):  # the whole world may be gone, and the group with it
-        if (own := group()) is not None:
-            dist.destroy_process_group(own)
+    for ref in groups:
+        with suppress(Exception):  # the whole world may be gone, and the group with it
+            if (own := ref()) is not None:
+                dist.destroy_process_group(own)
 
 
-def _same_ranks(process_group: ProcessGroup) -> ProcessGroup:
-    """Makes a further group of the same ranks, backends and timeout.
+def _further_group(process_group: ProcessGroup, ranks: Sequence[int], part: str = "") -> ProcessGroup:
+    """Makes a further group of ``ranks`` of ``process_group``, with its backends and timeout. All of its ranks make this call.
 
     It is not made by ``dist.new_group``: that names a group by the number of groups in this process, or needs all ranks of the world. Two
     threads that make one each, or ranks with different numbers of groups, would meet in the wrong one.
+
+    Args:
+        process_group: The group.
+        ranks: Those of the world that are to be in the further group, this one among them, in order.
+        part: A name for them, where they are not all.
     """
-    ranks = dist.get_process_group_ranks(process_group)
-    store, life = store_of_life(process_group, "groups")
+    store, life = store_of_life(process_group, f"groups {part}".rstrip())
+    name = f"{process_group.group_name}/dct/{life}" + (f"/{part}" if part else "")
     group: ProcessGroup
     group, _ = _new_process_group_helper(
         len(ranks),
-        process_group.rank(),
-        ranks,
+        ranks.index(dist.get_rank()),
+        list(ranks),
         dist.get_backend(process_group),
         store,
-        f"{process_group.group_name}/dct/{life}",  # type: ignore[arg-type]
+        name,  # type: ignore[arg-type]
         timeout=timedelta(seconds=timeout_s(process_group)),
         group_desc="exchanges of dct_compile",
     )

@@ -12,7 +12,9 @@ from torch._C._distributed_c10d import _DEFAULT_FIRST_BUCKET_BYTES, _compute_buc
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from dct_compile.comm import HostsComm
 from dct_compile.config import DCTConfig
+from dct_compile.groups import ranks_per_host
 from dct_compile.integrations.ddp_calls import parts_of_compiled_model, running_modules
 from dct_compile.integrations.ddp_plan import BucketPlan
 from dct_compile.integrations.ddp_reducer import GradientCompressor
@@ -55,7 +57,7 @@ class DDPIntegration:
         gloo.shorten_names()  # the graph may have been compiled before there was a group
         phases = phases_of(config)
         link = runtime.links.at_once(target.process_group, config.link)
-        reason = _reason_to_leave(target, _future_plans(target, phases[-1], link))
+        reason = _reason_to_leave(target, _future_plans(target, config, phases[-1], link))
         agree = partial(_agree, weakref.ref(target), config, runtime, reason)
         publish_module(target, reason, config, runtime)
         if reason is not None:
@@ -74,7 +76,7 @@ class DDPIntegration:
         The buckets are those that DDP will have from its second step on if gradients come in the reverse order of the parameters. The
         bytes that it sends do not depend on how parameters are bucketed. The phase is the last one.
         """
-        plans = _future_plans(target, phases_of(config)[-1], runtime.links.at_once(target.process_group, config.link))
+        plans = _future_plans(target, config, phases_of(config)[-1], runtime.links.at_once(target.process_group, config.link))
         reason = _reason_to_leave(target, plans)
         beside = publish_module(target, reason, config, runtime)
         title = title_of(target, runtime)
@@ -149,7 +151,7 @@ def _agree(
     """
     target = module()
     assert target is not None, "its backward runs"
-    signatures = [plan.signature(reason) for phase in phases_of(config) for plan in _future_plans(target, phase, link)]
+    signatures = [plan.signature(reason) for phase in phases_of(config) for plan in _future_plans(target, config, phase, link)]
     runtime.agreement.check(target.process_group, config.comparable(), signatures, fresh=True)
 
 
@@ -186,12 +188,14 @@ def _reason_to_keep(module: DistributedDataParallel) -> str | None:
     return Reason.PYTHON_REDUCER if getattr(module, "_use_python_reducer", False) else None
 
 
-def _future_plans(module: DistributedDataParallel, phase: Phase, link: Link | None) -> list[BucketPlan]:
+def _future_plans(module: DistributedDataParallel, config: DCTConfig, phase: Phase, link: Link | None) -> list[BucketPlan]:
+    group = module.process_group
+    comm = HostsComm.planned(group.group_name, group.size(), ranks_per_host(group, config.ranks_per_host))
     names = {id(parameter): name for name, parameter in named_parameters(module)}
     unused = module.find_unused_parameters
     sparse = {id(parameter) for parameter, expected in zip(*module._build_params_for_reducer(), strict=True) if expected}
     return [
-        BucketPlan.of(bucket, names, module.process_group, phase, link, may_be_unused=unused, sparse=id(bucket[0]) in sparse)
+        BucketPlan.of(bucket, names, group, comm, phase, link, may_be_unused=unused, sparse=id(bucket[0]) in sparse)
         for bucket in _future_buckets(module)
     ]
 

@@ -10,7 +10,7 @@ from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import ProcessGroup
 
-from dct_compile.comm import Comm
+from dct_compile.comm import Comm, HostsComm
 from dct_compile.element_order import ElementOrder
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
 from dct_compile.link import Link
@@ -43,6 +43,7 @@ class BucketPlan:
         parameters: Sequence[Tensor],
         names: dict[int, str],
         group: ProcessGroup,
+        comm: Comm,
         phase: Phase,
         link: Link | None,
         *,
@@ -50,10 +51,11 @@ class BucketPlan:
         sparse: bool,
     ) -> "BucketPlan":
         members = [Parameter(index, names[id(item)], tuple(item.shape), ElementOrder.of(item)) for index, item in enumerate(parameters)]
-        exchange = gradient_exchange(ALL_REDUCE, segments_of(members), parameters[0].dtype, group, may_be_unused)
+        per_host = comm.inside.size if isinstance(comm, HostsComm) else 1
+        exchange = gradient_exchange(ALL_REDUCE, segments_of(members), parameters[0].dtype, group, may_be_unused, per_host)
         decision = dense(exchange, Reason.SPARSE) if sparse else decide_outside(exchange, phase.config, lambda _: link)
         decision = held_until(decision, phase.until)
-        return cls(decision, Comm(group.group_name, group.size()), parameters[0].device, sparse)
+        return cls(decision, comm, parameters[0].device, sparse)
 
     @property
     def offer(self) -> GradientOffer | None:

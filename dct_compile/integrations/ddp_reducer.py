@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
-from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from dct_compile.config import DCTConfig
+from dct_compile.groups import ranks_per_host
 from dct_compile.integrations.ddp_join import MessageJoiner, join_bytes
 from dct_compile.integrations.ddp_late import average, on_stream, on_worker, reduce_late
 from dct_compile.integrations.ddp_plan import BucketPlan
@@ -29,6 +29,7 @@ from dct_compile.phases import Phase, phase_at, phases_of
 from dct_compile.reasons import Note, abbreviated
 from dct_compile.runtime import Runtime
 from dct_compile.schemes.late import Late
+from dct_compile.schemes.two_level import TwoLevel
 from dct_compile.state.bucket import BucketState, refer_to
 from dct_compile.state.exchanges import count_exchange, exchanges_of
 from dct_compile.state.gradient_use import NO_BACKWARD
@@ -67,7 +68,7 @@ class GradientCompressor:
         buffer = bucket.buffer()
         worker = self.own_worker()
         phase = self._begin_exchange(bucket.parameters())
-        reducer = self._reducer(bucket.index(), bucket.parameters(), worker.group, phase, buffer.is_sparse)
+        reducer = self._reducer(bucket.index(), bucket.parameters(), worker, phase, buffer.is_sparse)
         if bucket.is_last():
             self._forget_retired()
             self._warn_of_uncompiled()
@@ -138,14 +139,14 @@ class GradientCompressor:
             self.stream = torch.cuda.Stream(device)
         return self.stream
 
-    def _reducer(self, index: int, parameters: Sequence[Tensor], group: ProcessGroup, phase: Phase, sparse: bool) -> "BucketReducer":
+    def _reducer(self, index: int, parameters: Sequence[Tensor], worker: ExchangeWorker, phase: Phase, sparse: bool) -> "BucketReducer":
         current = self.reducers.get(index)
         if current is not None and current.phase == phase and current.serves(parameters):
             return current
         if current is not None:
             # DDP has rebuilt its buckets: every one of them may hold other parameters now. Or the next phase begins.
             self.retired, self.reducers = [*self.retired, *self.reducers.values()], {}
-        created = BucketReducer(index, parameters, self, group, phase, sparse)
+        created = BucketReducer(index, parameters, self, worker, phase, sparse)
         self.reducers[index] = created
         return created
 
@@ -162,13 +163,15 @@ class BucketReducer:
     """
 
     def __init__(
-        self, index: int, parameters: Sequence[Tensor], owner: GradientCompressor, group: ProcessGroup, phase: Phase, sparse: bool
+        self, index: int, parameters: Sequence[Tensor], owner: GradientCompressor, worker: ExchangeWorker, phase: Phase, sparse: bool
     ) -> None:
         self.parameters = [weakref.ref(parameter) for parameter in parameters]
         self.find_unused, self.process_group = owner.find_unused, owner.process_group
-        self.runtime, self.phase, self.group = owner.runtime, phase, group
+        self.runtime, self.phase, self.group = owner.runtime, phase, worker.group
         self.joined = False
-        self.plan = BucketPlan.of(parameters, owner.names, group, phase, owner.link, may_be_unused=self.find_unused, sparse=sparse)
+        comm = worker.comm(ranks_per_host(owner.process_group, phase.config.ranks_per_host))
+        unused = self.find_unused
+        self.plan = BucketPlan.of(parameters, owner.names, self.group, comm, phase, owner.link, may_be_unused=unused, sparse=sparse)
         self.state = self._find_state(parameters, owner)
         measure = BucketMeasure([self.state]) if self.state is not None else None
         self.entry = self.plan.publish(bucket_name(owner.title, index, owner.process_group), owner.runtime, measure)
@@ -199,8 +202,12 @@ class BucketReducer:
         return average
 
     def _joined_bytes(self, limit: int) -> int:
-        """Returns the bytes of each message if the messages are to be joined with those of other buckets, else 0."""
-        traffic = self.plan.offer.traffic if self.plan.offer is not None else None
+        """Returns the bytes of each message if the messages are to be joined with those of other buckets, else 0.
+
+        Those of several groups are not joined.
+        """
+        offer = self.plan.offer
+        traffic = offer.traffic if offer is not None and not isinstance(offer, TwoLevel) else None
         size = traffic.wire_bytes // traffic.messages if traffic is not None else 0
         return size if size < limit else 0
 

@@ -11,12 +11,14 @@ from dct_compile.schemes import (
     row_threshold,
     threshold,
     threshold_owner,
+    two_level,
 )
 from dct_compile.schemes.offer import Declined, GradientOffer, Offer, RowOffer, Scheme
 
 SCHEMES = (
     Scheme("gather", threshold.offer),
     Scheme("owner", threshold_owner.offer),
+    Scheme("two_level", two_level.offer),
     Scheme("powersgd", powersgd.offer),
     Scheme("random_k", random_k.offer),
     Scheme("row_threshold", row_threshold.offer),

@@ -50,7 +50,7 @@ class Gather(GradientOffer):
 
 def offer(exchange: Exchange, config: DCTConfig) -> Gather | Declined | None:
     """Offers to gather payloads. A module whose parameters may be unused always takes this scheme: only a rank knows what it used."""
-    wanted = ("auto", "gather", "owner") if exchange.may_be_unused else ("auto", "gather")
+    wanted = ("auto", "gather", "owner", "two_level") if exchange.may_be_unused else ("auto", "gather")
     if exchange.kind != GRADIENT or config.gradient_scheme not in wanted:
         return None
     members = divide_by_density(exchange, config)

@@ -54,7 +54,8 @@ class StateSpec:
     elements that a step sends for each parameter, where that number is fixed; the counters tell it otherwise. ``orders``: the order of the
     elements of each residual, for a scheme that works on the buffer as it is; empty where all residuals are row-major. ``waits``: whether
     an element is sent once in many steps, with all that has added up. ``densities``: of each parameter, for its optimizer; empty for
-    a scheme without. A state of other densities is the same state.
+    a scheme without. A state of other densities is the same state. ``counted``: elements of each parameter that the counters of this rank
+    speak of; empty where they are all.
     """
 
     numels: tuple[int, ...]
@@ -64,6 +65,7 @@ class StateSpec:
     orders: tuple[ElementOrder | None, ...] = ()
     waits: bool = True
     densities: tuple[float, ...] = field(default=(), compare=False)
+    counted: tuple[int, ...] = ()
 
 
 def end_to_end(numels: Sequence[int]) -> tuple[tuple[int, int], ...]:
