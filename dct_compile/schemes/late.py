@@ -40,7 +40,7 @@ class Late(GradientOffer):
         exchange, numels = offer.exchange, inner.members.numels
         assert exchange.dtype is not None
         tensor = StateTensor(LATE, (sum(numels),), torch.float32, end_to_end(numels))
-        size = sum(segment.parameter.numel for segment in offer.members.rest) * exchange.dtype.itemsize
+        size = offer.members.rest_numel * exchange.dtype.itemsize
         rest = exchange.collective.sent(size, exchange.ranks).passing_over(2 * size) if size else NOTHING
         values = {item.name: getattr(offer, item.name) for item in fields(GradientOffer)}
         changed = {

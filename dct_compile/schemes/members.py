@@ -41,10 +41,15 @@ class Members:
     def rest_names(self) -> str:
         return ", ".join(segment.parameter.name for segment in self.rest)
 
+    @property
+    def rest_numel(self) -> int:
+        """Elements of the rest."""
+        return sum(segment.parameter.numel for segment in self.rest)
+
     def rest_traffic(self, exchange: Exchange) -> Traffic:
         """Returns the work of an all_reduce of the rest alone."""
         assert exchange.dtype is not None
-        size = sum(segment.parameter.numel for segment in self.rest) * exchange.dtype.itemsize
+        size = self.rest_numel * exchange.dtype.itemsize
         return exchange.collective.sent(size, exchange.ranks).passing_over(2 * size) if self.rest else NOTHING
 
     def start_rest(self, grad: Tensor, comm: Comm, exchange: Exchange) -> Tensor | None:

@@ -50,7 +50,7 @@ class Rider:
         if not members.rest:
             return None
         assert exchange.dtype is not None
-        numel = sum(segment.parameter.numel for segment in members.rest)
+        numel = members.rest_numel
         shares = exchange.ranks if first == ALL_TO_ALL else 1
         rider = cls(numel, exchange.dtype, exchange.ranks, exchange.divisor, shares)
         more = rider.traffic(0).wire - members.rest_traffic(exchange).wire

@@ -27,76 +27,100 @@ from dct_compile.exchange import ALL_GATHER, GRADIENT, Exchange, Parameter, segm
 from dct_compile.reasons import Reason
 from dct_compile.schemes.members import Members, said_too_large
 from dct_compile.schemes.offer import Declined, GradientOffer
+from dct_compile.schemes.rest import MESSAGE_BYTES, Rider
 from dct_compile.schemes.threshold import divide_by_density, said
 from dct_compile.schemes.threshold_codec import ThresholdCodec
 from dct_compile.state.spec import StateSpec, end_to_end, residual_of
-from dct_compile.traffic import to_all
+from dct_compile.traffic import ring_twice, to_all
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoLevel(GradientOffer):
-    """An offer of the scheme "two_level". ``codec``: works on this rank's parts of the parameters, end to end."""
+    """An offer of the scheme "two_level". ``codec``: works on this rank's parts of the compressed parameters, end to end.
+
+    ``rider``: carries this rank's part of the dense rest across hosts; ``None`` where it travels beside the payload, or is empty.
+    """
 
     codec: ThresholdCodec
+    rider: Rider | None
 
     def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm) -> Tensor:
         assert isinstance(comm, HostsComm)
         inside, place = comm.inside, self.exchange.rank % comm.inside.size
-        rest = self.members.start_rest(grad, comm, self.exchange)
-        waiting = self._rows(state["residual"].split(list(self.members.numels)), inside.size)
+        waiting = _parts(state["residual"].split(list(self.members.numels)), inside.size)
         # The codec adds what waits of the own part. Another scheme may have left more, which goes to the rank whose part it is of.
         others = torch.cat([waiting[:place], torch.zeros_like(waiting[place : place + 1]), waiting[place + 1 :]])
-        rows = self._rows(self.members.split(grad), inside.size) + others
+        rows = _parts(self.members.split(grad), inside.size) + others
+        if self.members.rest:
+            rows = torch.cat([rows, _parts([self.members.rest_of(grad)], inside.size)], 1)
         total = inside.wait(inside.reduce_scatter(rows)).view(-1)
         own = waiting[place].clone()
-        payload = self.codec.encode(total, {**state, "residual": own}, sends=ALL_GATHER)
-        gathered = comm.across.wait(comm.across.all_gather(payload))
-        mean = self.codec.decode_sum(gathered, None, total, self.exchange.divisor).to(grad.dtype)
-        left = F.pad(own, (place * own.numel(), (inside.size - 1 - place) * own.numel()))
-        torch.ops.dct.store(state["residual"], torch.cat(self._whole(left)))
-        means = self._whole(inside.wait(inside.all_gather(mean)))
-        return self.members.join(means, self.members.end_rest(rest, comm))
+        mean = self._across(total[: own.numel()], total[own.numel() :], {**state, "residual": own}, comm.across)
+        left = F.pad(own, (place * own.numel(), (inside.size - 1 - place) * own.numel())).view(inside.size, -1)
+        torch.ops.dct.store(state["residual"], torch.cat(_whole(left, self.members.numels)))
+        means = inside.wait(inside.all_gather(mean.to(grad.dtype))).view(inside.size, -1)
+        *compressed, rest = _whole(means, (*self.members.numels, self.members.rest_numel))
+        return self.members.join(compressed, rest if self.members.rest else None)
 
-    @staticmethod
-    def _rows(parts: Sequence[Tensor], ranks: int) -> Tensor:
-        """Cuts each parameter [numel] into a part for each rank of a host, padded with zeros: [ranks, ...], end to end."""
-        return torch.cat([F.pad(part, (0, -part.numel() % ranks)).view(ranks, -1) for part in parts], 1)
+    def _across(self, total: Tensor, rest: Tensor, state: Mapping[str, Tensor], across: Comm) -> Tensor:
+        """Averages this rank's part of the sum, and that of the rest, which follows it in the result, over the hosts."""
+        divisor, payload = self.exchange.divisor, self.codec.encode(total, state, sends=ALL_GATHER)
+        if self.rider is not None:
+            payloads, rests = self.rider.detach(across.wait(across.all_gather(self.rider.attach(payload, rest))))
+            return torch.cat([self.codec.decode_sum(payloads, None, total, divisor), self.rider.mean(rests)])
+        beside = across.all_reduce(rest) if self.members.rest else None
+        mean = self.codec.decode_sum(across.wait(across.all_gather(payload)), None, total, divisor)
+        return mean if beside is None else torch.cat([mean, across.wait(beside) / divisor])
 
-    def _whole(self, rows: Tensor) -> list[Tensor]:
-        """Returns the parameters that the parts of all ranks of a host make up. ``rows``: the parts, rank by rank, end to end."""
-        sizes = [numel for _, numel in self.codec.layout.segments]
-        columns = rows.view(-1, sum(sizes)).split(sizes, 1)
-        return [column.reshape(-1)[:numel] for column, numel in zip(columns, self.members.numels, strict=True)]
+
+def _parts(tensors: Sequence[Tensor], ranks: int) -> Tensor:
+    """Cuts each tensor [numel] into a part for each rank, the last ones padded with zeros: [ranks, ...], end to end."""
+    return torch.cat([F.pad(tensor, (0, -tensor.numel() % ranks)).view(ranks, -1) for tensor in tensors], 1)
+
+
+def _whole(parts: Tensor, numels: Sequence[int]) -> list[Tensor]:
+    """Returns the tensors of ``numels`` elements that :func:`_parts` has cut."""
+    columns = parts.split([-(-numel // len(parts)) for numel in numels], 1)
+    return [column.reshape(-1)[:numel] for column, numel in zip(columns, numels, strict=True)]
 
 
 def offer(exchange: Exchange, config: DCTConfig) -> TwoLevel | Declined | None:
     """Offers to add up inside hosts, and to gather payloads across them."""
     if exchange.kind != GRADIENT or exchange.may_be_unused or config.gradient_scheme not in ("auto", "two_level"):
         return None
-    hosts = exchange.ranks // exchange.per_host
-    if exchange.per_host == 1 or hosts == 1:
+    ranks, hosts = exchange.per_host, exchange.ranks // exchange.per_host
+    if ranks == 1 or hosts == 1:
         return Declined(Reason.NO_HOSTS) if config.gradient_scheme == "two_level" else None
     members = divide_by_density(exchange, config)
     if isinstance(members, str):
         return Declined(members)
-    counted = tuple(-(-numel // exchange.per_host) for numel in members.numels)
+    counted = tuple(-(-numel // ranks) for numel in members.numels)
     named = zip(members.compressed, counted, strict=True)
     parts = segments_of([Parameter(segment.parameter.position, segment.parameter.name, (numel,)) for segment, numel in named])
     codec = ThresholdCodec.of(exchange, Members(sum(counted), parts, ()), 1, config)
     _, threshold, counters = codec.state()
-    residual = residual_of(end_to_end(members.numels))
-    whole = 4 * sum(members.numels)
-    # Inside a host a message passes through memory. The gradient goes to the sum, and the mean comes back.
-    memory = codec.memory_bytes(exchange, payloads=hosts) + 4 * whole + 4 * whole * (exchange.per_host - 1) // exchange.per_host
-    traffic = to_all(codec.layout.payload_bytes, hosts).passing_over(memory) + members.rest_traffic(exchange)
+    payload_bytes, rest_numel = codec.layout.payload_bytes, -(-members.rest_numel // ranks)
+    rides = 0 < 4 * rest_numel <= max(payload_bytes, MESSAGE_BYTES)
+    rider = Rider(rest_numel, torch.float32, hosts, exchange.divisor, 1) if rides else None
+    # Inside a host a message passes through memory: a sum of the whole, and the mean that comes back.
+    inside = 4 * sum((*members.numels, members.rest_numel)) * (2 + 2 * (ranks - 1)) // ranks
+    traffic = to_all(payload_bytes, hosts).passing_over(codec.memory_bytes(exchange, payloads=hosts) + inside)
+    if members.rest:
+        traffic = traffic + (rider.traffic(payload_bytes) if rider is not None else ring_twice(4 * rest_numel, hosts))
     return TwoLevel(
         exchange=exchange,
         scheme="two_level",
-        reason=Reason.TWO_LEVEL.format(reason=said("two_level", members, config), ranks=exchange.per_host),
+        reason=Reason.TWO_LEVEL.format(reason=said("two_level", members, config), ranks=ranks),
         too_large=said_too_large("two_level", exchange, traffic),
         traffic=traffic,
-        digest=f"{codec.digest}, {exchange.per_host} ranks of a host",
+        digest=f"{codec.digest}, {ranks} ranks of a host",
         members=members,
-        state=StateSpec(members.numels, (residual, threshold, counters), densities=members.densities(config), counted=counted),
+        state=StateSpec(
+            members.numels,
+            (residual_of(end_to_end(members.numels)), threshold, counters),
+            densities=members.densities(config),
+            counted=counted,
+        ),
         codec=codec,
+        rider=rider,
     )
