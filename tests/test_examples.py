@@ -6,6 +6,7 @@ from benchmarks.dense_options import EXAMPLES
 from tests.rank_pool import Ranks
 from tests.ranks_examples import compare
 from tests.test_examples_shards import RATIOS as SHARDED
+from tests.test_examples_trainers import PACKAGES
 
 pytestmark = pytest.mark.distributed
 
@@ -26,5 +27,5 @@ def test_example_learns_and_sends_little(ranks2: Ranks, name: str) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    elsewhere = {"torchrec_dlrm", "dlrm_all_to_all"}  # tests/test_examples_recommenders.py
+    elsewhere = {"torchrec_dlrm", "dlrm_all_to_all", *PACKAGES}  # tests/test_examples_recommenders.py
     assert {path.stem for path in EXAMPLES.glob("*.py")} - {"language"} - elsewhere == {*RATIOS, *SHARDED}

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -194,3 +195,30 @@ def test_the_report_says_of_each_gradient_how_its_parameters_are_stepped(ranks2:
         assert found[:3] == [[{"not stepped yet"}] * 2, [{"bypass"}] * 2, [{"unknown optimizer RMSprop"}] * 2]
         assert found[3] <= 120
         assert found[4]
+
+
+def gradients_of(setting: Setting, call: Callable[[Tensor], Tensor], optimizer: Optimizer, step: int) -> float:
+    optimizer.zero_grad()
+    loss = loss_of(call(setting.batch(step)))
+    loss.backward()
+    return loss.item()
+
+
+def by_closure(rank: int, world_size: int, wrapping: str) -> tuple[bool, list[str]]:
+    """Trains with gradients that closures make, from the first step on. Returns whether it is the training without, and the notes."""
+    found = []
+    for closes in (True, False):
+        setting, net = setting_and_net(rank, wrapping, FEW)
+        optimizer, call = adamw(net.parameters()), setting.wrap(net).call
+        for step in range(STEPS):
+            closure = partial(gradients_of, setting, call, optimizer, step)
+            if not closes:
+                closure()
+            optimizer.step(closure if closes else None)  # type: ignore[arg-type]
+        found.append([parameter.detach().clone() for parameter in net.parameters()])
+    return all(map(torch.equal, *found)), [note for note in dct_compile.report().notes if "not known" in note]
+
+
+@pytest.mark.parametrize("wrapping", WAYS)
+def test_the_first_gradients_may_come_from_a_closure(ranks2: Ranks, wrapping: str) -> None:
+    assert ranks2(by_closure, wrapping) == [(True, [])] * 2
