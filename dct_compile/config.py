@@ -3,14 +3,15 @@
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
-
-import torch
-from torch.distributed import ProcessGroup
+from typing import TYPE_CHECKING, Any
 
 from dct_compile import option_checks as checks
 from dct_compile.link import Link
 from dct_compile.warmup import Schedule
+
+if TYPE_CHECKING:  # the command line reads the options without torch, whose import takes seconds
+    import torch
+    from torch.distributed import ProcessGroup
 
 MP_VALUE_DTYPES = ("float32", "bfloat16", "float16")
 SECOND_MOMENTS = ("auto", "gaps", "plain")
@@ -119,7 +120,7 @@ class DCTConfig:
     """The codec of the all_gather of parameter shards (FSDP): "int8" or "int4" blocks, rounded stochastically; "bfloat16"; "dense"."""
     sharded_gradients: str = "int8"
     """The codec of the reduce_scatter of their gradients: "int8" blocks, rounded stochastically; "dense"."""
-    data_parallel: bool | ProcessGroup = field(default=False, metadata={"allowed": "True, False or a ProcessGroup"})
+    data_parallel: "bool | ProcessGroup" = field(default=False, metadata={"allowed": "True, False or a ProcessGroup"})
     """Without DDP: average gradients over all ranks (True) or over a process group. Parameters are made equal before the first forward
     that runs with gradients enabled, which all ranks must run. Shards of a parameter are left alone.
     """
@@ -163,8 +164,7 @@ class DCTConfig:
         checks.check_choice("embedding_codec", self.embedding_codec, EMBEDDING_CODECS)
         checks.check_choice("parameter_codec", self.parameter_codec, PARAMETER_CODECS)
         checks.check_choice("sharded_gradients", self.sharded_gradients, SHARDED_GRADIENTS)
-        if not isinstance(self.data_parallel, bool | ProcessGroup):
-            raise checks.error("data_parallel", self.data_parallel, "True, False or a torch.distributed.ProcessGroup")
+        checks.check_ranks("data_parallel", self.data_parallel)
         checks.check_bool("audit", self.audit)
         checks.check_bool("inline_kernels", self.inline_kernels)
 
@@ -205,11 +205,11 @@ class DCTConfig:
         return 0.0 if isinstance(self.threshold, str) else float(self.threshold)
 
     @property
-    def dp_dtype(self) -> torch.dtype:
+    def dp_dtype(self) -> "torch.dtype":
         return _torch_dtype(self.dp_value_dtype)
 
     @property
-    def mp_dtype(self) -> torch.dtype:
+    def mp_dtype(self) -> "torch.dtype":
         return _torch_dtype(self.mp_value_dtype)
 
     def check_single_average(self) -> None:
@@ -239,7 +239,9 @@ class DCTConfig:
         return values
 
 
-def _torch_dtype(name: str) -> torch.dtype:
+def _torch_dtype(name: str) -> "torch.dtype":
+    import torch
+
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

@@ -5,14 +5,12 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
-import torch
-
 from dct_compile.link import ALLOWED, Link, parse
 from dct_compile.warmup import Schedule, explicit
 
-LARGEST_NUMBER = torch.finfo(torch.float32).max
-LARGEST_INTEGER = torch.iinfo(torch.int64).max
-"""The largest that the operators take."""
+LARGEST_NUMBER = (2.0 - 2.0**-23) * 2.0**127
+LARGEST_INTEGER = 2**63 - 1
+"""The largest float32 and int64, which the operators take. Written out, so that options can be checked without torch."""
 _WARMUPS = "an integer >= 0, or a mapping {first step: density} from step 0 on, whose densities in (0, 1] fall down to dp_density"
 
 
@@ -46,6 +44,16 @@ def check_bool(name: str, value: object) -> None:
     """Raises ``ValueError`` for what is neither True nor False."""
     if not isinstance(value, bool):
         raise error(name, value, "True or False")
+
+
+def check_ranks(name: str, value: object) -> None:
+    """Raises ``ValueError`` for what is neither True, False nor a process group."""
+    if isinstance(value, bool):
+        return
+    from torch.distributed import ProcessGroup
+
+    if not isinstance(value, ProcessGroup):
+        raise error(name, value, "True, False or a torch.distributed.ProcessGroup")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:

@@ -10,7 +10,7 @@ import click
 from dct_compile.cli.asked import OPTIONS, check_arguments, read, said
 from dct_compile.cli.extras import require
 from dct_compile.cli.link import ranks_of_launcher
-from dct_compile.cli.settings import parse_value
+from dct_compile.cli.parsing import parse_value
 from dct_compile.link import Link, parse
 
 _DEFAULT_LINK = "1Gbit/s"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dct_compile.cli.settings import parse_options
+from dct_compile.cli.parsing import parse_options
 from dct_compile.options import default_options
 
 if TYPE_CHECKING:

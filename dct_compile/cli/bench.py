@@ -1,4 +1,4 @@
-"""``dct bench``: what the kernels cost on this machine."""
+"""``dct bench kernels``: what the kernels cost on this machine."""
 
 import re
 from pathlib import Path
@@ -35,12 +35,7 @@ class _PowerOfTwo(click.ParamType[int]):
         return numel
 
 
-@click.group()
-def bench() -> None:
-    """Measure what compression costs on this machine."""
-
-
-@bench.command()
+@click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
 @click.option("--size", "sizes", type=_PowerOfTwo(), multiple=True, help="Elements; repeatable. Default: 2^16, 2^18, ... 2^28.")
 @click.option(

@@ -1,23 +1,36 @@
 """Entry point of the command ``dct``."""
 
-import click
+from dct_compile.cli.lazy import LazyGroup
 
-from dct_compile.cli.accuracy import accuracy
-from dct_compile.cli.advise import advise
-from dct_compile.cli.bench import bench
-from dct_compile.cli.inspect import inspect
-from dct_compile.cli.link import link
-from dct_compile.cli.train import train
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-def main() -> None:
-    """Dynamic Communication Thresholding for torch.compile."""
-
-
-main.add_command(advise)
-bench.add_command(accuracy)
+main = LazyGroup(
+    "dct",
+    {
+        "advise": (
+            "dct_compile.cli.advise",
+            "Predict the step time of a model dense, with torch's fp16 hook and with DCT, and say which options to set.",
+        ),
+        "inspect": ("dct_compile.cli.inspect", "Show every collective of a model, forward and backward, and what would become of it."),
+        "link": (
+            "dct_compile.cli.link",
+            "Measure the link between the ranks that this command is started on, and print the option that says it.",
+        ),
+        "train": (
+            "dct_compile.cli.train",
+            "Train a model dense and with DCT, on a mesh of data-parallel x model-parallel processes of this machine (gloo), and compare.",
+        ),
+    },
+    help="Dynamic Communication Thresholding for torch.compile.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+bench = LazyGroup(
+    "bench",
+    {
+        "accuracy": ("dct_compile.cli.accuracy", "Train models whose activations are compressed where parallelisms would send them."),
+        "kernels": (
+            "dct_compile.cli.bench",
+            "Time every op of torch.ops.dct beside a copy, torch.add and the same work in ordinary PyTorch ops.",
+        ),
+    },
+    help="Measure what compression costs on this machine.",
+)
 main.add_command(bench)
-main.add_command(inspect)
-main.add_command(link)
-main.add_command(train)
