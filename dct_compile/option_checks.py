@@ -1,6 +1,7 @@
 """Checks of the values of options: each returns what is kept of a value, or says which values are right."""
 
 import difflib
+import sys
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -14,9 +15,20 @@ LARGEST_INTEGER = 2**63 - 1
 _WARMUPS = "an integer >= 0, or a mapping {first step: density} from step 0 on, whose densities in (0, 1] fall down to dp_density"
 
 
-def error(name: str, value: object, allowed: str) -> ValueError:
+class OptionError(ValueError):
+    """An option has a wrong value. ``allowed``: the values that are right, in words."""
+
+    def __init__(self, message: str, allowed: str) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OptionError, (*self.args, self.allowed)
+
+
+def error(name: str, value: object, allowed: str) -> OptionError:
     """Returns the error of an option ``name`` whose ``value`` is wrong. ``allowed``: the values that are right."""
-    return ValueError(f"option {name!r} is {value!r} ({type(value).__name__}); allowed is {allowed}")
+    return OptionError(f"option {name!r} is {value!r} ({type(value).__name__}); allowed is {allowed}", allowed)
 
 
 def number(name: str, value: object, low: float, allowed: str) -> float:
@@ -48,11 +60,8 @@ def check_bool(name: str, value: object) -> None:
 
 def check_ranks(name: str, value: object) -> None:
     """Raises ``ValueError`` for what is neither True, False nor a process group."""
-    if isinstance(value, bool):
-        return
-    from torch.distributed import ProcessGroup
-
-    if not isinstance(value, ProcessGroup):
+    distributed = sys.modules.get("torch.distributed")  # there is no group without it
+    if not isinstance(value, bool) and (distributed is None or not isinstance(value, distributed.ProcessGroup)):
         raise error(name, value, "True, False or a torch.distributed.ProcessGroup")
 
 

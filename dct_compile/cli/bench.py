@@ -131,16 +131,18 @@ def _run(settings: Settings, target: Path, memory: str) -> None:
 
 
 def _measure(settings: Settings, stopwatch: Stopwatch, file: CsvFile) -> list[Measurement]:
-    from tqdm import tqdm
+    # Late: tqdm may be missing.
+    from dct_compile.cli.progress import Progress
 
     runner = Bench(stopwatch, settings.seconds, settings.inductor)
-    measurements = []
-    with tqdm(plan(settings), disable=None) as bar:
-        for case, problem in bar:
-            bar.set_description(f"{case.title(problem)}, {problem.numel} elements")
+    measurements, cases = [], plan(settings)
+    with Progress(len(cases), "measuring") as progress:
+        for case, problem in cases:
+            progress.retitle(f"{case.title(problem)}, {problem.numel} elements")
             try:
                 measurements.append(runner.measure(case, problem))
             except MismatchError as error:
                 raise click.ClickException(str(error)) from error
             file.add(measurements[-1])
+            progress.step()
     return measurements
