@@ -35,6 +35,10 @@ main = LazyGroup(
             "dct_compile.cli.train",
             "Train a model dense and with DCT, on a mesh of data-parallel x model-parallel processes of this machine (gloo), and compare.",
         ),
+        "tune": (
+            "dct_compile.cli.tune",
+            "Search for the options with the fewest seconds per step at a loss close to that of dense training.",
+        ),
     },
     help="Dynamic Communication Thresholding for torch.compile.",
     params=[

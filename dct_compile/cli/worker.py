@@ -68,7 +68,7 @@ def _train_backend(backend: str, settings: Settings, task: Task, mesh: Mesh) -> 
     model = task.build(mesh)
     # Activations of a model-parallel model are not known from its parameters.
     computed = computed_bytes(backend, model, mesh.dp) if mesh.mp == 1 else []
-    trainer = _Trainer(backend, settings, task, mesh, model, compile_with(backend, model, mesh, settings.options))
+    trainer = Trainer(backend, settings, task, mesh, model, compile_with(backend, model, mesh, settings.options))
     runs = [trainer.run(seed) for seed in range(settings.seeds)]
     notes = list(RUNTIME.reports.snapshot().notes) if backend == "dct" else []
     return BackendResult(backend, runs, trainer.all_sites(), notes, computed)
@@ -80,7 +80,9 @@ def _postfix(loss: Tensor, numbers: dict[str, float]) -> dict[str, str]:
     return {"loss": f"{loss.item():.4f}", **{name: formats[name].format(number) for name, number in numbers.items()}}
 
 
-class _Trainer:
+class Trainer:
+    """Trains one model with one method, once for each seed."""
+
     def __init__(self, backend: str, settings: Settings, task: Task, mesh: Mesh, model: nn.Module, compiled: Compiled) -> None:
         self.backend, self.settings, self.task, self.mesh, self.model, self.compiled = backend, settings, task, mesh, model, compiled
 
