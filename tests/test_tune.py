@@ -176,6 +176,7 @@ def test_an_interrupted_trial_does_not_count(tmp_path: Path) -> None:
     found = OptunaStudy(tmp_path / "study.db", "a", 0).search(
         space, lambda options, name: run({**options, "dp_value_dtype": "bfloat16"}, name), goal(), 2, lambda *_: None
     )
+    assert found[0].options == {"dp_density": 0.01}, "it is made again"
     assert len(found) == 2
 
 

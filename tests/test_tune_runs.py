@@ -62,19 +62,8 @@ def invoke(*arguments: object) -> Result:
 
 
 def study(folder: Path, trials: int) -> Result:
-    return invoke(
-        f"{folder}/users.py:train",
-        "--link",
-        "10Mbit/s",
-        "--within",
-        "1.0",
-        "--trials",
-        trials,
-        "--out",
-        folder / "tune",
-        "--options",
-        "rank=2",
-    )
+    own = ("--options", "rank=2", "--link", "10Mbit/s", "--within", "1.0")
+    return invoke(f"{folder}/users.py:train", *own, "--trials", trials, "--out", folder / "tune")
 
 
 @pytest.fixture(scope="module")

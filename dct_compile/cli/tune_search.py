@@ -67,6 +67,7 @@ class OptunaStudy:
         self.study.sampler = optuna.samplers.TPESampler(seed=seed + len(self.study.trials))
         for trial in self.study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # of a run that was interrupted
             self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            self.study.enqueue_trial(trial.params)
 
     def dense(self, run: Callable[[], Measured]) -> Measured:
         """Returns the numbers of the dense training, which is run once per study."""
