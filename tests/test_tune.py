@@ -60,6 +60,7 @@ def goal() -> Goal:
         (["nowhere.py:train"], "there is no file 'nowhere.py'"),
         (["net.py:train", "--steps", "3"], "--steps is for models of this project: a function of yours has its own"),
         (["dlrm", "--ranks", "3"], "dlrm has 2 model-parallel ranks: it needs --ranks 4"),
+        (["gpt", "--ranks", "3"], "a batch of 16 cannot be shared equally by 3 x 1 ranks"),
         (["net.py:train", "--ranks", "1"], "1 is not in the range x>=2"),
         (["net.py:train", "--link", "fast"], "--link 'fast' is neither a rate such as 1Gbit/s or 100Mbit/s nor none"),
         (["net.py:train", "--options", "link=auto"], "the link is said by --link, not by option link"),

@@ -16,8 +16,8 @@ from torch._C._distributed_c10d import TCPStore
 
 from dct_compile.cli.methods import compile_with
 from dct_compile.cli.ranks import run_ranks
-from dct_compile.cli.settings import Settings, optimization_of
-from dct_compile.cli.targets import MODELS, TargetError, function_in, place_of
+from dct_compile.cli.settings import Settings
+from dct_compile.cli.targets import MODELS, function_in, place_of
 from dct_compile.cli.worker import Trainer
 from dct_compile.models.parallel import make_mesh
 from dct_compile.models.tasks import TASKS
@@ -50,6 +50,31 @@ class Trainable:
         mp = TASKS[self.target].recipe.mp or 1
         if self.ranks % mp or self.ranks == mp:
             raise ValueError(f"{self.target} has {mp} model-parallel ranks: it needs --ranks {2 * mp} or another larger multiple")
+        self.settings({}).check()
+
+    def settings(self, options: dict[str, Any]) -> Settings:
+        """Returns what ``dct train`` would be told for one training of a model of this project, by its recipe."""
+        recipe = TASKS[self.target].recipe
+        steps, mp = self.steps or recipe.steps, recipe.mp or 1
+        return Settings(
+            model=self.target,
+            dataset=recipe.datasets[0],
+            criteo_path=None,
+            fashion_mnist_path=None,
+            max_samples=None,
+            dp=self.ranks // mp,
+            mp=mp,
+            backends=("dct",),
+            options=options,
+            seeds=1,
+            epochs=None if steps is not None else recipe.epochs,
+            steps=steps,
+            batch_size=recipe.batch_size,
+            optimization=recipe.optimization,
+            rates={},
+            check_every=100,
+            out=Path(),
+        )
 
     def run(self, options: Mapping[str, Any], folder: Path) -> Measured:
         """Trains once. The output of each rank goes to a file in ``folder``. Raises :class:`TrialError`."""
@@ -92,22 +117,16 @@ def _function(trainable: Trainable) -> Callable[[dict[str, Any]], object]:
 
 
 def _train(trainable: Trainable, options: dict[str, Any]) -> None:
-    """Trains a model of this project, by its recipe and with its first seed, and reports the first number of its test: a loss."""
-    recipe, mp = TASKS[trainable.target].recipe, TASKS[trainable.target].recipe.mp or 1
-    steps = trainable.steps or recipe.steps
-    settings = Settings(
-        **dict.fromkeys(("criteo_path", "fashion_mnist_path", "max_samples")),  # type: ignore[arg-type]
-        **{"model": trainable.target, "dataset": recipe.datasets[0], "dp": trainable.ranks // mp, "mp": mp, "backends": ("dct",)},
-        **{"options": options, "seeds": 1, "epochs": None if steps else recipe.epochs, "steps": steps, "batch_size": recipe.batch_size},
-        **{"optimization": optimization_of(trainable.target, *[None] * 5), "rates": {}, "check_every": 100, "out": Path()},
-    )
+    """Trains a model of this project, by its recipe and with its first seed, and reports the loss of its test."""
+    settings = trainable.settings(options)
     torch.set_num_threads(1)
     shorten_names()
     dist.init_process_group("gloo")
-    mesh, task = make_mesh(settings.dp, mp), settings.task()
+    mesh, task = make_mesh(settings.dp, settings.mp), settings.task()
     model = task.build(mesh)
     run = Trainer("dct", settings, task, mesh, model, compile_with("dct", model, mesh, options)).run(0)
-    report(run.metrics[task.metrics[0].name], statistics.median(run.seconds))
+    loss = next(metric.name for metric in task.metrics if not metric.higher_is_better)
+    report(run.metrics[loss], statistics.median(run.seconds))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -116,6 +135,6 @@ def checked(trainable: Trainable) -> Trainable:
     """Returns ``trainable``. Raises ``click.UsageError`` for what would fail in every trial."""
     try:
         trainable.check()
-    except (ValueError, TargetError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
     return trainable
