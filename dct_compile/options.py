@@ -65,7 +65,8 @@ def described() -> tuple[Option, ...]:
 
     Default and meaning are those of the field and of the text below it. The allowed values are those that the check of a wrong value names.
     """
-    (body,) = (node.body for node in ast.parse(inspect.getsource(config)).body if getattr(node, "name", "") == DCTConfig.__name__)
+    classes = [node for node in ast.parse(inspect.getsource(config)).body if isinstance(node, ast.ClassDef)]
+    body = next(node.body for node in classes if node.name == DCTConfig.__name__)
     meanings = {
         field.target.id: " ".join(text.value.value.split())
         for field, text in pairwise(body)

@@ -1,6 +1,7 @@
 """The search of ``dct tune``: by Optuna, whose study is kept in a file, or by Ray Tune."""
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -107,6 +108,7 @@ class OptunaStudy:
 
 def search_with_ray(folder: Path, space: Space, run: Run, goal: Goal, trials: int, tell: Tell) -> list[Tried]:
     """Tries ``trials`` options at random, one after the other, by Ray Tune, and returns those that have ended well."""
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # the target and the folder may be relative paths
     from ray import tune
 
     def trainable(config: dict[str, Any]) -> None:
