@@ -21,7 +21,8 @@ import sys, click
 from dct_compile.cli.ranks import run_ranks
 from tests.test_cli_ranks import wait
 if __name__ == "__main__":
-    click.command()(lambda: run_ranks(wait, (sys.argv.pop(),), 2))()
+    folder = sys.argv.pop()
+    click.command()(lambda: run_ranks(wait, (folder,), 2))()
 """
 
 
@@ -70,7 +71,7 @@ def stopped_by(number: signal.Signals, folder: Path, is_group: bool) -> tuple[in
 def test_ctrl_c_ends_all_ranks_without_a_word_of_theirs(tmp_path: Path, is_group: bool) -> None:
     status, output, seconds = stopped_by(signal.SIGINT, tmp_path, is_group)
     assert (status, output.strip()) == (1, "Aborted!")
-    assert seconds < 2
+    assert seconds < 30, "a rank would sleep for minutes"
 
 
 def test_ranks_of_a_killed_command_end(tmp_path: Path) -> None:
