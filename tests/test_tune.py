@@ -1,6 +1,8 @@
 """``dct tune``: what it refuses, how a study goes on, and what is best."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dct_compile import tuning
-from dct_compile.cli import extras
+from dct_compile.cli import extras, tune_trial
 from dct_compile.cli.main import main
 from dct_compile.cli.tune import step_seconds
 from dct_compile.cli.tune_plots import draw
 from dct_compile.cli.tune_search import Goal, OptunaStudy, Tried, front
 from dct_compile.cli.tune_space import DENSE, Choice, Range, Space, defaults, parse_space, space_for
-from dct_compile.cli.tune_trial import TrialError
+from dct_compile.cli.tune_trial import Trainable, TrialError
 from dct_compile.config import DCTConfig
 from dct_compile.inspection import explain, fake_ranks
 from dct_compile.link import Link
@@ -179,6 +181,28 @@ def test_an_interrupted_trial_does_not_count(tmp_path: Path) -> None:
     )
     assert found[0].options == {"dp_density": 0.01}, "it is made again"
     assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("reported", "message"),
+    [
+        (None, "rank 0 has ended without a call of dct_compile.tuning.report"),
+        (Measured(float("nan"), 1.0, 0, 0, ()), "the loss is nan"),
+        (Measured(float("inf"), 1.0, 0, 0, ()), "the loss is inf"),
+    ],
+)
+def test_a_training_without_numbers_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reported: Measured | None, message: str
+) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(asdict(DENSE_RUN)))  # of an earlier run
+
+    def ranks(*_: Any) -> None:
+        if reported is not None:
+            (tmp_path / "result.json").write_text(json.dumps(asdict(reported)))
+
+    monkeypatch.setattr(tune_trial, "run_ranks", ranks)
+    with pytest.raises(TrialError, match=message):
+        Trainable("gpt", 2, None, None).run({}, tmp_path)
 
 
 def test_other_studies_share_the_file(tmp_path: Path) -> None:
