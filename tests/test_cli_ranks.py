@@ -27,7 +27,8 @@ if __name__ == "__main__":
 
 
 def wait(rank: int, folder: str) -> None:
-    """Says that it runs, and goes on for longer than any test."""
+    """Says that it runs, and goes on for longer than any test. Ctrl-C must not reach it: its imports would end with a traceback."""
+    assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     Path(folder, f"{rank}-{os.getpid()}").touch()
     time.sleep(300)
 

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from typing import Any
 
 import click
@@ -25,6 +26,7 @@ def run_ranks(work: Callable[..., None], arguments: tuple[Any, ...], count: int,
     Raises:
         click.ClickException: A rank has failed, or took too long. All of them have ended.
     """
+    resource_tracker.ensure_running()  # whose start unblocks the signal
     # Processes inherit what is blocked. A Ctrl-C that comes meanwhile is not lost: it waits here.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
