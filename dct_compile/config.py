@@ -2,15 +2,16 @@
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
-
-import torch
-from torch.distributed import ProcessGroup
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from dct_compile import option_checks as checks
 from dct_compile.link import Link
 from dct_compile.warmup import Schedule
+
+if TYPE_CHECKING:  # the command line reads the options without torch, whose import takes seconds
+    import torch
+    from torch.distributed import ProcessGroup
 
 MP_VALUE_DTYPES = ("float32", "bfloat16", "float16")
 SECOND_MOMENTS = ("auto", "gaps", "plain")
@@ -36,102 +37,106 @@ class DCTConfig:
     """The options: which tensors are compressed, and by how much.
 
     Densities are fractions KEPT (the paper's eta is the fraction dropped) [Gupta21]. Numbers of other libraries, such as
-    numpy.float32(0.1), are kept as Python's.
+    numpy.float32(0.1), are kept as Python's. The text below a field is its meaning in Markdown, as ``dct options`` prints it.
 
     Raises:
         ValueError: A field has a wrong type or is out of range. The message has the field, its value and the allowed ones.
     """
 
     dp_density: float = 0.01
-    """Fraction of a parameter's gradient that is sent per step, in (0, 1]; 1 leaves gradients dense."""
+    """Fraction of a gradient that is sent per step."""
     start_iter: int = 0
-    """Gradients are averaged dense for this many exchanges of a parameter, before they are compressed."""
+    """Gradients are averaged dense for the first so many exchanges of a parameter."""
     density_warmup: int | Mapping[int, float] | Schedule = 0
-    """Exchanges after ``start_iter`` in which the density goes down to ``dp_density``, from 0.25 by factors of 4; or a schedule of its own,
-    {first exchange: density}, counted from ``start_iter`` on. Until then every step chooses its thresholds. Under AdamW it did harm where
-    ``start_iter`` did none (docs/accuracy.md).
+    """Exchanges after `start_iter` in which the density goes down to `dp_density`, from 0.25 by factors of 4; or a schedule of its own,
+    such as `{0: 0.25, 500: 0.05, 2000: 0.01}`. Under AdamW it did harm, and `start_iter` none ([measured](docs/accuracy.md)).
     """
     parameter_densities: tuple[tuple[str, float], ...] = ()
-    """Densities of parameters by patterns (``fnmatch``) of their names, given as a mapping. The first pattern that matches counts, before
-    ``dp_density``.
+    """`{pattern of parameter names: density}`: densities of their own; the first pattern that matches counts; 1 leaves a parameter
+    dense.
     """
     activation_codec: str | tuple[tuple[str, str], ...] = "auto"
-    """The codec of activations: "threshold" sends the largest entries of each row, "int8" and "int4" send rows rounded stochastically;
-    "bfloat16"; "dense". "auto" takes "threshold" behind a ReLU, "bfloat16" for what ``mp_outputs`` allows, "int8" for all others. Or a
-    mapping of patterns, as those of ``exempt``, to codecs: the first that matches counts, for embeddings, too.
+    """How activations travel: `"threshold"` sends the largest entries of each row, `"int8"` and `"int4"` rows with stochastic rounding,
+    `"bfloat16"`, `"dense"`; `"auto"` takes the threshold behind a ReLU and int8 elsewhere ([measured](docs/accuracy.md#activations)). Or
+    `{pattern: codec}`, with patterns as those of `exempt`.
     """
     mp_density: float = 0.05
-    """Fraction of a row that "threshold" sends, in (0, 1]; with 1, and "auto", activations stay dense."""
+    """Fraction of a row that the threshold sends; with 1, and `activation_codec="auto"`, activations stay dense."""
     threshold: str | float = "exact"
-    """The choice of a threshold: "exact" k-th largest magnitude, "sampled" (gradients only), "laplace" fit, or a fixed absolute value."""
+    """`"exact"`, `"sampled"` (3 to 8 % of a large gradient), `"laplace"`, or a float: a fixed absolute threshold."""
     refresh_interval: int = 1000
-    """Steps between two choices of a gradient's threshold (the paper's threshold life-span L)."""
+    """Steps between two choices of a gradient's threshold."""
     refresh_warmup: str = "geometric"
-    """The schedule: "geometric" refreshes often at first, ever less often up to ``refresh_interval``; "off" is the paper's."""
+    """Refresh often at first; `"off"` is the paper's plain schedule."""
     hold_density: bool = True
-    """Between two choices, let a gradient's threshold follow what each step has kept, so that ``dp_density`` is held."""
+    """Between two choices, let the threshold follow what each step has kept."""
     error_feedback: bool = True
-    """Keep what was not sent and add it to the next gradient."""
+    """Keep what was not sent."""
     arrival: str = "now"
-    """The step that a mean of gradients joins under DDP: "now", its own, or "late", the next one, beside which the exchange runs."""
-    undo_discarded: bool = True
-    """Take out of the residual what a discarded gradient (``zero_grad`` without a step) has left there. Takes memory for a second residual,
-    and a copy of it per step.
+    """The gradients that a step under DDP applies: `"now"`, its own; `"late"`, those of the step before, whose exchange runs beside it, so
+    that a step takes as long as the longer of both. It costs accuracy where the learning rate is high: measure it.
+    `dct_compile.drain(model)` hands back what is under way ([docs/design.md](docs/design.md#gradients)).
     """
+    undo_discarded: bool = True
+    """Take out of the residual what a discarded gradient left there; takes memory for a second residual."""
     first_moment: str = "auto"
-    """The first moment of Adam and its kin, and the momentum of SGD, for gradients that arrive a few elements at a time: "bypass" leaves it
-    out, because what arrives has added up over many steps; "keep" steps as ever; "auto" is "bypass" where the optimizer is known.
+    """`"bypass"`: Adam and SGD step compressed parameters without first moment or momentum, because what arrives has added up already;
+    `"keep"`; `"auto"` bypasses up to a density of 0.1.
     """
     second_moment: str = "auto"
-    """The second moment of Adam and its kin, where the first one is bypassed: "gaps" spreads the square of what arrives over the steps that
-    it has waited, and takes memory to know them; "plain" does not; "auto" does so where an element waits longer than beta2 looks back.
+    """`"gaps"`: Adam's second moment spreads the square of what arrives over the steps that it has waited; `"plain"`; `"auto"` does so
+    where they are more than `1 / (1 - beta2)`.
     """
     dp_value_dtype: str = "bfloat16"
-    """Dtype of a gradient value on the wire ("int8": multiples of a scale per 4096 elements); the rounding error stays in the residual."""
+    """Dtype of a gradient's value on the wire: also `"float32"`, `"float16"`, and `"int8"` with a scale per 4096 elements."""
     mp_value_dtype: str = "bfloat16"
-    """Dtype of an activation (gradient) value on the wire."""
+    """Dtype of an activation's value on the wire: also `"float32"` and `"float16"`."""
     capacity_factor: float = 1.1
-    """A payload holds ``capacity_factor * density * numel`` entries. Others stay in the residual and are counted. At least 1."""
+    """Headroom of a payload; what does not fit waits in the residual and is counted."""
     min_numel: int = 128
-    """Tensors with fewer elements stay dense."""
+    """Smaller gradients stay dense."""
     exempt: tuple[str, ...] = ()
-    """Patterns (``fnmatch``) of what stays dense: gradients by parameter name; activations and embeddings, with their gradients, by module
-    path, short name (``top.0: model.py:12``) or source line (``model.py:12``, with any leading folders).
+    """Patterns of what stays dense: gradients and shards by parameter name (`"*.bias"`), activations and embeddings by module (`"head"`,
+    `"blocks.*"`), short name (`"top.0: model.py:12"`) or source line (`"model.py:12"`).
     """
     mp_eval: bool = True
-    """Keep masking activations in evaluation (graphs without a backward), as the paper does."""
+    """Keep masking activations in evaluation."""
     mp_outputs: bool = False
-    """Compress also activations and embeddings that a graph returns as they arrive, such as gathered logits."""
+    """Send also activations and embeddings that a graph returns as they arrive, such as gathered logits, as bfloat16 (or by the codec that
+    you name).
+    """
     gradient_scheme: str = "auto"
-    """The scheme for gradients: "gather" sends payloads to all ranks, "owner" sends them through owners of shares, "two_level" (DDP alone)
-    adds up dense on each host and sends payloads between hosts, "auto" takes whichever of these costs least; "powersgd" sends low-rank
-    factors; "random_k" sends elements that all ranks draw alike.
+    """How gradients travel: `"gather"` sends payloads to all ranks, `"owner"` through owners of shares, `"two_level"` (DDP alone) adds up
+    dense on each host and sends payloads between hosts, `"auto"` takes the one of these that costs least; `"powersgd"` sends low-rank
+    factors; `"random_k"` sends random elements, the same on all ranks.
     """
     ranks_per_host: int | str = "auto"
-    """Ranks of a host, numbered one after the other, for "two_level"; 1 for none; "auto" takes torchrun's LOCAL_WORLD_SIZE."""
+    """Ranks of a host, numbered one after the other, for `"two_level"`; 1 for none; `"auto"` takes torchrun's `LOCAL_WORLD_SIZE`."""
     rank: int = 1
-    """Columns of the factors of "powersgd"."""
+    """Columns of the factors of `"powersgd"`."""
     link: str | Link | None = "auto"
-    """The link between the ranks, by whose seconds a collective is compressed or left dense: "auto" measures it once per process group, and
-    leaves all dense where the ranks share one machine's CPU; a rate ("1Gbit/s") or a mapping {"bytes_per_s": ..., "latency_s": ...} is
-    assumed; ``None`` lets the bytes decide.
+    """The link between the ranks, by whose seconds a collective is compressed or stays dense: `"auto"` measures it, once per process group
+    (ranks on one machine's CPU stay dense); `"1Gbit/s"` or `{"bytes_per_s": 1.25e8, "latency_s": 5e-5}` is assumed; `None` lets the bytes
+    decide.
     """
     embedding_codec: str = "int8"
-    """The codec of an embedding exchange: "int8" or "int4" rows, rounded stochastically; "threshold" like activations; "dense"."""
+    """How embeddings travel: `"int8"` or `"int4"` rows, `"threshold"` as activations, `"dense"`."""
     parameter_codec: str = "int8"
-    """The codec of the all_gather of parameter shards (FSDP): "int8" or "int4" blocks, rounded stochastically; "bfloat16"; "dense"."""
+    """How `fully_shard` and graphs gather parameters: `"int8"` or `"int4"` blocks, `"bfloat16"`, `"dense"`."""
     sharded_gradients: str = "int8"
-    """The codec of the reduce_scatter of their gradients: "int8" blocks, rounded stochastically; "dense"."""
-    data_parallel: bool | ProcessGroup = field(default=False, metadata={"allowed": "True, False or a ProcessGroup"})
-    """Without DDP: average gradients over all ranks (True) or over a process group. Parameters are made equal before the first forward
-    that runs with gradients enabled, which all ranks must run. Shards of a parameter are left alone.
+    """How the gradients of shards are reduced: `"int8"` blocks, `"dense"`; in a graph only where `parameter_codec` is not `"dense"`."""
+    data_parallel: "bool | ProcessGroup" = False
+    """Without DDP: average gradients over all ranks (`True`) or over a process group, such as `mesh["dp"].get_group()`. All ranks must run
+    the first forward that has gradients enabled: it makes parameters equal. Shards of parameters are left alone.
     """
     audit: bool = False
-    """Let graphs that average gradients themselves note each rank's own, for :func:`dct_compile.audit`. For tests: it takes memory."""
+    """Graphs that average gradients themselves note each rank's own, for `dct_compile.audit`."""
     inline_kernels: bool = False
-    """On CUDA: let Inductor see the kernel launches instead of the operators ``torch.ops.dct``."""
+    """On CUDA: Inductor sees the kernel launches instead of opaque operators ([docs/kernels.md](docs/kernels.md#registration))."""
 
     def __post_init__(self) -> None:
+        for name in ("hold_density", "error_feedback", "undo_discarded", "mp_eval", "mp_outputs", "audit", "inline_kernels"):
+            checks.check_bool(name, getattr(self, name))
         self._keep("dp_density", checks.fraction("dp_density", self.dp_density))
         self._keep("start_iter", checks.integer("start_iter", self.start_iter, 0))
         self._keep("density_warmup", checks.warmup("density_warmup", self.density_warmup, self.dp_density))
@@ -144,11 +149,8 @@ class DCTConfig:
             self._keep("threshold", checks.number("threshold", self.threshold, 0.0, f"one of {', '.join(THRESHOLDS)} or a float >= 0"))
         self._keep("refresh_interval", checks.integer("refresh_interval", self.refresh_interval, 1))
         checks.check_choice("refresh_warmup", self.refresh_warmup, REFRESH_WARMUPS)
-        checks.check_bool("hold_density", self.hold_density)
-        checks.check_bool("error_feedback", self.error_feedback)
         more = "" if self.error_feedback else " with error_feedback=False: no residual could take back what arrives late"
         checks.check_choice("arrival", self.arrival, ("now", "late") if self.error_feedback else ("now",), more)
-        checks.check_bool("undo_discarded", self.undo_discarded)
         checks.check_choice("second_moment", self.second_moment, SECOND_MOMENTS)
         checks.check_choice("first_moment", self.first_moment, FIRST_MOMENTS)
         checks.check_choice("dp_value_dtype", self.dp_value_dtype, DP_VALUE_DTYPES)
@@ -156,8 +158,6 @@ class DCTConfig:
         self._keep("capacity_factor", checks.number("capacity_factor", self.capacity_factor, 1.0, "a number >= 1"))
         self._keep("min_numel", checks.integer("min_numel", self.min_numel, 0))
         self._keep("exempt", checks.patterns("exempt", self.exempt))
-        checks.check_bool("mp_eval", self.mp_eval)
-        checks.check_bool("mp_outputs", self.mp_outputs)
         checks.check_choice("gradient_scheme", self.gradient_scheme, GRADIENT_SCHEMES)
         if self.ranks_per_host != "auto":
             self._keep("ranks_per_host", checks.integer("ranks_per_host", self.ranks_per_host, 1, "'auto', or "))
@@ -168,10 +168,7 @@ class DCTConfig:
         checks.check_choice("embedding_codec", self.embedding_codec, EMBEDDING_CODECS)
         checks.check_choice("parameter_codec", self.parameter_codec, PARAMETER_CODECS)
         checks.check_choice("sharded_gradients", self.sharded_gradients, SHARDED_GRADIENTS)
-        if not isinstance(self.data_parallel, bool | ProcessGroup):
-            raise checks.error("data_parallel", self.data_parallel, "True, False or a torch.distributed.ProcessGroup")
-        checks.check_bool("audit", self.audit)
-        checks.check_bool("inline_kernels", self.inline_kernels)
+        checks.check_ranks("data_parallel", self.data_parallel)
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -210,11 +207,11 @@ class DCTConfig:
         return 0.0 if isinstance(self.threshold, str) else float(self.threshold)
 
     @property
-    def dp_dtype(self) -> torch.dtype:
+    def dp_dtype(self) -> "torch.dtype":
         return _torch_dtype(self.dp_value_dtype)
 
     @property
-    def mp_dtype(self) -> torch.dtype:
+    def mp_dtype(self) -> "torch.dtype":
         return _torch_dtype(self.mp_value_dtype)
 
     def check_single_average(self) -> None:
@@ -244,7 +241,9 @@ class DCTConfig:
         return values
 
 
-def _torch_dtype(name: str) -> torch.dtype:
+def _torch_dtype(name: str) -> "torch.dtype":
+    import torch
+
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

@@ -1,24 +1,34 @@
 """Checks of the values of options: each returns what is kept of a value, or says which values are right."""
 
 import difflib
+import sys
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
-import torch
-
 from dct_compile.link import ALLOWED, Link, parse
 from dct_compile.warmup import Schedule, explicit
 
-LARGEST_NUMBER = torch.finfo(torch.float32).max
-LARGEST_INTEGER = torch.iinfo(torch.int64).max
-"""The largest that the operators take."""
+LARGEST_NUMBER = (2.0 - 2.0**-23) * 2.0**127
+LARGEST_INTEGER = 2**63 - 1
+"""The largest float32 and int64, which the operators take. Written out, so that options can be checked without torch."""
 _WARMUPS = "an integer >= 0, or a mapping {first step: density} from step 0 on, whose densities in (0, 1] fall down to dp_density"
 
 
-def error(name: str, value: object, allowed: str) -> ValueError:
+class OptionError(ValueError):
+    """An option has a wrong value. ``allowed``: the values that are right, in words."""
+
+    def __init__(self, message: str, allowed: str) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OptionError, (*self.args, self.allowed)
+
+
+def error(name: str, value: object, allowed: str) -> OptionError:
     """Returns the error of an option ``name`` whose ``value`` is wrong. ``allowed``: the values that are right."""
-    return ValueError(f"option {name!r} is {value!r} ({type(value).__name__}); allowed is {allowed}")
+    return OptionError(f"option {name!r} is {value!r} ({type(value).__name__}); allowed is {allowed}", allowed)
 
 
 def number(name: str, value: object, low: float, allowed: str) -> float:
@@ -46,6 +56,13 @@ def check_bool(name: str, value: object) -> None:
     """Raises ``ValueError`` for what is neither True nor False."""
     if not isinstance(value, bool):
         raise error(name, value, "True or False")
+
+
+def check_ranks(name: str, value: object) -> None:
+    """Raises ``ValueError`` for what is neither True, False nor a process group."""
+    distributed = sys.modules.get("torch.distributed")  # there is no group without it
+    if not isinstance(value, bool) and (distributed is None or not isinstance(value, distributed.ProcessGroup)):
+        raise error(name, value, "True, False or a torch.distributed.ProcessGroup")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from dct_compile.cli.advise_numbers import prepare
 from dct_compile.cli.link import told
 from dct_compile.cli.main import main
-from dct_compile.cli.settings import parse_value
+from dct_compile.cli.parsing import parse_value
 from dct_compile.cli.targets import Target, TargetError
 from dct_compile.link import Link, parse
 from tests.rank_pool import Ranks

@@ -11,9 +11,10 @@ from click.testing import CliRunner, Result
 from dct_compile.cli import extras
 from dct_compile.cli.backends import parse_backends
 from dct_compile.cli.main import main
+from dct_compile.cli.parsing import parse_options, parse_value
 from dct_compile.cli.present import present
 from dct_compile.cli.results import BackendResult, Results, Run, bytes_until
-from dct_compile.cli.settings import optimization_of, parse_options, parse_rates, parse_value
+from dct_compile.cli.settings import optimization_of, parse_rates
 from dct_compile.cli.tables import link, quality, sent, sites, traffic
 from dct_compile.models.tasks import TASKS
 from dct_compile.report import SiteReport

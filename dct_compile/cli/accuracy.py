@@ -15,6 +15,8 @@ from dct_compile.bench.activation_codecs import CODECS
 from dct_compile.bench.machine import circumstances
 from dct_compile.bench.record import Record, Run
 from dct_compile.cli.cut_models import CUTS
+from dct_compile.cli.extras import require
+from dct_compile.cli.progress import Progress
 from dct_compile.models.parallel import Mesh
 from dct_compile.models.sources import MissingData
 from dct_compile.models.tasks import TASKS, DataSource, Task
@@ -39,11 +41,13 @@ def train(task: Task, cut: str, codec: str, rate: float, seed: int, steps: int) 
     CUTS[cut][2](model, CODECS[codec])
     optimizer, schedule = replace(task.recipe.optimization, lr=rate).start(model.parameters(), steps)
     model.train()
-    for batch in task.batches(seed, steps, ALONE):
-        optimizer.zero_grad()
-        task.loss(model, batch).backward()
-        optimizer.step()
-        schedule.step()
+    with Progress(steps, f"{cut}, {codec}, rate {rate:g}, seed {seed}") as progress:
+        for batch in task.batches(seed, steps, ALONE):
+            optimizer.zero_grad()
+            task.loss(model, batch).backward()
+            optimizer.step()
+            schedule.step()
+            progress.step()
     return task.test(model, model, seed, ALONE)[task.metrics[0].name]
 
 
@@ -83,6 +87,7 @@ def accuracy(steps: int, seeds: int, cuts: list[str], codecs: list[str], rates: 
     Two simulated ranks in one process exchange what two real ones would, coded by the kernels of this project. The GPT learns Shakespeare
     byte by byte under AdamW, DLRM learns clicks of MovieLens-100k under Adagrad. Runs that the results hold are not made again.
     """
+    require("tqdm")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)  # DLRM's test gathers over it
     results.parent.mkdir(parents=True, exist_ok=True)

@@ -7,33 +7,31 @@ from pathlib import Path
 
 import click
 
-from dct_compile.cli.asked import OPTIONS, check_arguments, read, said
+from dct_compile.cli.asked import OPTIONS, asked_for, check_paths, complete_file, read, said
 from dct_compile.cli.extras import require
 from dct_compile.cli.link import ranks_of_launcher
-from dct_compile.cli.settings import parse_value
+from dct_compile.cli.parsing import parse_value
 from dct_compile.link import Link, parse
 
 _DEFAULT_LINK = "1Gbit/s"
 
 
 @click.command(epilog=OPTIONS)
-@click.argument("target")
+@click.argument("words", nargs=-1, required=True, metavar="TARGET", shell_complete=complete_file)
 @click.option("--link", "link_text", metavar="RATE", help='"1Gbit/s" or {"bytes_per_s": ..., "latency_s": ...}. Default: 1Gbit/s.')
 @click.option("--ranks", type=click.IntRange(min=2), help="Number of ranks. Default: 4; under torchrun those that there are.")
 @click.option("--compute", type=click.FloatRange(min=0, min_open=True), help="Seconds of forward and backward. Default: timed here.")
 @click.option("--scale", is_flag=True, help="Show 2 to 1024 data-parallel ranks, by scheme.")
 @click.option("--options", "options", multiple=True, metavar="KEY=VALUE...", help="Options of the dct backend; repeatable.")
-@click.argument("more", nargs=-1, metavar="")
 @click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a picture (PNG) of step times here.")
 @click.option("--json", "json_", type=click.Path(path_type=Path, dir_okay=False), help="Write all numbers as JSON here.")
 def advise(
-    target: str,
+    words: tuple[str, ...],
     link_text: str | None,
     ranks: int | None,
     compute: float | None,
     scale: bool,
     options: tuple[str, ...],
-    more: tuple[str, ...],
     picture: Path | None,
     json_: Path | None,
 ) -> None:
@@ -43,14 +41,15 @@ def advise(
     is sent. Without --compute, forward and backward are run a few times, for their time. Under torchrun the link is measured, unless
     --link says it.
     """
-    check_arguments(options, more, picture, json_)
+    target, asked = asked_for(words, options)
+    check_paths(picture, json_)
     given = _link(link_text)
     launched = "RANK" in os.environ
     if launched and ranks not in (None, int(os.environ.get("WORLD_SIZE", "1"))):
         raise click.UsageError(f"--ranks {ranks}, but torchrun has started {os.environ.get('WORLD_SIZE')} ranks: leave --ranks out")
     if picture is not None:
         require("matplotlib")
-    make, parsed = read(target, [*options, *more])
+    make, parsed = read(target, asked)
     if "link" in parsed:
         raise click.UsageError("the link is said by --link, not by option link")
     # Late, so that `dct --help` and usage errors do not wait for it.

@@ -1,4 +1,4 @@
-"""The part that ``dct inspect`` and ``dct advise`` share: what to compile, with which options, and what is said where that fails."""
+"""The part that commands with a target share: what to compile, with which options, and what is said where that fails."""
 
 import logging
 import os
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from dct_compile.cli.settings import parse_options
+from dct_compile.cli.parsing import parse_options
 from dct_compile.options import default_options
 
 if TYPE_CHECKING:
@@ -20,13 +21,37 @@ OPTIONS = "\b\nOptions of the backend and their defaults, for --options:\n" + "\
 )
 
 
-def check_arguments(options: Sequence[str], more: Sequence[str], *paths: Path | None) -> None:
-    """Raises ``click.UsageError`` for an argument that follows no ``--options``, and for a file in a folder that does not exist."""
+def asked_for(words: Sequence[str], options: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the target and all options of the backend.
+
+    Args:
+        words: The arguments beside flags, in any order: the target, and options that follow others behind one ``--options``.
+        options: The values of ``--options``.
+
+    Raises:
+        click.UsageError: There is no target or a second one, or an option follows no ``--options``.
+    """
+    more = [word for word in words if "=" in word and word.partition("=")[0].strip().isidentifier()]
+    targets = [word for word in words if word not in more]
     if more and not options:
         raise click.UsageError(f"unexpected argument {more[0]!r}: options of the backend follow --options")
+    if not targets:
+        raise click.UsageError("Missing argument 'TARGET'.")
+    if len(targets) > 1:
+        raise click.UsageError(f"unexpected argument {targets[1]!r} beside the target {targets[0]!r}")
+    return targets[0], [*options, *more]
+
+
+def check_paths(*paths: Path | None) -> None:
+    """Raises ``click.UsageError`` for a file in a folder that does not exist."""
     for path in paths:
         if path is not None and not path.resolve().parent.is_dir():
             raise click.UsageError(f"cannot write {path}: there is no folder {path.resolve().parent}")
+
+
+def complete_file(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Lets the shell complete a target as a file."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 def read(target: str, options: Sequence[str]) -> tuple[Callable[[], "Target"], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""``dct bench``: what the kernels cost on this machine."""
+"""``dct bench kernels``: what the kernels cost on this machine."""
 
 import re
 from pathlib import Path
@@ -35,12 +35,7 @@ class _PowerOfTwo(click.ParamType[int]):
         return numel
 
 
-@click.group()
-def bench() -> None:
-    """Measure what compression costs on this machine."""
-
-
-@bench.command()
+@click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
 @click.option("--size", "sizes", type=_PowerOfTwo(), multiple=True, help="Elements; repeatable. Default: 2^16, 2^18, ... 2^28.")
 @click.option(
@@ -136,16 +131,18 @@ def _run(settings: Settings, target: Path, memory: str) -> None:
 
 
 def _measure(settings: Settings, stopwatch: Stopwatch, file: CsvFile) -> list[Measurement]:
-    from tqdm import tqdm
+    # Late: tqdm may be missing.
+    from dct_compile.cli.progress import Progress
 
     runner = Bench(stopwatch, settings.seconds, settings.inductor)
-    measurements = []
-    with tqdm(plan(settings), disable=None) as bar:
-        for case, problem in bar:
-            bar.set_description(f"{case.title(problem)}, {problem.numel} elements")
+    measurements, cases = [], plan(settings)
+    with Progress(len(cases), "measuring") as progress:
+        for case, problem in cases:
+            progress.retitle(f"{case.title(problem)}, {problem.numel} elements")
             try:
                 measurements.append(runner.measure(case, problem))
             except MismatchError as error:
                 raise click.ClickException(str(error)) from error
             file.add(measurements[-1])
+            progress.step()
     return measurements

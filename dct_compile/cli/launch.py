@@ -4,9 +4,9 @@ import os
 
 import click
 from torch._C._distributed_c10d import TCPStore
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from dct_compile.cli.present import present
+from dct_compile.cli.ranks import run_ranks
 from dct_compile.cli.settings import Settings
 from dct_compile.cli.worker import work
 
@@ -16,6 +16,12 @@ def launch(settings: Settings) -> None:
 
     Raises ``click.ClickException`` when torchrun started another number of ranks or a rank failed.
     """
+    if os.environ.get("RANK", "0") == "0":
+        length = f"{settings.steps} steps" if settings.steps is not None else f"{settings.epochs} epochs"
+        click.echo(
+            f"training {settings.model} on {settings.dataset}: {', '.join(settings.backends)}, {settings.seeds} x {length} each,"
+            f" {settings.dp} x {settings.mp} ranks"
+        )
     # One thread per rank: they share the cores, and the order of a sum must not depend on the machine.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -30,8 +36,5 @@ def launch(settings: Settings) -> None:
     else:
         # The ranks meet at a store whose port the system chose, so that two runs on one machine do not collide.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        try:
-            spawn(work, (settings, store.port), nprocs=settings.world_size)
-        except (ProcessRaisedException, ProcessExitedException) as error:
-            raise click.ClickException(str(error)) from error
+        run_ranks(work, (settings, store.port), settings.world_size)
     present(settings.out)

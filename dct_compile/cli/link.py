@@ -4,13 +4,14 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
-import torch
-import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
 from dct_compile.link import Link, duration, rate
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _LAUNCH = """torchrun --nnodes 2 --nproc-per-node 1 --node-rank {} --master-addr HOST0 --master-port 29500 --no-python {}"""
 
@@ -39,11 +40,14 @@ def launch_lines(command: str) -> str:
 
 
 @contextmanager
-def ranks_of_launcher() -> Iterator[ProcessGroup]:
+def ranks_of_launcher() -> Iterator["ProcessGroup"]:
     """Joins the ranks that torchrun has started, until the context ends.
 
     Raises ``click.ClickException`` where it has started one rank alone.
     """
+    import torch
+    import torch.distributed as dist
+
     from dct_compile.workarounds.gloo import shorten_names
 
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
@@ -60,12 +64,14 @@ def ranks_of_launcher() -> Iterator[ProcessGroup]:
         dist.destroy_process_group()
 
 
-def told(group: ProcessGroup) -> list[str]:
+def told(group: "ProcessGroup") -> list[str]:
     """Measures the link of ``group`` and returns what is to be said about it. All ranks of the group make this call.
 
     Raises ``click.ClickException`` where a rank has not come in time.
     """
     # Late, so that `dct --help` and usage errors do not wait for it.
+    import torch.distributed as dist
+
     from dct_compile.link_measure import device_of, measured
     from dct_compile.links import PATIENCE_S, agreed, host, on_one_machine
 

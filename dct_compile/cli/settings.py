@@ -1,13 +1,9 @@
 """What one run of ``dct train`` is told to do, the same for every rank."""
 
-import ast
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from torch._inductor import list_options
 
 from dct_compile.cli.backends import BACKENDS, HOOKS
 from dct_compile.models.tasks import TASKS, DataSource, Optimization, Task
@@ -67,6 +63,9 @@ class Settings:
 
     def check(self) -> None:
         """Raises ``ValueError`` or ``MissingData`` for what would otherwise fail on the ranks, once they are started."""
+        # Late, so that `dct train --help` does not wait for it.
+        from torch._inductor import list_options
+
         split_options(self.options, list_options())
         known = TASKS[self.model].recipe.datasets
         if self.dataset not in known:
@@ -138,26 +137,3 @@ def optimization_of(
         momentum=own.momentum if momentum is None else momentum,
         betas=betas,
     )
-
-
-def parse_value(text: str) -> Any:
-    """Returns an option's value as JSON or Python would read it (``true``, ``0.1``, ``["*.bias"]``, ``None``), else the text itself."""
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(text)
-        except (ValueError, SyntaxError):
-            continue
-    return text
-
-
-def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` texts as a dict; ``ValueError`` for a text without ``=`` and for a key given twice."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not separator or not key.strip():
-            raise ValueError(f"{pair!r} is not of the form key=value")
-        if key.strip() in options:
-            raise ValueError(f"{key.strip()!r} is given twice")
-        options[key.strip()] = parse_value(text)
-    return options

@@ -80,20 +80,32 @@ def find(name: str) -> Callable[[], Target]:
     """
     if name in MODELS:
         return MODELS[name]
+    path, function = place_of(name, _EXPECTED)
+    return lambda: _call(path, function)
+
+
+def place_of(name: str, expected: str) -> tuple[Path, str]:
+    """Returns the file and the function that ``name`` stands for. Raises :class:`TargetError`, which says what is ``expected``."""
     path, separator, function = name.rpartition(":")
     if not separator:
-        raise TargetError(f"unknown target {name!r}: expected {_EXPECTED}")
+        raise TargetError(f"unknown target {name!r}: expected {expected}")
     if not path.endswith(".py") or not function.isidentifier():
-        raise TargetError(f"{name!r} is not of the form file.py:function: expected {_EXPECTED}")
+        raise TargetError(f"{name!r} is not of the form file.py:function: expected {expected}")
     if not Path(path).is_file():
-        raise TargetError(f"there is no file {path!r}: expected {_EXPECTED}")
-    return lambda: _call(Path(path), function)
+        raise TargetError(f"there is no file {path!r}: expected {expected}")
+    return Path(path), function
+
+
+def function_in(path: Path, name: str, needed: str) -> Callable[..., Any]:
+    """Runs the file and returns its function. Raises :class:`TargetError`, which says that one ``needed`` so is missing."""
+    function = getattr(_load(path), name, None)
+    if not callable(function):
+        raise TargetError(f"{path} has no function {name!r}; it needs one {needed}")
+    return function  # type: ignore[no-any-return]
 
 
 def _call(path: Path, name: str) -> Target:
-    function = getattr(_load(path), name, None)
-    if not callable(function):
-        raise TargetError(f"{path} has no function {name!r}; it needs one without arguments that returns (model, inputs)")
+    function = function_in(path, name, "without arguments that returns (model, inputs)")
     try:
         result = function()
     except (Exception, SystemExit) as error:

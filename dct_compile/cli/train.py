@@ -8,7 +8,8 @@ import click
 
 from dct_compile.cli.backends import BACKENDS, parse_backends
 from dct_compile.cli.extras import require
-from dct_compile.cli.settings import ASSUMED_LINK, OWN_RATES, Settings, optimization_of, parse_options, parse_rates, parse_value
+from dct_compile.cli.parsing import parse_options, parse_value
+from dct_compile.cli.settings import ASSUMED_LINK, OWN_RATES, Settings, optimization_of, parse_rates
 from dct_compile.models.images import FASHION_MNIST
 from dct_compile.models.tasks import TASKS, Recipe
 from dct_compile.models.tasks.optimization import OPTIMIZERS

@@ -3,17 +3,17 @@
 import logging
 import os
 import time
-from contextlib import closing
 from dataclasses import asdict
 
+import click
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import TCPStore
 from torch._logging._internal import set_logs
-from tqdm import tqdm
 
 from dct_compile.cli.methods import Compiled, compile_with, computed_bytes
+from dct_compile.cli.progress import Progress
 from dct_compile.cli.replicas import check_replicas
 from dct_compile.cli.results import BackendResult, Results, Run, environment, gradient_density
 from dct_compile.cli.settings import Settings
@@ -68,19 +68,21 @@ def _train_backend(backend: str, settings: Settings, task: Task, mesh: Mesh) -> 
     model = task.build(mesh)
     # Activations of a model-parallel model are not known from its parameters.
     computed = computed_bytes(backend, model, mesh.dp) if mesh.mp == 1 else []
-    trainer = _Trainer(backend, settings, task, mesh, model, compile_with(backend, model, mesh, settings.options))
+    trainer = Trainer(backend, settings, task, mesh, model, compile_with(backend, model, mesh, settings.options))
     runs = [trainer.run(seed) for seed in range(settings.seeds)]
     notes = list(RUNTIME.reports.snapshot().notes) if backend == "dct" else []
     return BackendResult(backend, runs, trainer.all_sites(), notes, computed)
 
 
 def _postfix(loss: Tensor, numbers: dict[str, float]) -> dict[str, str]:
-    """What stands behind the progress bar: the loss, and a monitor's summary."""
+    """Returns what stands behind the progress: the loss, and a monitor's summary."""
     formats = {"density": "{:.4f}", "overflow": "{:.0f}", "compression": "{:.1f}x"}
     return {"loss": f"{loss.item():.4f}", **{name: formats[name].format(number) for name, number in numbers.items()}}
 
 
-class _Trainer:
+class Trainer:
+    """Trains one model with one method, once for each seed."""
+
     def __init__(self, backend: str, settings: Settings, task: Task, mesh: Mesh, model: nn.Module, compiled: Compiled) -> None:
         self.backend, self.settings, self.task, self.mesh, self.model, self.compiled = backend, settings, task, mesh, model, compiled
 
@@ -95,16 +97,14 @@ class _Trainer:
         seconds: list[float] = []
         density: list[tuple[int, float]] = []
         title = f"{self.backend}, seed {seed}"
-        bar = tqdm(total=steps, desc=title, disable=None if dist.get_rank() == 0 else True, mininterval=0.5)
-        with closing(bar), Monitor(DENSITY_EVERY, RUNTIME) as monitor:
+        with Progress(steps, title, shown=dist.get_rank() == 0) as progress, Monitor(DENSITY_EVERY, RUNTIME) as monitor:
             for step, batch in enumerate(self.task.batches(seed, steps, self.mesh), start=1):
                 start = time.perf_counter()
                 losses.append(self._step(batch, optimizer))
                 schedule.step()
                 seconds.append(time.perf_counter() - start)
                 monitor.step()
-                bar.set_postfix(_postfix(losses[-1], monitor.summary() if self.backend == "dct" else {}), refresh=False)
-                bar.update()
+                progress.step(_postfix(losses[-1], monitor.summary() if self.backend == "dct" else {}))
                 if step % self.settings.check_every == 0 or step == steps:
                     check_replicas(self.model, self.mesh, f"{title}, step {step}")
                 if self.backend == "dct" and (step % DENSITY_EVERY == 0 or step == steps):
@@ -125,7 +125,7 @@ class _Trainer:
         )
         if dist.get_rank() == 0:
             numbers = ", ".join(f"{metric.title} {metrics[metric.name]:.4f}" for metric in self.task.metrics)
-            tqdm.write(f"{title}: {numbers}, {run.steps_per_second:.1f} steps/s")
+            click.echo(f"{title}: {numbers}, {run.steps_per_second:.1f} steps/s")
         return run
 
     def _step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:

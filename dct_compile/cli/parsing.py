@@ -1,0 +1,29 @@
+"""Reads options of the backend from the command line."""
+
+import ast
+import json
+from collections.abc import Iterable
+from typing import Any
+
+
+def parse_value(text: str) -> Any:
+    """Returns an option's value as JSON or Python would read it (``true``, ``0.1``, ``["*.bias"]``, ``None``), else the text itself."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
+
+
+def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` texts as a dict; ``ValueError`` for a text without ``=`` and for a key given twice."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key.strip():
+            raise ValueError(f"{pair!r} is not of the form key=value")
+        if key.strip() in options:
+            raise ValueError(f"{key.strip()!r} is given twice")
+        options[key.strip()] = parse_value(text)
+    return options
