@@ -9,6 +9,7 @@ brings CUDA libraries of several GB: set PIP_EXTRA_INDEX_URL=https://download.py
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,7 +54,7 @@ class Environment:
         pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.partition("==")[0] not in FREE]
         constraints = self.folder / "constraints.txt"
         constraints.write_text("\n".join(pins))
-        self.run(ROOT, "-m", "pip", "install", "--quiet", "--constraint", str(constraints), *packages)
+        self.run(ROOT, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", str(constraints), *packages)
 
     def run(self, cwd: Path, *command: str) -> None:
         """Runs Python in the folder ``cwd``."""
@@ -157,6 +158,7 @@ def package(arguments: Sequence[str]) -> list[Result]:
 
 def main() -> int:
     """Runs what the command line asks for; returns the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the environment is removed
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
