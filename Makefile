@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 # The versions of torch that are supported, each by its newest release: pyproject.toml and dct_compile/workarounds/torch_versions.py bound them.
-VERSIONS ?= 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
+VERSIONS ?= 2.12.1 2.13.0 2.14.1 2.15.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready

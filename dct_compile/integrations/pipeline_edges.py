@@ -54,8 +54,6 @@ def places(infos: Iterable[Any]) -> "list[_RecvInfo]":
 
 def _is_received(info: Any) -> bool:
     # Its buffer does not tell: from torch 2.15 on there is one only while a message is under way.
-    if not hasattr(info, "tensor_meta"):  # torch 2.11, where arguments of the schedule's caller have a class of their own
-        return hasattr(info, "source")
     return info.tensor_meta is not None and not info.is_root_arg
 
 

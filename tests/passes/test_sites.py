@@ -42,7 +42,7 @@ def test_activation_and_its_gradient_are_twins(collective: Callable[[Tensor], Te
 
 
 @pytest.mark.parametrize(
-    "dim", [0, pytest.param(1, marks=needs_torch("2.13", "Dynamo cannot trace all_gather_tensor_autograd with gather_dim=1", but="2.11"))]
+    "dim", [0, pytest.param(1, marks=needs_torch("2.13", "Dynamo cannot trace all_gather_tensor_autograd with gather_dim=1"))]
 )
 def test_gather_along_columns_is_an_activation_too(dim: int) -> None:
     assert [kind for _, kind, _ in trace(lambda x: gather(x.relu(), dim), leaf(16, 64)).kinds] == ["activation", "activation_gradient"]
@@ -173,7 +173,6 @@ def together(x: Tensor) -> Tensor:
     return received.sin()
 
 
-@needs_torch("2.12", "Dynamo does not trace messages to one rank")
 @pytest.mark.parametrize(("function", "sent"), [(apart, {"isend": 4096, "irecv": 0}), (together, {"batch_p2p_ops": 4096})])
 def test_messages_to_one_rank_are_named_and_left_dense(function: Callable[[Tensor], Tensor], sent: dict[str, int]) -> None:
     with dynamo_config.patch(enable_p2p_compilation=True):
