@@ -3,12 +3,14 @@
 
 PYTHON ?= python3
 ARGS ?=
+# The versions of torch that are supported, each by its newest release: pyproject.toml and dct_compile/workarounds/torch_versions.py bound them.
+VERSIONS ?= 2.12.1 2.13.0 2.14.1 2.15.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench slow-links check clean
+.PHONY: help setup demo test test-versions test-package bench slow-links check clean
 
 # The stamp holds the folder it was made for: a copied or moved tree is set up anew.
 ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
@@ -18,6 +20,8 @@ endif
 help:
 	@echo "make demo    train the demo model, dense and compressed, and show the results"
 	@echo "make test    run the tests"
+	@echo "make test-versions   run the tests on each version of torch that is supported (hours); VERSIONS=2.15.0 on one"
+	@echo "make test-package   build sdist and wheel, and run the tests on both outside of the tree"
 	@echo "make bench   measure kernels and training steps"
 	@echo "make slow-links   measure training steps on slow links (root, iproute2; at most 20 minutes)"
 	@echo "make check   ruff, mypy, import layers"
@@ -54,6 +58,12 @@ demo: $(READY)
 test: $(READY)
 	@echo "==> running the tests"
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+test-versions:
+	@$(PYTHON) .ci/environments.py versions $(VERSIONS) -- $(ARGS)
+
+test-package:
+	@$(PYTHON) .ci/environments.py package -- $(ARGS)
 
 bench: $(READY)
 	@echo "==> measuring"

@@ -19,7 +19,7 @@ from dct_compile.passes.source import innermost_line
 from dct_compile.reasons import ENCODES_ITSELF, BreakAdvice, Note
 from dct_compile.runtime import RUNTIME
 from dct_compile.triton_kernels.cpu.build import prebuild
-from dct_compile.workarounds import gloo
+from dct_compile.workarounds import gloo, torch_versions
 
 
 def dct(
@@ -52,6 +52,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], config: DCTConfi
         RUNTIME.reports.called = True
         RUNTIME.warn_once(Note.NO_PROCESS_GROUP)
         return compile_graph(gm, example_inputs, patches)
+    _warn_of_untested_torch()
     gloo.shorten_names()
     if not any(isinstance(item, Tensor) and item.is_cuda for item in example_inputs):
         prebuild()  # beside Inductor's own work
@@ -61,6 +62,13 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], config: DCTConfi
     warn_of_graph_break(gm, settings, in_ddp=reduced_outside)
     note_unseen(example_inputs, RUNTIME)
     return compile_phases(gm, example_inputs, settings, reduced_outside=reduced_outside)
+
+
+def _warn_of_untested_torch() -> None:
+    version = torch_versions.untested_version()
+    if version is not None:
+        newest = ".".join(map(str, torch_versions.NEWEST_TESTED))
+        RUNTIME.warn_once(Note.UNTESTED_TORCH.format(version=version, newest=newest))
 
 
 def warn_of_graph_break(gm: fx.GraphModule, settings: Settings, *, in_ddp: bool) -> None:

@@ -1,6 +1,5 @@
 """Finds the effect of backend "dct" on a model: compiles forward and backward, and runs neither."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from dct_compile.integrations import INTEGRATIONS
 from dct_compile.passes.decision import Decision
 from dct_compile.report import Report
 from dct_compile.runtime import RUNTIME, Runtime
+from dct_compile.workarounds.recompiles import counted_apart
 
 DEFAULT_RANKS = 4
 
@@ -93,8 +93,9 @@ def inspected(
         model = stack.enter_context(undisturbed(model, (inputs, named_inputs)))
         stack.enter_context(dynamo_config.patch(fail_on_recompile_limit_hit=True))
         stack.enter_context(RUNTIME.reports.lending_counts(runtime.reports))
+        apart = stack.enter_context(counted_apart())
         with torch.enable_grad():
-            _compile(model, dry_run(options, runtime, decisions.extend))(*inputs, **named_inputs)
+            torch.compile(model, backend=dry_run(options, runtime, decisions.extend), dynamic=False, **apart)(*inputs, **named_inputs)
     return runtime.reports.snapshot(), decisions
 
 
@@ -110,13 +111,6 @@ def undisturbed(model: Callable[..., Any], inputs: Any) -> Iterator[Callable[...
         model = model._orig_mod
     with _unchanged(model, inputs), _uncompiled(model):
         yield model
-
-
-def _compile(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    # Where torch allows it (from 2.12 on), what is compiled here does not count for the recompilation limit of the user's own compilations.
-    isolated = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    compiled: Callable[..., Any] = torch.compile(model, backend=backend, dynamic=False, **isolated)  # type: ignore[call-overload]
-    return compiled
 
 
 @contextmanager

@@ -113,6 +113,7 @@ class Note(StrEnum):
     """
 
     NO_PROCESS_GROUP = "torch.distributed is not initialised: graphs were compiled as by backend 'inductor'"
+    UNTESTED_TORCH = "torch {version} is newer than {newest}, the newest version that this release of dct-compile was tested with"
     GRAPH_BREAK = "a graph ends early, at {line}: {cause}. Collectives that run there are not seen{more}"
     ASYNC_COLLECTIVE = (
         "a graph ends early, at {line}: Dynamo does not trace a collective with async_op=True, so it stays dense. Call it without async_op,"

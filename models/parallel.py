@@ -60,8 +60,9 @@ def gather(x: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
     """Returns all ranks' ``x`` concatenated along ``dim`` in rank order; the backward is a reduce_scatter (sum)."""
     if group is None:
         return x
-    gathered: Tensor = funcol.all_gather_tensor_autograd(x.contiguous(), gather_dim=dim, group=group)
-    return gathered
+    # Along dimension 0, and cut here: Dynamo of torch 2.12 cannot trace the same within all_gather_tensor_autograd.
+    gathered: Tensor = funcol.all_gather_tensor_autograd(x.contiguous(), gather_dim=0, group=group)
+    return gathered if dim == 0 else torch.cat(gathered.chunk(group.size()), dim)
 
 
 class ColumnParallelLinear(nn.Module):

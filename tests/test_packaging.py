@@ -19,6 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("models", "passes", "triton_kernels")
 FOLDERS = {"dct_compile": ROOT / "dct_compile", **{f"dct_compile.{name}": ROOT / name for name in LINKED}}
 NOT_SHIPPED = {"ruff.toml"}
+BESIDE = (".ci", ".github", "benchmarks", "docs", "examples", "tests")
+"""Folders that the source distribution holds whole."""
+ALONE = ("CITATION.cff", "LICENSE", "MANIFEST.in", "Makefile", "constraints.txt", "pyproject.toml", "setup.py")
+"""Files of the top folder that it holds, beside all pages (``*.md``)."""
 
 
 def files_of_tree() -> set[str]:
@@ -47,20 +51,26 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("tree")
     for name in ("dct_compile", *LINKED):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    for path in (ROOT / "pyproject.toml", *ROOT.glob("LICENSE*"), *ROOT.glob("*.md")):
+    for name in BESIDE:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*(ROOT / name for name in ALONE), *ROOT.glob("*.md")):
         shutil.copy(path, copy)
     return copy
 
 
-@pytest.fixture(scope="module", params=["tree", "sdist"])
-def wheel(request: pytest.FixtureRequest, tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds a wheel from the tree, and one from the source distribution of the tree."""
-    target = tmp_path_factory.mktemp("dist")
-    if request.param == "tree":
-        return build("wheel", tree, target)
+@pytest.fixture(scope="module")
+def unpacked(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Unpacks the source distribution of the tree."""
+    target = tmp_path_factory.mktemp("sdist")
     shutil.unpack_archive(build("sdist", tree, target), target)
     (source,) = (path for path in target.iterdir() if path.is_dir())
-    return build("wheel", source, target)
+    return source
+
+
+@pytest.fixture(scope="module", params=["tree", "sdist"])
+def wheel(request: pytest.FixtureRequest, tree: Path, unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Builds a wheel from the tree, and one from the source distribution of the tree."""
+    return build("wheel", tree if request.param == "tree" else unpacked, tmp_path_factory.mktemp("dist"))
 
 
 def test_links_lead_to_the_folders() -> None:
@@ -72,6 +82,17 @@ def test_every_folder_is_a_listed_package() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {os.path.dirname(path).replace("/", ".") for path in files_of_tree()}
     assert sorted(listed) == sorted(folders)
+
+
+def test_source_distribution_holds_what_its_tests_need(tree: Path, unpacked: Path) -> None:
+    def files(root: Path) -> set[str]:
+        folders = [root / name for name in (*BESIDE, "dct_compile", *LINKED)]
+        found = {path for folder in folders for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
+        return {path.relative_to(root).as_posix() for path in {*found, *(path for path in root.iterdir() if path.is_file())}}
+
+    made = {"PKG-INFO", "setup.cfg"}
+    assert files(tree) == files(unpacked) - made
+    assert all(os.readlink(unpacked / "dct_compile" / name) == f"../{name}" for name in LINKED)
 
 
 def test_wheel_holds_the_tree_and_nothing_else(wheel: Path) -> None:

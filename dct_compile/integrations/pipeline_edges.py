@@ -53,7 +53,8 @@ def places(infos: Iterable[Any]) -> "list[_RecvInfo]":
 
 
 def _is_received(info: Any) -> bool:
-    return getattr(info, "buffer", None) is not None
+    # Its buffer does not tell: from torch 2.15 on there is one only while a message is under way.
+    return info.tensor_meta is not None and not info.is_root_arg
 
 
 def _output_edges(stage: "_PipelineStageBase") -> list[tuple[int, Edge]]:

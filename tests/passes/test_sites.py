@@ -23,6 +23,7 @@ from tests.small_models import (
     reduce_scatter,
     world,
 )
+from tests.torch_versions import needs_torch
 from tests.tracing import Tracer, backward, fake_group, trace
 
 A2A, AG, RS, AR = "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"
@@ -40,7 +41,9 @@ def test_activation_and_its_gradient_are_twins(collective: Callable[[Tensor], Te
     assert second.twin is first
 
 
-@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(
+    "dim", [0, pytest.param(1, marks=needs_torch("2.13", "Dynamo cannot trace all_gather_tensor_autograd with gather_dim=1"))]
+)
 def test_gather_along_columns_is_an_activation_too(dim: int) -> None:
     assert [kind for _, kind, _ in trace(lambda x: gather(x.relu(), dim), leaf(16, 64)).kinds] == ["activation", "activation_gradient"]
 
@@ -196,6 +199,7 @@ def test_integers_are_no_activations() -> None:
     assert traced.kinds == [(A2A, "other", "computed")]
 
 
+@needs_torch("2.13", "compiled autograd does not trace the backward of a functional collective")
 def test_compiled_autograd_graph_has_gradients_of_unknown_parameters() -> None:
     with fake_group(4):
         tracer = Tracer()
