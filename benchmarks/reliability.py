@@ -25,7 +25,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 COLUMNS = ("fault", "how provoked", "expected", "got", "ranks", "versions", "date", "seconds")
 SHOWN = COLUMNS[:6]
 FAILED = "NOT AS EXPECTED: "
-_TABLE = re.compile(r"(?<=<!-- made by benchmarks/reliability.py -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(?<=<!-- made by benchmarks/reliability.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def provoke(row: Row) -> dict[str, str]:
@@ -83,7 +83,7 @@ def main(only: str, listed: bool, results: Path, page: Path) -> None:
         failed += line["got"].startswith(FAILED)
         print(f"{line['fault']} ({line['seconds']} s): {line['got']}", flush=True)
         write(results, {**read(results), row.fault: line})
-        page.write_text(_TABLE.sub(lambda _: table(read(results)), page.read_text()))
+        page.write_text(_TABLE.sub(lambda _: f"\n{table(read(results))}\n\n", page.read_text()))
     sys.exit(failed > 0)
 
 

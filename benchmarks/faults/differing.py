@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import dct_compile
-from faults.ranks import Rank, results, run
+from faults.ranks import Rank, run_each
 from faults.row import Row, check
 from faults.training import GRADIENTS, Training, batch
 
@@ -27,11 +27,11 @@ def other_options(folder: Path) -> str:
         ("activations", {"activation_codec": "int8"}, {"activation_codec": "bfloat16"}),
         ("compile(DDP)", {"gradient_scheme": "gather"}, {"gradient_scheme": "owner"}),
     ]
-    for way, options, others in cases:
+    for (way, options, others), errors in zip(cases, run_each(2, error_of, cases), strict=True):
         (name,) = options
-        for error in results(run(2, error_of, way, options, others)):
-            for words in ("would compress differently", f"option {name!r} is {options[name]!r} on rank 0 and {others[name]!r} on rank 1"):
-                check(words in error, f"{way}: {error}")
+        for error in errors:
+            for words in (f"option {name!r} is ", f"{options[name]!r} on rank 0", f"{others[name]!r} on rank 1"):
+                check("would compress differently" in error and words in error, f"{way}: {error}")
     return f"so in {len(cases)} of {len(cases)} cases"
 
 
@@ -61,8 +61,8 @@ def audited(
 
 def unlike(how: str, ways: tuple[str, ...], folder: Path) -> str:
     worst = 0.0
-    for way in ways:
-        (first, error, count), (second, _, _) = results(run(2, audited, way, {}, how))
+    found = run_each(2, audited, [(way, {}, how) for way in ways])
+    for way, ((first, error, count), (second, _, _)) in zip(ways, found, strict=True):
         check(first == second, f"{way}: other parameters on each rank")
         check(count > 0, f"{way}: nothing was compressed")
         worst = max(worst, error)
@@ -71,8 +71,8 @@ def unlike(how: str, ways: tuple[str, ...], folder: Path) -> str:
 
 def other_caches(folder: Path) -> str:
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "DCT_COMPILE_CACHE_DIR": str(folder / "kernels"), "CXX": "no-compiler"}
-    for way in GRADIENTS:
-        alike, other = (results(run(2, audited, way, {}, "", environment)) for environment in ({}, caches))
+    both = [run_each(2, audited, [(way, {}, "", environment) for way in GRADIENTS]) for environment in ({}, caches)]
+    for way, alike, other in zip(GRADIENTS, *both, strict=True):
         check(len({digest for digest, _, _ in [*alike, *other]}) == 1, f"{way}: other parameters")
     return f"so in {len(GRADIENTS)} of {len(GRADIENTS)} ways"
 
@@ -90,11 +90,10 @@ EXTREMES: tuple[dict[str, Any], ...] = (
 
 def extremes(folder: Path) -> str:
     worst = 0.0
-    for options in EXTREMES:
-        for way in ("compile(DDP)", "data_parallel"):
-            (first, error, _), (second, _, _) = results(run(2, audited, way, options))
-            check(first == second, f"{way}, {options}: other parameters on each rank")
-            worst = max(worst, error)
+    cases = [(way, options) for options in EXTREMES for way in ("compile(DDP)", "data_parallel")]
+    for (way, options), ((first, error, _), (second, _, _)) in zip(cases, run_each(2, audited, cases), strict=True):
+        check(first == second, f"{way}, {options}: other parameters on each rank")
+        worst = max(worst, error)
     return f"so for {len(EXTREMES)} of {len(EXTREMES)} sets of options; the audit differs by {worst:.0e} of the gradients"
 
 

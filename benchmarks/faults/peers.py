@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from faults.ranks import End, Rank, results, run
+from faults.ranks import End, Rank, run, run_each
 from faults.row import Row, check
 from faults.training import GRADIENTS, WAYS, Training, batch
 
@@ -121,8 +121,9 @@ def trained(rank: Rank, way: str, where: str) -> str:
 
 
 def stopped(ways: tuple[str, ...], folder: Path) -> str:
-    for way in ways:
-        undisturbed, disturbed = (results(run(2, trained, way, where)) for where in ("", "stopped"))
+    cases = [(way, where) for way in ways for where in ("", "stopped")]
+    found = run_each(2, trained, cases)
+    for way, undisturbed, disturbed in zip(ways, found[::2], found[1::2], strict=True):
         check(undisturbed == disturbed, f"{way}: other parameters")
     return f"so in {len(ways)} of {len(ways)} ways"
 

@@ -8,8 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -109,6 +108,25 @@ def run(
     return ends
 
 
+def run_each(ranks: int, function: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+    """Calls ``function(rank, *case)`` for each case on the same ``ranks`` processes. Returns the results of all ranks, for each case.
+
+    Raises:
+        RuntimeError: A rank has failed.
+    """
+    return [list(found) for found in zip(*results(run(ranks, _each, function, cases)), strict=True)]
+
+
+def _each(rank: Rank, function: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> list[Any]:
+    found = []
+    for case in cases:
+        torch._dynamo.reset()
+        dct_compile.reset_report()
+        dist.barrier()  # no rank begins while another one is in the case before
+        found.append(function(rank, *case))
+    return found
+
+
 def results(ends: list[End]) -> list[Any]:
     """Returns the results of all ranks.
 
@@ -137,7 +155,6 @@ def _rank(
         result = function(Rank(number, ranks, connection), *arguments)
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
-        print(f"rank {number}: {traceback.format_exc()}", flush=True)
     connection.send(("ended", time.monotonic(), result, error))
     dct_compile.reset_report()
     if dist.is_initialized() and not error:

@@ -2,12 +2,11 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import dct_compile
-from faults.ranks import Rank, results, run
+from faults.ranks import Rank, run_each
 from faults.row import Row, check
 from faults.training import GRADIENTS, Training, batch
 
@@ -39,18 +38,17 @@ def scaled(rank: Rank, way: str, bad: float) -> tuple[list[int], str, float]:
 
 def not_finite(ways: tuple[str, ...], folder: Path) -> str:
     worst = 0.0
-    for way in ways:
-        for bad in (float("nan"), float("inf")):
-            (skipped, first, error), (other, second, _) = results(run(2, scaled, way, bad))
-            check(skipped == other == list(BAD), f"{way}, {bad}: skipped {skipped} and {other}")
-            check(first == second, f"{way}, {bad}: other parameters on each rank")
-            worst = max(worst, error)
+    cases = [(way, bad) for way in ways for bad in (float("nan"), float("inf"))]
+    for (way, bad), ((skipped, first, error), (other, second, _)) in zip(cases, run_each(2, scaled, cases), strict=True):
+        check(skipped == other == list(BAD), f"{way}, {bad}: skipped {skipped} and {other}")
+        check(first == second, f"{way}, {bad}: other parameters on each rank")
+        worst = max(worst, error)
     return f"so in {len(ways)} of {len(ways)} ways; the audit differs by {worst:.0e} of the gradients"
 
 
-def full(rank: Rank, way: str, options: dict[str, Any]) -> tuple[int, str, float]:
+def full(rank: Rank, way: str, scheme: str) -> tuple[int, str, float]:
     """Trains with payloads that cannot hold what is above the threshold. Returns the entries that had to wait."""
-    training = Training(way, {"audit": True, "threshold": 1e-7, **options})
+    training = Training(way, {"audit": True, "threshold": 1e-7, "gradient_scheme": scheme})
     with dct_compile.audit(training.model) as audit:
         training.steps(rank.number, range(STEPS))
         found = audit.check()
@@ -60,12 +58,11 @@ def full(rank: Rank, way: str, options: dict[str, Any]) -> tuple[int, str, float
 
 def overflow(folder: Path) -> str:
     least, worst = 10**9, 0.0
-    for way in GRADIENTS:
-        for scheme in ("gather", "owner"):
-            (waited, first, error), (_, second, _) = results(run(2, full, way, {"gradient_scheme": scheme}))
-            check(waited > 0, f"{way}, {scheme}: no overflow was counted")
-            check(first == second, f"{way}, {scheme}: other parameters on each rank")
-            least, worst = min(least, waited), max(worst, error)
+    cases = [(way, scheme) for way in GRADIENTS for scheme in ("gather", "owner")]
+    for (way, scheme), ((waited, first, error), (_, second, _)) in zip(cases, run_each(2, full, cases), strict=True):
+        check(waited > 0, f"{way}, {scheme}: no overflow was counted")
+        check(first == second, f"{way}, {scheme}: other parameters on each rank")
+        least, worst = min(least, waited), max(worst, error)
     return f"so; at least {least} entries had to wait, and the audit differs by {worst:.0e} of the gradients"
 
 
