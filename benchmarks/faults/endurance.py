@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 import dct_compile
@@ -50,7 +51,7 @@ def worlds(rank: Rank) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         dist.destroy_process_group()
         torch._dynamo.reset()
         gc.collect()
-        store = dist.PrefixStore(f"world {world}", base)
+        store = PrefixStore(f"world {world}", base)
         dist.init_process_group("gloo", store=store, rank=rank.number, world_size=rank.ranks, timeout=timedelta(seconds=TIMEOUT_S))
         Training("DDP(compile)").steps(rank.number, range(1))
         seen += [settled()] if world in (4, WORLDS - 1) else []

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 import dct_compile
 from dct_compile.runtime import RUNTIME
@@ -76,7 +77,7 @@ def run(
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks")))
     context.set_forkserver_preload(["faults.preloaded"])
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ends, pipes, processes = [End() for _ in range(ranks)], {}, []
     for number in range(ranks):
         here, there = context.Pipe()
@@ -150,7 +151,7 @@ def _rank(
     torch._inductor.config.fallback_by_default = True
     result, error = None, ""
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        store = TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group("gloo", store=store, rank=number, world_size=ranks, timeout=timedelta(seconds=timeout_s))
         result = function(Rank(number, ranks, connection), *arguments)
     except Exception as raised:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import dct_compile
 from dct_compile.state.entry import fold_share
@@ -37,7 +38,7 @@ def saved(rank: Rank, way: str, scheme: str, folder: Path) -> dict[str, float]:
     training.steps(rank.number, range(4))
     state = dct_compile.state_dict(training.model)
     torch.save(state, folder / f"dct-{rank.number}.pt")
-    dcp.save({"model": training.model.state_dict(), "dct": state}, checkpoint_id=folder / "dcp")
+    save({"model": training.model.state_dict(), "dct": state}, checkpoint_id=folder / "dcp")
     return _waiting(training)
 
 
@@ -46,7 +47,7 @@ def loaded(rank: Rank, way: str, scheme: str, folder: Path, how: str) -> tuple[d
     training = Training(way, _options(scheme))
     if how == "dcp":
         state = {"model": training.model.state_dict(), "dct": dct_compile.state_dict(training.model)}
-        dcp.load(state, checkpoint_id=folder / "dcp", planner=dct_compile.LoadPlanner())
+        load(state, checkpoint_id=folder / "dcp", planner=dct_compile.LoadPlanner())
         training.model.load_state_dict(state["model"])
         dct_compile.load_state_dict(training.model, state["dct"])
     else:
