@@ -48,7 +48,7 @@ def audited(
     training = Training(way, {**options, "audit": True}, broken=unlike == "breaks" and mine)
     with dct_compile.audit(training.model) as audit:
         for step in range(STEPS):
-            rows = 8
+            rows = 12
             if unlike == "batches":
                 rows = 3 + 5 * rank.number + step % 3
             elif unlike == "empty" and mine and step % 4 == 2:

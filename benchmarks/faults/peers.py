@@ -72,17 +72,18 @@ def pause(rank: Rank) -> None:
 
 
 def _seen(ends: list[End], pattern: re.Pattern[str], longest_s: float, way: str) -> float:
-    """Returns the seconds after which rank 0 raised an error of ``pattern``, and checks both."""
-    end = ends[0]
-    seconds = end.ended - ends[FAULTY].struck
-    check(bool(pattern.search(end.error)), f"{way}: {end.error or 'no error'}")
-    check("Unable to cast" not in end.error, f"{way}: {end.error}")
+    """Returns the seconds after which all others had raised an error of ``pattern``, and checks both."""
+    others = [end for number, end in enumerate(ends) if number != FAULTY]
+    for end in others:
+        check(bool(pattern.search(end.error)), f"{way}: {end.error or 'no error'}")
+        check("Unable to cast" not in end.error, f"{way}: {end.error}")
+    seconds = max(end.ended for end in others) - ends[FAULTY].struck
     check(seconds < longest_s, f"{way}: the error came after {seconds:.1f} s")
     return seconds
 
 
-def killed(where: str, ways: tuple[str, ...], folder: Path) -> str:
-    seconds = [_seen(run(2, faulty, way, where, die), _GONE, MARGIN_S, way) for way in ways]
+def killed(where: str, ranks: int, ways: tuple[str, ...], folder: Path) -> str:
+    seconds = [_seen(run(ranks, faulty, way, where, die), _GONE, MARGIN_S, way) for way in ways]
     return f"so in {len(ways)} of {len(ways)} ways, after {max(seconds):.1f} s at most"
 
 
@@ -128,17 +129,17 @@ def stopped(ways: tuple[str, ...], folder: Path) -> str:
     return f"so in {len(ways)} of {len(ways)} ways"
 
 
-_SOON = f"the other rank raises the group's own error (Connection closed by peer) within {MARGIN_S:g} s; the timeout is 60 s"
+_SOON = f"each other rank raises the group's own error (Connection closed by peer) within {MARGIN_S:g} s; the timeout is 60 s"
 _IN_TIME = f"the other rank raises the group's own error (Timed out) after its timeout of {SHORT_S:g} s"
 ROWS = (
-    Row("kill -9 in the forward", "SIGKILL before the third forward; all ways", _SOON, 2, partial(killed, "forward", WAYS)),
-    Row("kill -9 in the backward", "SIGKILL in a hook of the third backward; all ways", _SOON, 2, partial(killed, "backward", WAYS)),
+    Row("kill -9 in the forward", "SIGKILL before the third forward; all ways", _SOON, 2, partial(killed, "forward", 2, WAYS)),
+    Row("kill -9 in the backward", "SIGKILL in a hook of the third backward; all ways", _SOON, 3, partial(killed, "backward", 3, WAYS)),
     Row(
         "kill -9 in an exchange",
-        "SIGKILL while it waits for the other rank's payload; all ways",
+        "SIGKILL while it waits for a payload, which is due 1.5 s later; all ways",
         _SOON,
         2,
-        partial(killed, "exchange", WAYS),
+        partial(killed, "exchange", 2, WAYS),
     ),
     Row(
         "kill -9 before the first step",

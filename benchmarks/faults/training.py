@@ -78,5 +78,5 @@ class Training:
         return total.hexdigest()
 
 
-def batch(rank: int, step: int, rows: int = 8) -> Tensor:
+def batch(rank: int, step: int, rows: int = 12) -> Tensor:
     return torch.randn(rows, 16, generator=torch.Generator().manual_seed(1000 * step + rank))
