@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-versions test-package bench slow-links check clean
+.PHONY: help setup demo test test-versions test-package bench slow-links reliability check clean
 
 # The stamp holds the folder it was made for: a copied or moved tree is set up anew.
 ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
@@ -24,6 +24,7 @@ help:
 	@echo "make test-package   build sdist and wheel, and run the tests on both outside of the tree"
 	@echo "make bench   measure kernels and training steps"
 	@echo "make slow-links   measure training steps on slow links (root, iproute2; at most 20 minutes)"
+	@echo "make reliability  provoke faults, check what comes of them, and write docs/reliability.md (minutes)"
 	@echo "make check   ruff, mypy, import layers"
 	@echo "make setup   only prepare $(VENV)"
 	@echo "make clean   remove $(VENV), builds and caches"
@@ -74,6 +75,11 @@ bench: $(READY)
 slow-links: $(READY)
 	@echo "==> training on slow links"
 	@$(BIN)/python benchmarks/slow_links.py --hosts 2,4 --rates 100mbit,1gbit --seconds 5 --results runs/slow_links.csv $(ARGS)
+
+# Fails if a fault has another outcome than expected. Some rows only:  make reliability ARGS='--only "kill;soak"'
+reliability: $(READY)
+	@echo "==> provoking faults"
+	@$(BIN)/python benchmarks/reliability.py $(ARGS)
 
 # All of them run, whatever the ones before say.
 check: $(READY)

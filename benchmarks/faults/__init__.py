@@ -1,0 +1,1 @@
+"""Faults that ``benchmarks/reliability.py`` provokes, one module for each theme."""
