@@ -23,7 +23,7 @@ class DlrmTask(Task):
 
     recipe: ClassVar[Recipe] = Recipe(
         datasets=DATASETS,
-        optimization=Optimization("adagrad", 0.02),
+        optimization=Optimization("adagrad", 0.02, warmup=50),
         rates={"adagrad": 0.02, "adam": 0.001, "adamw": 0.001, "sgd": 0.05},
         batch_size=256,
         epochs=2,
