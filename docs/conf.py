@@ -26,6 +26,7 @@ html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_additional_pages = {"index": "to-docs.html"}
 templates_path = ["templates"]
 html_show_sphinx = False
