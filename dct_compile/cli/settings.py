@@ -117,7 +117,13 @@ def parse_rates(texts: Iterable[str]) -> tuple[float | None, dict[str, float]]:
 
 
 def optimization_of(
-    model: str, optimizer: str | None, lr: float | None, momentum: float | None, beta1: float | None, beta2: float | None
+    model: str,
+    optimizer: str | None,
+    lr: float | None,
+    momentum: float | None,
+    beta1: float | None,
+    beta2: float | None,
+    warmup: int | None = None,
 ) -> Optimization:
     """Returns the optimization of ``model`` with what was asked for in place of its own.
 
@@ -137,6 +143,7 @@ def optimization_of(
         lr=recipe.rates[name] if lr is None else lr,
         momentum=own.momentum if momentum is None else momentum,
         betas=betas,
+        warmup=own.warmup if warmup is None else warmup,
     )
 
 
