@@ -17,6 +17,7 @@ exclude_patterns = [".*", "benchmarks", "build", "dct_compile", "examples", "mod
 source_suffix = {".md": "markdown"}
 
 myst_heading_anchors = 4
+highlight_language = "none"
 myst_enable_extensions = ["colon_fence"]
 
 autodoc_typehints = "description"
@@ -30,4 +31,5 @@ html_js_files = ["site.js"]
 html_additional_pages = {"index": "to-docs.html"}
 templates_path = ["templates"]
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
