@@ -51,8 +51,10 @@ def test_the_verdict_compares_the_loss_with_the_spread(dense: Sequence[float], d
     assert sentence.endswith("; a step takes 200 ms here instead of 200 ms.")
 
 
-def test_the_verdict_of_one_method_compares_nothing() -> None:
-    assert verdict(two_backends(with_dct=False)) == "Only dense was trained: there is nothing to compare it with."
+def test_the_verdict_says_what_there_is_nothing_to_compare_with() -> None:
+    both = two_backends()
+    assert verdict(two_backends(with_dct=False)) == "Nothing is compared: only dense was trained."
+    assert verdict(replace(both, backends=both.backends[1:])) == "Nothing is compared: dense was not trained."
 
 
 @pytest.mark.parametrize("with_dct", [True, False])

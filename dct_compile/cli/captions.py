@@ -13,7 +13,7 @@ def verdict(results: Results) -> str:
     others = [result for result in results.backends if result is not dense]
     other = results.get("dct") or (others[0] if others else None)
     if dense is None or other is None:
-        return f"Only {results.backends[0].backend} was trained: there is nothing to compare it with."
+        return f"Nothing is compared: {'dense was not trained' if dense is None else 'only dense was trained'}."
     parts = [_bytes(results, dense, other), _loss(results, dense, other), _time(dense, other)]
     return f"{other.backend} {'; '.join(part for part in parts if part)}."
 
