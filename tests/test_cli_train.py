@@ -150,6 +150,7 @@ def test_an_optimization_is_the_models_own_but_for_what_is_given() -> None:
     changed = optimization_of("dlrm", "adam", None, None, None, 0.99)
     assert (changed.optimizer, changed.lr, changed.betas) == ("adam", TASKS["dlrm"].recipe.rates["adam"], (0.9, 0.99))
     assert optimization_of("resnet", None, 0.3, 0.5, None, None).momentum == 0.5
+    assert [optimization_of("dlrm", None, None, None, None, None, warmup).warmup for warmup in (None, 0, 7)] == [50, 0, 7]
 
 
 def test_bytes_add_up_over_a_change() -> None:

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -153,3 +154,24 @@ def test_text_can_be_read_on_its_background(theme: int) -> None:
     for text, ground in pairs:
         low, high = sorted((colors[text], colors[ground]))
         assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
+
+
+def test_the_page_says_what_it_was_made_with(report: Report) -> None:
+    text = " ".join(report.to_html(facts={"options": "dp_density=<0.5>"}).split())
+    assert "options: <b>dp_density=&lt;0.5&gt;</b>" in text
+    assert f"torch: <b>{torch.__version__}</b>" in text
+    assert re.search(r"date: <b>20\d\d-\d\d-\d\d</b>", text)
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [((0.25, 0.5), "<dd>1 s</dd>"), ((None, None), "No link is known")])
+def test_the_page_predicts_seconds_where_a_link_is_known(report: Report, seconds: tuple[float | None, float | None], shown: str) -> None:
+    own, dense = seconds
+    site = replace(report.sites[0], seconds=own, dense_seconds=dense, calls=2)
+    assert shown in Report((site,), report.graphs, ()).to_html()
+
+
+def test_a_wide_drawing_has_the_whole_row(report: Report) -> None:
+    outline = Outline(report.to_html())
+    widths = [int(value) for tag, key, value in outline.attributes if tag == "svg" and key == "width" and value != "0"]
+    wide = [value for _, key, value in outline.attributes if key == "class" and value == "region whole"]
+    assert len(wide) == sum(width > 520 for width in widths) >= 1

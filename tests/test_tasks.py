@@ -74,6 +74,22 @@ def test_parameters_and_buffers_are_reset_in_place(task: Task) -> None:
     assert torch.equal(torch.get_rng_state(), state), "random numbers of the user are left alone"
 
 
+def test_the_first_steps_of_adagrad_do_not_throw_the_model_off() -> None:
+    task = TASKS["dlrm"](DataSource("synthetic", None, 2000), batch_size=256)
+    model = task.build(ALONE)
+    task.reset(model, ALONE, 0)
+    optimizer, schedule = task.recipe.optimization.start(model.parameters(), 6)
+    losses = []
+    for batch in task.batches(0, 6, ALONE):
+        loss = task.loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    assert max(losses) < 0.8, "without a warm-up the second step has 1.7"
+
+
 def test_the_default_rate_is_that_of_the_default_optimizer() -> None:
     for task_type in TASKS.values():
         recipe = task_type.recipe

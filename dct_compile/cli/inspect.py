@@ -35,7 +35,7 @@ def inspect(words: tuple[str, ...], ranks: int, options: tuple[str, ...], html: 
     click.echo(f"{title}; bytes are sent per rank and call\n")
     click.echo(report.table(shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     if html is not None:
-        report.to_html(html, ", ".join([title, *asked]))
+        report.to_html(html, title, {"options": ", ".join(asked) or "defaults"})
         click.echo(f"wrote {html}")
     if json_ is not None:
         report.to_json(json_)

@@ -7,6 +7,7 @@ import click
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from tabulate import tabulate
 
+from dct_compile.cli.captions import alternatives, verdict
 from dct_compile.cli.plots import draw
 from dct_compile.cli.results import Results
 from dct_compile.cli.tables import Table, link, quality, sent, sites, traffic
@@ -18,6 +19,8 @@ def present(folder: Path) -> None:
     """Reads ``folder``/metrics.json, prints its tables and writes the plots and report.html beside it."""
     results = Results.read(folder)
     tables = [table for table in (quality(results), sent(results), traffic(results), link(results), sites(results)) if table is not None]
+    sentence = verdict(results)
+    click.echo(f"\n{sentence}")
     for table in tables:
         click.echo(f"\n{table.title}\n{as_text(table)}")
     dct = results.get("dct")
@@ -27,9 +30,11 @@ def present(folder: Path) -> None:
     light, dark = draw(results, dark=False), draw(results, dark=True)
     for name, image in light.items():
         (folder / f"{name}.png").write_bytes(image)
-    plots = [(name, _inline(image), _inline(dark[name])) for name, image in light.items()]
+    texts = alternatives(results)
+    plots = [(texts[name], _inline(image), _inline(dark[name])) for name, image in light.items()]
     environment = Environment(loader=PackageLoader("dct_compile.cli", "."), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("report.html.j2").render(results=results, tables=tables, plots=plots, notes=notes)
+    template = environment.get_template("report.html.j2")
+    page = template.render(results=results, verdict=sentence, tables=tables, plots=plots, notes=notes)
     (folder / "report.html").write_text(page, encoding="utf-8")
     click.echo(f"\nReport: {(folder / 'report.html').resolve()}")
 

@@ -11,7 +11,7 @@ from dct_compile.options import split_options
 
 ASSUMED_LINK = "1Gbit/s"
 """Ranks of one machine stand for hosts on Ethernet."""
-OWN_RATES: dict[tuple[str, str], dict[str, float]] = {("dlrm", "adagrad"): {"dct": 0.03}}
+OWN_RATES: dict[tuple[str, str], dict[str, float]] = {("dlrm", "adagrad"): {"dct": 0.06}}
 """Learning rates of methods, by model and optimizer, where a method is better at another one than the recipe's (docs/accuracy.md)."""
 
 
@@ -116,7 +116,13 @@ def parse_rates(texts: Iterable[str]) -> tuple[float | None, dict[str, float]]:
 
 
 def optimization_of(
-    model: str, optimizer: str | None, lr: float | None, momentum: float | None, beta1: float | None, beta2: float | None
+    model: str,
+    optimizer: str | None,
+    lr: float | None,
+    momentum: float | None,
+    beta1: float | None,
+    beta2: float | None,
+    warmup: int | None = None,
 ) -> Optimization:
     """Returns the optimization of ``model`` with what was asked for in place of its own.
 
@@ -136,4 +142,5 @@ def optimization_of(
         lr=recipe.rates[name] if lr is None else lr,
         momentum=own.momentum if momentum is None else momentum,
         betas=betas,
+        warmup=own.warmup if warmup is None else warmup,
     )

@@ -85,6 +85,9 @@ def _rates(recipe: Recipe) -> str:
     metavar="[NAME=]RATE",
     help=_by_model("Learning rate, of all backends or of one; repeatable.", _rates),
 )
+@click.option(
+    "--warmup", type=click.IntRange(min=0), help=_by_model("Steps in which the learning rate rises.", lambda own: own.optimization.warmup)
+)
 @click.option("--momentum", type=_FRACTION, help=_by_model("Of sgd.", lambda own: own.optimization.momentum))
 @click.option("--beta1", type=_FRACTION, help=_by_model("Of adam and adamw.", lambda own: own.optimization.betas[0]))
 @click.option("--beta2", type=_FRACTION, help=_by_model("Of adam and adamw.", lambda own: own.optimization.betas[1]))
@@ -116,7 +119,7 @@ def _settings(given: dict[str, Any]) -> Settings:
     """Returns the settings: what was given, else the model's own. Raises ``ValueError`` for what cannot be read or does not fit."""
     recipe = TASKS[given["model"]].recipe
     lr, rates = parse_rates(given.pop("rates"))
-    names = ("optimizer", "momentum", "beta1", "beta2")
+    names = ("optimizer", "warmup", "momentum", "beta1", "beta2")
     optimization = optimization_of(given["model"], lr=lr, **{name: given.pop(name) for name in names})
     if lr is None:
         rates = {**OWN_RATES.get((given["model"], optimization.optimizer), {}), **rates}

@@ -55,5 +55,14 @@
     button.dataset.count = total - shown;
     button.textContent = `${total - shown} more nodes that stay as they are`;
   };
+  const mark = canvas => {
+    const hidden = canvas.scrollWidth - canvas.clientWidth, from = canvas.scrollLeft;
+    canvas.classList.toggle("more-left", from > 1);
+    canvas.classList.toggle("more-right", from < hidden - 1);
+    canvas.previousElementSibling.hidden = hidden <= 1;
+  };
+  // In the next frame: the hint changes the layout.
+  const sizes = new ResizeObserver(entries => requestAnimationFrame(() => { for (const entry of entries) mark(entry.target); }));
+  for (const canvas of document.querySelectorAll(".canvas")) { sizes.observe(canvas); canvas.addEventListener("scroll", () => mark(canvas)); }
   document.addEventListener("click", event => { if (event.target.matches(".gap button")) expand(event.target); });
 })();

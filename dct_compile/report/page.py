@@ -1,17 +1,21 @@
 """A report as one HTML page that needs nothing else: sites, drawings of their regions, graphs side by side, source lines."""
 
+import importlib.metadata
 import linecache
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dct_compile.link import duration
 from dct_compile.report.alignment import Block, align, stretches
 from dct_compile.report.data import GraphReport, NodeReport, SiteReport, step_and_evaluation
 from dct_compile.report.drawing import HEIGHT, WIDTH, Drawing, draw
@@ -30,6 +34,8 @@ KINDS = (
 )
 _AROUND = 1
 """Source lines that are shown on either side of one that issued a node."""
+_CARD = 520
+"""The width in pixels that a card has for its drawing where two stand side by side. A wider drawing has the whole row."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,10 @@ class Excerpt:
     lines: list[tuple[int, str, bool] | None]
 
 
-def render(title: str, sites: Sequence[SiteReport], graphs: Sequence[GraphReport], notes: Sequence[str]) -> str:
-    """Returns the whole page, under the headline ``title``."""
+def render(
+    title: str, sites: Sequence[SiteReport], graphs: Sequence[GraphReport], notes: Sequence[str], facts: Mapping[str, str] | None = None
+) -> str:
+    """Returns the whole page, under the headline ``title``. ``facts`` stand beside the versions and the date."""
     step, evaluation = step_and_evaluation(sites)
     sources = _Sources(node for graph in graphs for node in graph.nodes_before)
     scale = _Scale(sites)
@@ -85,6 +93,8 @@ def render(title: str, sites: Sequence[SiteReport], graphs: Sequence[GraphReport
             title=title,
             sites=sites,
             notes=notes,
+            facts={**(facts or {}), **_versions(), "date": date.today().isoformat()},
+            seconds=_seconds(sites),
             step=step,
             evaluation=evaluation,
             covered=COVERED,
@@ -96,6 +106,7 @@ def render(title: str, sites: Sequence[SiteReport], graphs: Sequence[GraphReport
             regions=list(_regions(sites, graphs)),
             graphs=[_view(graph, sources) for graph in graphs],
             sources=sources,
+            card=_CARD,
             box_width=WIDTH,
             box_height=HEIGHT,
         )
@@ -115,6 +126,24 @@ def human(size: float) -> str:
             return f"{size:.3g} {unit}" if size < 1000 else f"{size:,.0f} {unit}"
         size /= 1000
     raise AssertionError("the last unit returns")
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = importlib.metadata.version("dct-compile")
+    except importlib.metadata.PackageNotFoundError:  # used from a source tree that is not installed
+        own = "not installed"
+    return {"dct-compile": own, "torch": torch.__version__}
+
+
+def _seconds(sites: Sequence[SiteReport]) -> tuple[str, str] | None:
+    """Returns the predicted time of a step's exchanges, dense and as decided; ``None`` where no link is known."""
+    trained = [site for site in sites if site.training] or sites
+    weighed = [(site.calls, site.dense_seconds, site.seconds) for site in trained]
+    known = [(calls, dense, own) for calls, dense, own in weighed if dense is not None and own is not None]
+    if not known:
+        return None
+    return duration(sum(calls * dense for calls, dense, _ in known)), duration(sum(calls * own for calls, _, own in known))
 
 
 class _Scale:

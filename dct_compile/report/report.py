@@ -1,6 +1,7 @@
 """The report as users hold it."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,7 +57,12 @@ class Report:
             Path(path).write_text(text, encoding="utf-8")
         return text
 
-    def to_html(self, path: str | Path | None = None, title: str = "Collectives, dense and on the wire") -> str:
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        title: str = "Collectives, dense and on the wire",
+        facts: Mapping[str, str] | None = None,
+    ) -> str:
         """Returns one self-contained page: sites, graphs side by side, and a drawing of every region.
 
         The page quotes the source lines that issued the nodes.
@@ -64,11 +70,12 @@ class Report:
         Args:
             path: The file to write the page to, if given.
             title: The headline of the page.
+            facts: What else the page should say of itself, such as ``{"options": "dp_density=0.005"}``. Versions and date are there.
 
         Raises:
             OSError: The file cannot be written.
         """
-        text = page.render(title, self.sites, self.graphs, self.notes)
+        text = page.render(title, self.sites, self.graphs, self.notes, facts)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text

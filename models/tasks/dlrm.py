@@ -23,8 +23,8 @@ class DlrmTask(Task):
 
     recipe: ClassVar[Recipe] = Recipe(
         datasets=DATASETS,
-        optimization=Optimization("adagrad", 0.02),
-        rates={"adagrad": 0.02, "adam": 0.001, "adamw": 0.001, "sgd": 0.05},
+        optimization=Optimization("adagrad", 0.03, warmup=50),
+        rates={"adagrad": 0.03, "adam": 0.001, "adamw": 0.001, "sgd": 0.05},
         batch_size=256,
         epochs=2,
         mp=2,
