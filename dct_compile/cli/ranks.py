@@ -51,7 +51,7 @@ def run_ranks(work: Callable[..., None], arguments: tuple[Any, ...], count: int,
 
 
 def _start_tracker() -> None:
-    """Starts multiprocessing's tracker now, because its start unblocks the signal. It removes what killed ranks leave, without a warning."""
+    """Starts multiprocessing's tracker now, because its start unblocks the signal. It removes what killed ranks leave, silently."""
     before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
     try:
