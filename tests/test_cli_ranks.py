@@ -1,5 +1,6 @@
 """Ranks that a command starts end with it: at Ctrl-C, after a time, and when it is killed."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -28,9 +29,11 @@ if __name__ == "__main__":
 
 def wait(rank: int, folder: str) -> None:
     """Says that it runs, and goes on for longer than any test. Ctrl-C must not reach it: its imports would end with a traceback."""
+    lock = multiprocessing.get_context("spawn").Lock()  # the tracker finds it when the rank is killed
     assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     Path(folder, f"{rank}-{os.getpid()}").touch()
     time.sleep(300)
+    del lock
 
 
 def fail(rank: int) -> None:

@@ -1,5 +1,6 @@
 """Runs ranks in processes of their own on this machine. They end with the command, however it ends."""
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def run_ranks(work: Callable[..., None], arguments: tuple[Any, ...], count: int,
     Raises:
         click.ClickException: A rank has failed, or took too long. All of them have ended.
     """
-    resource_tracker.ensure_running()  # whose start unblocks the signal
+    _start_tracker()
     # Processes inherit what is blocked. A Ctrl-C that comes meanwhile is not lost: it waits here.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -47,6 +48,19 @@ def run_ranks(work: Callable[..., None], arguments: tuple[Any, ...], count: int,
         raise click.ClickException(str(error)) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_tracker() -> None:
+    """Starts multiprocessing's tracker now, because its start unblocks the signal. It removes what killed ranks leave, silently."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _run(rank: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
