@@ -1,7 +1,7 @@
 """Hosts with several ranks each on slow links: the schemes that treat all ranks alike, and the one that adds up inside a host first.
 
-The ranks of a host share its link, and reach one another over loopback. The methods are those of ``slow_cells.py``; "dct", which decides
-by itself, takes two levels.
+The ranks of a host share its link, and reach one another over loopback. The methods are those of ``slow_cells.py``; "dct" measures
+the link and decides.
 
     python benchmarks/two_level.py [--hosts 2] [--ranks-per-host 2] [--rate 100mbit]
 """
@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from dct_compile.bench.machine import circumstances
 
-METHODS = ("dense", "fp16 hook", "dct gather", "dct owner", "dct")
+METHODS = ("dense", "fp16 hook", "dct gather", "dct owner", "dct two_level", "dct")
 
 
 @click.command()

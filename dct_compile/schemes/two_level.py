@@ -31,7 +31,7 @@ from dct_compile.schemes.rest import MESSAGE_BYTES, Rider
 from dct_compile.schemes.threshold import divide_by_density, said
 from dct_compile.schemes.threshold_codec import ThresholdCodec
 from dct_compile.state.spec import StateSpec, end_to_end, residual_of
-from dct_compile.traffic import ring_twice, to_all
+from dct_compile.traffic import INSIDE_PASSES, ring_twice, to_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +102,9 @@ def offer(exchange: Exchange, config: DCTConfig) -> TwoLevel | Declined | None:
     payload_bytes, rest_numel = codec.layout.payload_bytes, -(-members.rest_numel // ranks)
     rides = 0 < 4 * rest_numel <= max(payload_bytes, MESSAGE_BYTES)
     rider = Rider(rest_numel, torch.float32, hosts, exchange.divisor, 1) if rides else None
-    # Inside a host a message passes through memory: a sum of the whole, and the mean that comes back.
-    inside = 4 * sum((*members.numels, members.rest_numel)) * (2 + 2 * (ranks - 1)) // ranks
+    # The gradient goes to the sum inside of the host, and the mean comes back; the parts are copied on both ways.
+    whole = 4 * sum((*members.numels, members.rest_numel))
+    inside = 2 * INSIDE_PASSES * whole * (ranks - 1) // ranks + 4 * whole
     traffic = to_all(payload_bytes, hosts).passing_over(codec.memory_bytes(exchange, payloads=hosts) + inside)
     if members.rest:
         traffic = traffic + (rider.traffic(payload_bytes) if rider is not None else ring_twice(4 * rest_numel, hosts))
