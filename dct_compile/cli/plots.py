@@ -101,7 +101,8 @@ def _smooth(result: BackendResult) -> tuple[NDArray[np.int64], NDArray[np.float6
 
 
 def _line(axes: Axes, places: NDArray[Any], smooth: NDArray[np.float64], backend: str, colors: dict[str, str]) -> None:
-    axes.plot(places, smooth.mean(axis=0), color=colors[backend], label=backend, linewidth=1.4)
+    marker = "o" if len(places) == 1 else None  # a line of one point would not be seen
+    axes.plot(places, smooth.mean(axis=0), color=colors[backend], label=backend, linewidth=1.4, marker=marker)
     axes.fill_between(places, smooth.min(axis=0), smooth.max(axis=0), color=colors[backend], alpha=0.2, linewidth=0)
 
 
