@@ -1,6 +1,7 @@
 """Set-up shared by all tests."""
 
 import os
+import signal
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
+# Jobs in the background of a shell ignore it, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Triton reads this when a kernel is decorated, so it must be set before any kernel module is imported.
 if not torch.cuda.is_available():

@@ -14,7 +14,7 @@ def test_every_cut_trains_with_every_codec(tmp_path: Path) -> None:
     small = ["--steps", "2", "--seeds", "1", "--samples", "1500", "--rates", "0.01", "--results", str(results)]
     done = CliRunner().invoke(main, ["bench", "accuracy", *small])
     assert done.exit_code == 0, done.output
-    assert done.output.count("low rank, a quarter") == 2 * 7  # as it is made, and in the table
+    assert done.stdout.count("low rank, a quarter") == 2 * 7  # as it is made, and in the table
     with results.open(newline="") as file:
         losses = {(row["cut"], row["codec"], row["rate"]): float(row["loss"]) for row in csv.DictReader(file)}
     assert len({cut for cut, *_ in losses}) == 7

@@ -135,7 +135,8 @@ def test_an_interrupted_build(number: signal.Signals, step: str, machine: Machin
     until(lambda: step in machine.steps())
     process.send_signal(number)
     output, errors = process.communicate()
-    assert process.returncode == -number
+    # Where torch._dynamo is imported, Python ends with 1 after an interrupt instead of the signal.
+    assert process.returncode in ((-number, 1) if number == signal.SIGINT else (-number,)), errors
     assert output == ""
     assert "could not be compiled" not in errors
     until(lambda: not machine.processes())
