@@ -9,6 +9,7 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,6 @@ from unittest.mock import patch
 import click
 import torch
 import torch.distributed as dist
-from dense_options import DENSE, EXAMPLES
 from tabulate import tabulate
 from torch.multiprocessing.spawn import spawn
 
@@ -26,8 +26,11 @@ import dct_compile
 from dct_compile.bench.machine import circumstances
 from dct_compile.bench.record import Record, Run
 from dct_compile.bench.sockets import sent_bytes
+from dct_compile.options import DENSE
 
-METHODS: dict[str, dict[str, Any]] = {"dense": DENSE, "dct": {}, "threshold": {"activation_codec": "threshold"}}
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+METHODS: dict[str, Mapping[str, Any]] = {"dense": DENSE, "dct": {}, "threshold": {"activation_codec": "threshold"}}
 RANKS = {
     "ddp": 2,
     "data_parallel": 2,

@@ -28,12 +28,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **BASELINES,
     "dct gather": ("dct", {"gradient_scheme": "gather", "link": None}),
     "dct owner": ("dct", {"gradient_scheme": "owner", "link": None}),
-    "dct two_level": ("dct", {"gradient_scheme": "two_level", "link": None}),
     "dct late": ("dct", {"arrival": "late", "link": None}),
     "dct powersgd": ("dct", {"gradient_scheme": "powersgd", "link": None}),
     "dct": ("dct", {}),
 }
 """Backend (dct_compile/cli/methods.py) and options by name. The first one is the baseline, the last one measures the link and decides."""
+ON_SHARED_HOSTS: dict[str, tuple[str, dict[str, Any]]] = {"dct two_level": ("dct", {"gradient_scheme": "two_level", "link": None})}
+"""The methods for hosts with several ranks each."""
 RATES: dict[str, float | None] = {"10mbit": 10e6, "100mbit": 100e6, "1gbit": 1e9, "10gbit": 10e9, "none": None}
 """Bits per second of each uplink and downlink."""
 GOODPUT = 0.94
@@ -187,9 +188,8 @@ def predict(cpu_s: float, shared: float, hops: int, wire_bytes: float, memory_by
 
 
 def methods_of(model: str, hosts: int, chosen: Sequence[str]) -> list[str]:
-    """Returns those of ``chosen`` that can train ``model``: hooks of torch need data-parallel ranks alone, two levels several per host."""
-    possible = [name for name in chosen if name != "dct two_level"]
-    return [name for name in possible if WORKLOADS[model].mp == 1 or METHODS[name][0] in ("dense", "dct")] if hosts > 1 else []
+    """Returns those of ``chosen`` that can train ``model``: hooks of torch need data-parallel ranks alone."""
+    return [name for name in chosen if WORKLOADS[model].mp == 1 or METHODS[name][0] in ("dense", "dct")] if hosts > 1 else []
 
 
 class ResultFile:

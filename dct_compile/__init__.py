@@ -14,7 +14,6 @@ if TYPE_CHECKING:
         adapt,
         discard_gradients,
         drain,
-        explain,
         load_state_dict,
         report,
         reset_report,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from dct_compile.checkpoint import LoadPlanner
     from dct_compile.config import DCTConfig
     from dct_compile.embeddings import all_to_all_single, torchrec_sharder
+    from dct_compile.inspection import explain
     from dct_compile.monitor import Monitor, SiteStats, monitor
     from dct_compile.report import GraphReport, NodeReport, Report, ReportDiff, SiteReport
     from dct_compile.state.ranks import StateDict
@@ -63,7 +63,6 @@ _NAMES = {
         "adapt",
         "discard_gradients",
         "drain",
-        "explain",
         "load_state_dict",
         "report",
         "reset_report",
@@ -74,6 +73,7 @@ _NAMES = {
     "checkpoint": ("LoadPlanner",),
     "config": ("DCTConfig",),
     "embeddings": ("all_to_all_single", "torchrec_sharder"),
+    "inspection": ("explain",),
     "monitor": ("Monitor", "SiteStats", "monitor"),
     "report": ("GraphReport", "NodeReport", "Report", "ReportDiff", "SiteReport"),
     "state.ranks": ("StateDict",),

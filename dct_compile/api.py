@@ -1,7 +1,6 @@
 """The functions of the public face: each does its work on the process-wide state."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -12,35 +11,6 @@ from dct_compile.report import Report
 from dct_compile.runtime import RUNTIME
 from dct_compile.state.entry import Entry
 from dct_compile.state.ranks import StateDict, rank_of, state_for
-
-
-def explain(
-    model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, ranks: int | None = None, **named_inputs: Any
-) -> Report:
-    """Reports the effect of ``torch.compile(model, backend="dct", options=options)`` on a call with these inputs.
-
-    Compiles forward and backward for ``ranks`` ranks, and runs neither. No other process is needed. Parameters, buffers, gradients and
-    torch's random generators stay as they are.
-
-    Args:
-        model: The module or function to compile.
-        inputs: The positional arguments of ``model``.
-        options: The options of backend "dct", see :class:`DCTConfig`, and those of Inductor.
-        ranks: The number of ranks to simulate, by default 4. An initialised process group is used with its own ranks.
-        named_inputs: The keyword arguments of ``model``.
-
-    Returns:
-        The report of the graphs and of their collectives.
-
-    Raises:
-        ValueError: An option is not allowed, ``ranks`` is less than 1, or ``ranks`` differs from the size of the process group.
-        TypeError: ``model`` cannot be called.
-        Exception: Any error that ``model`` raises. See :func:`dct_compile.inspection.explain` for details.
-    """
-    # Late: the backend takes seconds to import, which programs that only call torch.compile pay when they compile.
-    from dct_compile import inspection
-
-    return inspection.explain(model, *inputs, options=options, ranks=ranks, **named_inputs)
 
 
 def report() -> Report:

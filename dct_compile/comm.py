@@ -65,10 +65,8 @@ class HostsComm(Comm):
     across: Comm = Comm("", 1)
 
     @classmethod
-    def planned(cls, group: Any, size: int, per_host: int) -> Comm:
+    def planned(cls, group: Any, size: int, per_host: int) -> "HostsComm":
         """Returns the collectives of a plan, over groups inside and across hosts that are not there yet."""
-        if per_host == 1:
-            return Comm(group, size)
         return cls(group, size, inside=Comm(f"{group} inside hosts", per_host), across=Comm(f"{group} across hosts", size // per_host))
 
 

@@ -13,6 +13,15 @@ from dct_compile import config
 from dct_compile.config import DCTConfig
 from dct_compile.option_checks import OptionError
 
+DENSE: Mapping[str, Any] = {
+    "dp_density": 1.0,
+    "activation_codec": "dense",
+    "embedding_codec": "dense",
+    "parameter_codec": "dense",
+    "sharded_gradients": "dense",
+}
+"""The options under which everything travels as it is."""
+
 
 def split_options(options: Mapping[str, Any] | None, inductor_keys: Collection[str]) -> tuple[DCTConfig, dict[str, Any]]:
     """Separates the flat ``options`` into this project's config and Inductor's own keys.

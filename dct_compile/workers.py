@@ -43,11 +43,9 @@ class ExchangeWorker:
         self._thread = threading.Thread(target=_work, args=(self._tasks, self._made), name="dct-exchanges", daemon=True)
         self._thread.start()
 
-    def comm(self, per_host: int) -> Comm:
-        """Returns the collectives of the exchanges: at two levels where hosts have ``per_host`` > 1 ranks. All ranks make this call."""
+    def comm(self, per_host: int) -> HostsComm:
+        """Returns the collectives of exchanges at two levels, on hosts of ``per_host`` ranks. All ranks make this call."""
         whole, ranks = self.group.group_name, self.group.size()
-        if per_host == 1:
-            return Comm(whole, ranks)
         inside, across = (Comm(group.group_name, group.size()) for group in self._levels_of(per_host))
         return HostsComm(whole, ranks, inside=inside, across=across)
 

@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import dct_compile
-from benchmarks.dense_options import DENSE, EXAMPLES
 from dct_compile.bench.sockets import sent_bytes
+from dct_compile.options import DENSE
+from tests.processes import ROOT
 from tests.rank_pool import Ranks
 
+EXAMPLES = ROOT / "examples"
 STEPS = 150
-
-
 UNCOUNTED = 40_000
 """Bytes per step of what the report names and does not count: DTensor's gradients of norms, the tokens of experts."""
 HEADERS = 144 * 1.2
@@ -34,13 +34,19 @@ class Trained(NamedTuple):
     report: str
 
 
-def trained(rank: int, world_size: int, name: str, options: dict[str, Any]) -> Trained:
-    """Returns what came of the example. ``copies``: the parameters that are no shards, by name."""
+def example(name: str) -> Any:
+    """Returns an example as a module. The examples import one another by their bare names."""
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
+    return import_module(name)
+
+
+def trained(rank: int, world_size: int, name: str, options: dict[str, Any]) -> Trained:
+    """Returns what came of the example. ``copies``: the parameters that are no shards, by name."""
+    module = example(name)
     dist.barrier()
     start = sent_bytes()
-    loss, model = import_module(name).train({"link": None, **options}, STEPS)
+    loss, model = module.train({"link": None, **options}, STEPS)
     dist.barrier()
     measured = sent_bytes() - start
     report = dct_compile.report()

@@ -2,9 +2,8 @@
 
 import pytest
 
-from benchmarks.dense_options import EXAMPLES
 from tests.rank_pool import Ranks
-from tests.ranks_examples import compare
+from tests.ranks_examples import EXAMPLES, compare
 from tests.test_examples_shards import RATIOS as SHARDED
 from tests.test_examples_trainers import PACKAGES
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks.dense_options import DENSE
+from dct_compile.options import DENSE
 from tests.processes import ROOT
 from tests.rank_pool import Ranks
 from tests.ranks_examples import HEADERS, STEPS, trained

@@ -1,16 +1,14 @@
 """The examples of other people's trainers: they learn, gradients travel compressed, their optimizers are adapted, copies stay equal."""
 
 import os
-import sys
-from importlib import import_module
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
 
 import dct_compile
-from benchmarks.dense_options import EXAMPLES
 from tests.rank_pool import Ranks
+from tests.ranks_examples import example
 
 pytestmark = pytest.mark.distributed
 STEPS = 60
@@ -28,12 +26,10 @@ class Trained(NamedTuple):
 
 
 def trained(rank: int, world_size: int, name: str, options: dict[str, Any]) -> Trained:
-    if str(EXAMPLES) not in sys.path:
-        sys.path.insert(0, str(EXAMPLES))
     # Trainers ask the variables of torchrun, though the process group is there.
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
     with patch.dict(os.environ, {key: str(value) for key, value in launched.items()}):
-        loss, model = import_module(name).train({"link": None, **options}, STEPS)
+        loss, model = example(name).train({"link": None, **options}, STEPS)
     report = dct_compile.report()
     ways = {site.stepped for site in report.sites if site.decision == "compressed"}
     total = sum(parameter.detach().double().sum().item() for parameter in model.parameters())

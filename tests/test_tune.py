@@ -15,11 +15,12 @@ from dct_compile.cli.main import main
 from dct_compile.cli.tune import step_seconds
 from dct_compile.cli.tune_plots import draw
 from dct_compile.cli.tune_search import Goal, OptunaStudy, Tried, front
-from dct_compile.cli.tune_space import DENSE, Choice, Range, Space, defaults, parse_space, space_for
+from dct_compile.cli.tune_space import Choice, Range, Space, defaults, parse_space, space_for
 from dct_compile.cli.tune_trial import Trainable, TrialError
 from dct_compile.config import DCTConfig
 from dct_compile.inspection import explain, fake_ranks
 from dct_compile.link import Link
+from dct_compile.options import DENSE
 from dct_compile.tuning import Measured
 from tests.processes import run_python
 

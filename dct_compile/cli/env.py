@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 
+from dct_compile.version import own_version
+
 PACKAGES = ("torch", "triton", "numpy", "click", "torchrec", "fbgemm-gpu", "optuna")
 VARIABLES = (
     *("CC", "CUDA_VISIBLE_DEVICES", "CXX", "LD_PRELOAD", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE"),
@@ -34,14 +36,6 @@ def env() -> None:
     for name in sorted(os.environ):
         if name in VARIABLES or name.startswith(PREFIXES):
             click.echo(f"{name}={os.environ[name]}")
-
-
-def own_version() -> str:
-    """Returns the version of the installed package."""
-    try:
-        return version("dct-compile")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _package() -> str:

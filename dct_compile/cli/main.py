@@ -8,7 +8,7 @@ from dct_compile.cli.lazy import LazyGroup
 def _print_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:
     if not is_asked or ctx.resilient_parsing:
         return
-    from dct_compile.cli.env import own_version
+    from dct_compile.version import own_version  # late: every other command does without the metadata of packages
 
     click.echo(f"dct-compile {own_version()}")
     ctx.exit()

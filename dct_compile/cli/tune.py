@@ -69,8 +69,9 @@ def _search(
 ) -> None:
     from dct_compile.cli.tune_plots import draw
     from dct_compile.cli.tune_search import Goal, OptunaStudy, Tried, search_with_ray
-    from dct_compile.cli.tune_space import DENSE, space_for
+    from dct_compile.cli.tune_space import space_for
     from dct_compile.cli.tune_trial import TrialError
+    from dct_compile.options import DENSE
 
     def run(options: Mapping[str, Any], name: str) -> "Measured":
         return trainable.run({**fixed, **options}, out / "trials" / name)

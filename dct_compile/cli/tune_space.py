@@ -10,14 +10,6 @@ from dct_compile.cli.parsing import parse_value
 from dct_compile.config import DCTConfig
 from dct_compile.options import default_options
 
-DENSE: Mapping[str, Any] = {
-    "dp_density": 1.0,
-    "activation_codec": "dense",
-    "embedding_codec": "dense",
-    "parameter_codec": "dense",
-    "sharded_gradients": "dense",
-}
-"""The options under which everything travels as it is."""
 _RANGE = re.compile(r"(.+)\.\.(.+)")
 
 

@@ -12,7 +12,6 @@ from torch._C._distributed_c10d import _DEFAULT_FIRST_BUCKET_BYTES, _compute_buc
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from dct_compile.comm import HostsComm
 from dct_compile.config import DCTConfig
 from dct_compile.groups import ranks_per_host
 from dct_compile.integrations.ddp_calls import parts_of_compiled_model, running_modules
@@ -190,12 +189,12 @@ def _reason_to_keep(module: DistributedDataParallel) -> str | None:
 
 def _future_plans(module: DistributedDataParallel, config: DCTConfig, phase: Phase, link: Link | None) -> list[BucketPlan]:
     group = module.process_group
-    comm = HostsComm.planned(group.group_name, group.size(), ranks_per_host(group, config.ranks_per_host))
+    per_host = ranks_per_host(group, config.ranks_per_host)
     names = {id(parameter): name for name, parameter in named_parameters(module)}
     unused = module.find_unused_parameters
     sparse = {id(parameter) for parameter, expected in zip(*module._build_params_for_reducer(), strict=True) if expected}
     return [
-        BucketPlan.of(bucket, names, group, comm, phase, link, may_be_unused=unused, sparse=id(bucket[0]) in sparse)
+        BucketPlan.of(bucket, names, group, per_host, phase, link, may_be_unused=unused, sparse=id(bucket[0]) in sparse)
         for bucket in _future_buckets(module)
     ]
 

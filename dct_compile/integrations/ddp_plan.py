@@ -25,6 +25,7 @@ from dct_compile.reasons import Reason
 from dct_compile.report import DeferredGraph, GraphReport, Measure, ReportEntry
 from dct_compile.runtime import Runtime
 from dct_compile.schemes import GradientOffer
+from dct_compile.schemes.two_level import TWO_LEVEL
 from dct_compile.state.bucket import BucketState
 
 
@@ -43,7 +44,7 @@ class BucketPlan:
         parameters: Sequence[Tensor],
         names: dict[int, str],
         group: ProcessGroup,
-        comm: Comm,
+        per_host: int,
         phase: Phase,
         link: Link | None,
         *,
@@ -51,10 +52,11 @@ class BucketPlan:
         sparse: bool,
     ) -> "BucketPlan":
         members = [Parameter(index, names[id(item)], tuple(item.shape), ElementOrder.of(item)) for index, item in enumerate(parameters)]
-        per_host = comm.inside.size if isinstance(comm, HostsComm) else 1
         exchange = gradient_exchange(ALL_REDUCE, segments_of(members), parameters[0].dtype, group, may_be_unused, per_host)
         decision = dense(exchange, Reason.SPARSE) if sparse else decide_outside(exchange, phase.config, lambda _: link)
         decision = held_until(decision, phase.until)
+        whole = group.group_name, group.size()
+        comm = HostsComm.planned(*whole, per_host) if decision.scheme == TWO_LEVEL else Comm(*whole)
         return cls(decision, comm, parameters[0].device, sparse)
 
     @property

@@ -8,6 +8,7 @@ messages of small buckets are joined (``ddp_join.py``). With option ``arrival="l
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
+from dct_compile.comm import HostsComm
 from dct_compile.config import DCTConfig
 from dct_compile.groups import ranks_per_host
 from dct_compile.integrations.ddp_join import MessageJoiner, join_bytes
@@ -29,7 +31,6 @@ from dct_compile.phases import Phase, phase_at, phases_of
 from dct_compile.reasons import Note, abbreviated
 from dct_compile.runtime import Runtime
 from dct_compile.schemes.late import Late
-from dct_compile.schemes.two_level import TwoLevel
 from dct_compile.state.bucket import BucketState, refer_to
 from dct_compile.state.exchanges import count_exchange, exchanges_of
 from dct_compile.state.gradient_use import NO_BACKWARD
@@ -169,9 +170,9 @@ class BucketReducer:
         self.find_unused, self.process_group = owner.find_unused, owner.process_group
         self.runtime, self.phase, self.group = owner.runtime, phase, worker.group
         self.joined = False
-        comm = worker.comm(ranks_per_host(owner.process_group, phase.config.ranks_per_host))
-        unused = self.find_unused
-        self.plan = BucketPlan.of(parameters, owner.names, self.group, comm, phase, owner.link, may_be_unused=unused, sparse=sparse)
+        per_host, unused = ranks_per_host(owner.process_group, phase.config.ranks_per_host), self.find_unused
+        plan = BucketPlan.of(parameters, owner.names, self.group, per_host, phase, owner.link, may_be_unused=unused, sparse=sparse)
+        self.plan = replace(plan, comm=worker.comm(per_host)) if isinstance(plan.comm, HostsComm) else plan
         self.state = self._find_state(parameters, owner)
         measure = BucketMeasure([self.state]) if self.state is not None else None
         self.entry = self.plan.publish(bucket_name(owner.title, index, owner.process_group), owner.runtime, measure)
@@ -207,7 +208,7 @@ class BucketReducer:
         Those of several groups are not joined.
         """
         offer = self.plan.offer
-        traffic = offer.traffic if offer is not None and not isinstance(offer, TwoLevel) else None
+        traffic = offer.traffic if offer is not None and not isinstance(self.plan.comm, HostsComm) else None
         size = traffic.wire_bytes // traffic.messages if traffic is not None else 0
         return size if size < limit else 0
 

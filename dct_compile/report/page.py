@@ -1,6 +1,5 @@
 """A report as one HTML page that needs nothing else: sites, drawings of their regions, graphs side by side, source lines."""
 
-import importlib.metadata
 import linecache
 import math
 from collections import defaultdict
@@ -20,6 +19,7 @@ from dct_compile.report.alignment import Block, align, stretches
 from dct_compile.report.data import GraphReport, NodeReport, SiteReport, step_and_evaluation
 from dct_compile.report.drawing import HEIGHT, WIDTH, Drawing, draw
 from dct_compile.report.table import COVERED, calls, schemes_offered, sites_table, totals
+from dct_compile.version import own_version
 
 KINDS = (
     "gradient",
@@ -93,7 +93,7 @@ def render(
             title=title,
             sites=sites,
             notes=notes,
-            facts={**(facts or {}), **_versions(), "date": date.today().isoformat()},
+            facts={**(facts or {}), "dct-compile": own_version(), "torch": torch.__version__, "date": date.today().isoformat()},
             seconds=_seconds(sites),
             step=step,
             evaluation=evaluation,
@@ -126,14 +126,6 @@ def human(size: float) -> str:
             return f"{size:.3g} {unit}" if size < 1000 else f"{size:,.0f} {unit}"
         size /= 1000
     raise AssertionError("the last unit returns")
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = importlib.metadata.version("dct-compile")
-    except importlib.metadata.PackageNotFoundError:  # used from a source tree that is not installed
-        own = "not installed"
-    return {"dct-compile": own, "torch": torch.__version__}
 
 
 def _seconds(sites: Sequence[SiteReport]) -> tuple[str, str] | None:

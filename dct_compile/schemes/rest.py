@@ -47,15 +47,16 @@ class Rider:
             payload_bytes: Bytes of the payload without the rest.
             first: The collective that carries the payload: with :data:`ALL_TO_ALL` each rank sums a share.
         """
-        if not members.rest:
-            return None
         assert exchange.dtype is not None
-        numel = members.rest_numel
         shares = exchange.ranks if first == ALL_TO_ALL else 1
-        rider = cls(numel, exchange.dtype, exchange.ranks, exchange.divisor, shares)
-        more = rider.traffic(0).wire - members.rest_traffic(exchange).wire
-        small = numel * exchange.dtype.itemsize <= max(payload_bytes, MESSAGE_BYTES)
-        return rider if small and more <= MESSAGE_BYTES else None
+        rider = cls(members.rest_numel, exchange.dtype, exchange.ranks, exchange.divisor, shares)
+        return rider.if_it_pays(payload_bytes, members.rest_traffic(exchange))
+
+    def if_it_pays(self, payload_bytes: int, alone: Traffic) -> "Rider | None":
+        """Returns this rider; ``None`` where it carries nothing, or where a message of its own is better, whose work is ``alone``."""
+        more = self.traffic(0).wire - alone.wire
+        small = self.numel * self.dtype.itemsize <= max(payload_bytes, MESSAGE_BYTES)
+        return self if self.numel and small and more <= MESSAGE_BYTES else None
 
     @property
     def share(self) -> int:

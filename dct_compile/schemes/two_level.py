@@ -27,11 +27,14 @@ from dct_compile.exchange import ALL_GATHER, GRADIENT, Exchange, Parameter, segm
 from dct_compile.reasons import Reason
 from dct_compile.schemes.members import Members, said_too_large
 from dct_compile.schemes.offer import Declined, GradientOffer
-from dct_compile.schemes.rest import MESSAGE_BYTES, Rider
+from dct_compile.schemes.rest import Rider
 from dct_compile.schemes.threshold import divide_by_density, said
 from dct_compile.schemes.threshold_codec import ThresholdCodec
 from dct_compile.state.spec import StateSpec, end_to_end, residual_of
-from dct_compile.traffic import INSIDE_PASSES, ring_twice, to_all
+from dct_compile.traffic import INSIDE_PASSES, NOTHING, ring_twice, to_all
+
+TWO_LEVEL = "two_level"
+"""The name of the scheme."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +51,19 @@ class TwoLevel(GradientOffer):
         assert isinstance(comm, HostsComm)
         inside, place = comm.inside, self.exchange.rank % comm.inside.size
         waiting = _parts(state["residual"].split(list(self.members.numels)), inside.size)
-        # The codec adds what waits of the own part. Another scheme may have left more, which goes to the rank whose part it is of.
-        others = torch.cat([waiting[:place], torch.zeros_like(waiting[place : place + 1]), waiting[place + 1 :]])
-        rows = _parts(self.members.split(grad), inside.size) + others
-        if self.members.rest:
-            rows = torch.cat([rows, _parts([self.members.rest_of(grad)], inside.size)], 1)
-        total = inside.wait(inside.reduce_scatter(rows)).view(-1)
         own = waiting[place].clone()
+        # The codec adds what waits of the own part. Another scheme may have left more, which goes to the rank whose part it is of.
+        waiting[place].zero_()
+        rest = [self.members.rest_of(grad)] if self.members.rest else []
+        rows = _parts([*self.members.split(grad), *rest], inside.size).float()
+        rows[:, : own.numel()] += waiting
+        total = inside.wait(inside.reduce_scatter(rows)).view(-1)
         mean = self._across(total[: own.numel()], total[own.numel() :], {**state, "residual": own}, comm.across)
         left = F.pad(own, (place * own.numel(), (inside.size - 1 - place) * own.numel())).view(inside.size, -1)
         torch.ops.dct.store(state["residual"], torch.cat(_whole(left, self.members.numels)))
         means = inside.wait(inside.all_gather(mean.to(grad.dtype))).view(inside.size, -1)
-        *compressed, rest = _whole(means, (*self.members.numels, self.members.rest_numel))
-        return self.members.join(compressed, rest if self.members.rest else None)
+        *compressed, mean_rest = _whole(means, (*self.members.numels, self.members.rest_numel))
+        return self.members.join(compressed, mean_rest if rest else None)
 
     def _across(self, total: Tensor, rest: Tensor, state: Mapping[str, Tensor], across: Comm) -> Tensor:
         """Averages this rank's part of the sum, and that of the rest, which follows it in the result, over the hosts."""
@@ -86,11 +89,11 @@ def _whole(parts: Tensor, numels: Sequence[int]) -> list[Tensor]:
 
 def offer(exchange: Exchange, config: DCTConfig) -> TwoLevel | Declined | None:
     """Offers to add up inside hosts, and to gather payloads across them."""
-    if exchange.kind != GRADIENT or exchange.may_be_unused or config.gradient_scheme not in ("auto", "two_level"):
+    if exchange.kind != GRADIENT or exchange.may_be_unused or config.gradient_scheme not in ("auto", TWO_LEVEL):
         return None
     ranks, hosts = exchange.per_host, exchange.ranks // exchange.per_host
     if ranks == 1 or hosts == 1:
-        return Declined(Reason.NO_HOSTS) if config.gradient_scheme == "two_level" else None
+        return Declined(Reason.NO_HOSTS) if config.gradient_scheme == TWO_LEVEL else None
     members = divide_by_density(exchange, config)
     if isinstance(members, str):
         return Declined(members)
@@ -100,19 +103,18 @@ def offer(exchange: Exchange, config: DCTConfig) -> TwoLevel | Declined | None:
     codec = ThresholdCodec.of(exchange, Members(sum(counted), parts, ()), 1, config)
     _, threshold, counters = codec.state()
     payload_bytes, rest_numel = codec.layout.payload_bytes, -(-members.rest_numel // ranks)
-    rides = 0 < 4 * rest_numel <= max(payload_bytes, MESSAGE_BYTES)
-    rider = Rider(rest_numel, torch.float32, hosts, exchange.divisor, 1) if rides else None
+    alone = ring_twice(4 * rest_numel, hosts) if members.rest else NOTHING
+    rider = Rider(rest_numel, torch.float32, hosts, exchange.divisor, 1).if_it_pays(payload_bytes, alone)
     # The gradient goes to the sum inside of the host, and the mean comes back; the parts are copied on both ways.
     whole = 4 * sum((*members.numels, members.rest_numel))
     inside = 2 * INSIDE_PASSES * whole * (ranks - 1) // ranks + 4 * whole
     traffic = to_all(payload_bytes, hosts).passing_over(codec.memory_bytes(exchange, payloads=hosts) + inside)
-    if members.rest:
-        traffic = traffic + (rider.traffic(payload_bytes) if rider is not None else ring_twice(4 * rest_numel, hosts))
+    traffic = traffic + (rider.traffic(payload_bytes) if rider is not None else alone)
     return TwoLevel(
         exchange=exchange,
-        scheme="two_level",
-        reason=Reason.TWO_LEVEL.format(reason=said("two_level", members, config), ranks=ranks),
-        too_large=said_too_large("two_level", exchange, traffic),
+        scheme=TWO_LEVEL,
+        reason=Reason.TWO_LEVEL.format(reason=said(TWO_LEVEL, members, config), ranks=ranks),
+        too_large=said_too_large(TWO_LEVEL, exchange, traffic),
         traffic=traffic,
         digest=f"{codec.digest}, {ranks} ranks of a host",
         members=members,
