@@ -11,11 +11,14 @@ ETHERNET_LATENCY_S = 50e-6
 CPU_COPY_BYTES_PER_S = 8e9
 GPU_COPY_BYTES_PER_S = 1e12
 """Bytes of memory that the kernels read and write per second, where it was not measured: one core of a CPU, and a GPU."""
+CPU_INSIDE_BYTES_PER_S = 1e9
+GPU_INSIDE_BYTES_PER_S = 5e10
+"""Bytes that a rank sends to others of its host per second, where it was not measured: gloo over loopback, and NCCL between GPUs."""
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)bit(?:/s|ps)?\s*", re.IGNORECASE)
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 ALLOWED = (
-    "'auto', None, a rate such as '1Gbit/s' or '100Mbit/s', or a mapping with bytes_per_s and, if known, latency_s and copy_bytes_per_s,"
-    " all of them numbers > 0"
+    "'auto', None, a rate such as '1Gbit/s' or '100Mbit/s', or a mapping with bytes_per_s and, if known, latency_s, copy_bytes_per_s and"
+    " inside_bytes_per_s, all of them numbers > 0"
 )
 
 
@@ -24,25 +27,37 @@ class Link:
     """The link of one rank to the others.
 
     ``latency_s``: seconds that one hop takes, however short the message is. ``bytes_per_s``: bytes per second that a rank puts on the wire.
-    ``copy_bytes_per_s``: bytes of memory per second that its kernels read and write; ``None`` for the usual number of the device.
+    ``copy_bytes_per_s``: bytes of memory per second that its kernels read and write. ``inside_bytes_per_s``: bytes per second that the rank
+    sends to the other ranks of its host. Both are ``None`` for the usual number of the device.
     """
 
     bytes_per_s: float
     latency_s: float = ETHERNET_LATENCY_S
     copy_bytes_per_s: float | None = None
+    inside_bytes_per_s: float | None = None
 
     def on(self, device_type: str) -> "Link":
-        """Returns the link with a copy rate: its own, else the usual one of "cpu" or "cuda"."""
-        usual = CPU_COPY_BYTES_PER_S if device_type == "cpu" else GPU_COPY_BYTES_PER_S
-        return self if self.copy_bytes_per_s is not None else replace(self, copy_bytes_per_s=usual)
+        """Returns the link with rates of memory and inside of a host: its own, else the usual ones of "cpu" or "cuda"."""
+        cpu = device_type == "cpu"
+        copy = self.copy_bytes_per_s or (CPU_COPY_BYTES_PER_S if cpu else GPU_COPY_BYTES_PER_S)
+        inside = self.inside_bytes_per_s or (CPU_INSIDE_BYTES_PER_S if cpu else GPU_INSIDE_BYTES_PER_S)
+        return replace(self, copy_bytes_per_s=copy, inside_bytes_per_s=inside)
 
-    def seconds(self, hops: int, wire_bytes: float, memory_bytes: float) -> float:
-        """Returns the seconds that a rank needs for messages of ``hops`` one after the other, and for its passes over memory."""
-        return hops * self.latency_s + wire_bytes / self.bytes_per_s + memory_bytes / (self.copy_bytes_per_s or CPU_COPY_BYTES_PER_S)
+    def seconds(self, hops: int, wire_bytes: float, memory_bytes: float, inside_bytes: float = 0.0) -> float:
+        """Returns the seconds that a rank needs for messages of ``hops`` one after the other.
+
+        ``memory_bytes``: its passes over memory. ``inside_bytes``: what it sends to other ranks of its host.
+        """
+        wire_s = hops * self.latency_s + wire_bytes / self.bytes_per_s
+        memory_s = memory_bytes / (self.copy_bytes_per_s or CPU_COPY_BYTES_PER_S)
+        return wire_s + memory_s + inside_bytes / (self.inside_bytes_per_s or CPU_INSIDE_BYTES_PER_S)
 
     def resembles(self, other: "Link", factor: float = 2.0) -> bool:
-        """Returns True if latency and rate differ by no more than ``factor``."""
-        pairs = ((self.bytes_per_s, other.bytes_per_s), (self.latency_s, other.latency_s))
+        """Returns True if latency, rate, and rate inside of a host differ by no more than ``factor``, and are known of the same."""
+        if (self.inside_bytes_per_s is None) != (other.inside_bytes_per_s is None):
+            return False
+        inside = (self.inside_bytes_per_s or 1.0, other.inside_bytes_per_s or 1.0)
+        pairs = ((self.bytes_per_s, other.bytes_per_s), (self.latency_s, other.latency_s), inside)
         return all(max(pair) <= factor * min(pair) for pair in pairs)
 
     def numbers(self) -> dict[str, float]:

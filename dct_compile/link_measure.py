@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ _SMALLEST, _LARGEST = 2**16, 2**26
 _SHORT_MESSAGES = 9
 _COPIED = 2**24
 """Elements of the tensors whose sum tells the rate of memory: 64 MiB each, more than most caches hold."""
+_INSIDE = 2**24
+"""Bytes of the messages that tell the rate inside of a host."""
 
 
 def device_of(group: ProcessGroup) -> torch.device:
@@ -27,10 +30,14 @@ def device_of(group: ProcessGroup) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def measured(group: ProcessGroup) -> Link:
+def measured(group: ProcessGroup, hosts: Sequence[str]) -> Link:
     """Measures latency and rate with the collective that carries payloads. All ranks of ``group`` make this call, and get the same link.
 
     Takes less than two seconds from a rate of 1 Mbit/s on.
+
+    Args:
+        group: The process group.
+        hosts: The host of each of its ranks. Where two share one, the rate inside of a host is measured as well.
     """
     device, ranks = device_of(group), group.size()
     short = torch.zeros(8, dtype=torch.uint8, device=device)
@@ -45,7 +52,33 @@ def measured(group: ProcessGroup) -> Link:
         sent, seconds = float(message.numel() * (ranks - 1)), taken
         size *= 4
     wire_s = max(seconds - (ranks - 1) * latency_s, seconds / 2)
-    return Link(sent / wire_s, latency_s, 1 / _slowest(1 / _copy_rate(device), group))
+    copy_bytes_per_s = 1 / _slowest(1 / _copy_rate(device), group)
+    inside_s = _slowest(_inside_seconds(group, hosts), group)
+    return Link(sent / wire_s, latency_s, copy_bytes_per_s, _INSIDE / inside_s if inside_s else None)
+
+
+def _inside_seconds(group: ProcessGroup, hosts: Sequence[str]) -> float:
+    """Returns the seconds in which this rank sends :data:`_INSIDE` bytes to the next rank of its host, while all do; 0 if it is alone.
+
+    As in an exchange, the message is a copy, memory for what arrives is new, and that is added up. All of it counts, and often is the most.
+    """
+    mates = [rank for rank, host in enumerate(hosts) if host == hosts[group.rank()]]
+    if len(mates) == 1:
+        return 0.0
+    place, device = mates.index(group.rank()), device_of(group)
+    own = torch.ones(_INSIDE // 4, device=device)
+    to, source = mates[(place + 1) % len(mates)], mates[place - 1]
+    times = []
+    for _ in range(6):
+        _finish(own)
+        start = time.perf_counter()
+        sent, received = own.clone(), torch.empty_like(own)
+        both = [dist.P2POp(dist.isend, sent, group=group, group_peer=to), dist.P2POp(dist.irecv, received, group=group, group_peer=source)]
+        for work in dist.batch_isend_irecv(both):
+            work.wait()
+        _finish(received + own)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])  # connections are made at the first message
 
 
 def _gather_seconds(message: Tensor, group: ProcessGroup) -> float:

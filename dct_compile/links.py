@@ -73,7 +73,10 @@ class Links:
         if option is None or not _has_link(group):
             return None
         # GPUs of one machine may be linked by NVLink or by much less: that is measured.
-        return ONE_MACHINE if device_of(group).type == "cpu" and on_one_machine() else self._known.get(group)
+        if device_of(group).type == "cpu" and on_one_machine():
+            return ONE_MACHINE
+        known = self._known.get(group)
+        return None if known is None else known.on(device_of(group).type)
 
     def unmeasured(self) -> "Links":
         """Returns the same knowledge for a caller that must not wait for other ranks."""
@@ -124,13 +127,13 @@ def host() -> str:
 
 
 def agreed(
-    group: ProcessGroup, measure: "Callable[[ProcessGroup], Link]", patience_s: float = PATIENCE_S, recognise: bool = True
+    group: ProcessGroup, measure: "Callable[[ProcessGroup, list[str]], Link]", patience_s: float = PATIENCE_S, recognise: bool = True
 ) -> Link | None:
     """Measures the link together with the other ranks of ``group``.
 
     Args:
         group: The process group; all of its ranks make this call.
-        measure: The measurement, which all ranks make at once.
+        measure: The measurement, which all ranks make at once. It takes the group, and the host of each rank.
         patience_s: Seconds to wait for the ranks that have not come.
         recognise: Whether nothing is measured where all ranks name the same host.
 
@@ -147,11 +150,11 @@ def agreed(
     if store.compare_set("come", "", "some") != b"all":
         return None
     if group.rank() == 0:
-        hosts = {store.get(f"host/{rank}") for rank in range(group.size())}
-        store.set("hosts", str(len(hosts)))
-    if recognise and store.get("hosts") == b"1" and device_of(group).type == "cpu":
+        store.set("hosts", json.dumps([store.get(f"host/{rank}").decode() for rank in range(group.size())]))
+    hosts = json.loads(store.get("hosts"))
+    if recognise and len(set(hosts)) == 1 and device_of(group).type == "cpu":
         return ONE_MACHINE
-    link = measure(group)
+    link = measure(group, hosts)
     if group.rank() == 0:
         store.set("link", json.dumps(asdict(_remembered(link, group))))
     return Link(**json.loads(store.get("link")))

@@ -6,23 +6,22 @@ from fractions import Fraction
 
 from dct_compile.link import Link
 
-INSIDE_PASSES = 48
-"""Passes over memory that take as long as a byte that is sent inside of a host: 0.2 GB/s by gloo on a CPU, 20 GB/s between GPUs."""
-
 
 @dataclass(frozen=True)
 class Traffic:
     """Work of one rank for one call of an exchange.
 
     ``messages``: collectives started, one after the other. ``wire``: bytes that the rank puts on the wire, exact. ``hops``: messages from
-    rank to rank of which each waits for the one before. ``memory_bytes``: bytes that its kernels read and write. ``wire`` is exact so that
-    a comparison of two offers never depends on the number of rows.
+    rank to rank of which each waits for the one before. ``memory_bytes``: bytes that its kernels read and write. ``inside_bytes``: bytes
+    that the rank sends to other ranks of its host, which are not on the wire. ``wire`` is exact so that a comparison of two offers never
+    depends on the number of rows.
     """
 
     messages: int
     wire: Fraction
     hops: int
     memory_bytes: int = 0
+    inside_bytes: int = 0
 
     @property
     def wire_bytes(self) -> int:
@@ -31,12 +30,20 @@ class Traffic:
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(
-            self.messages + other.messages, self.wire + other.wire, self.hops + other.hops, self.memory_bytes + other.memory_bytes
+            self.messages + other.messages,
+            self.wire + other.wire,
+            self.hops + other.hops,
+            self.memory_bytes + other.memory_bytes,
+            self.inside_bytes + other.inside_bytes,
         )
 
     def passing_over(self, memory_bytes: int) -> "Traffic":
         """Returns this traffic, with kernels that read and write ``memory_bytes`` more."""
         return replace(self, memory_bytes=self.memory_bytes + memory_bytes)
+
+    def inside_a_host(self, sent_bytes: int) -> "Traffic":
+        """Returns this traffic, with ``sent_bytes`` more that the rank sends to other ranks of its host."""
+        return replace(self, inside_bytes=self.inside_bytes + sent_bytes)
 
     def riding(self) -> "Traffic":
         """Returns the traffic of the same bytes in messages that are counted elsewhere."""
@@ -44,7 +51,7 @@ class Traffic:
 
     def seconds(self, link: Link) -> float:
         """Returns the seconds that it takes on ``link``, where nothing else runs."""
-        return link.seconds(self.hops, float(self.wire), self.memory_bytes)
+        return link.seconds(self.hops, float(self.wire), self.memory_bytes, self.inside_bytes)
 
 
 NOTHING = Traffic(0, Fraction(0), 0)

@@ -14,7 +14,7 @@ import dct_compile
 from dct_compile import links
 from dct_compile.link import Link
 from dct_compile.link_measure import measured
-from dct_compile.links import Links, agreed, on_one_machine
+from dct_compile.links import Links, agreed, host, on_one_machine
 from dct_compile.runtime import RUNTIME
 from tests.ranks_ddp import Exchanging, Net, Options, batch, loss_of
 
@@ -22,7 +22,7 @@ from tests.ranks_ddp import Exchanging, Net, Options, batch, loss_of
 def measure(rank: int, world_size: int) -> dict[str, float]:
     assert dist.group.WORLD is not None
     start = time.perf_counter()
-    found = asdict(measured(dist.group.WORLD))
+    found = asdict(measured(dist.group.WORLD, [host()] * world_size))
     assert time.perf_counter() - start < 60  # two seconds, on a machine that does nothing else
     return found
 
@@ -35,7 +35,7 @@ def on_hosts(number: int) -> Any:
 def agree_on_one(rank: int, world_size: int) -> Link | None:
     """Looks for the link of ranks that nobody has said to be on one machine; they are."""
     assert dist.group.WORLD is not None
-    return agreed(dist.group.WORLD, lambda group: Link(1.0))
+    return agreed(dist.group.WORLD, lambda group, hosts: Link(1.0))
 
 
 def agree(rank: int, world_size: int, absent: int | None) -> Link | None:
@@ -44,7 +44,7 @@ def agree(rank: int, world_size: int, absent: int | None) -> Link | None:
     if rank == absent:
         time.sleep(3)
     with on_hosts(rank):
-        return agreed(dist.group.WORLD, lambda group: Link(100.0 + rank, 1.0, 1.0), patience_s=1.0 if absent is not None else 60.0)
+        return agreed(dist.group.WORLD, lambda group, hosts: Link(100.0 + rank, 1.0, 1.0), patience_s=1.0 if absent is not None else 60.0)
 
 
 def recognise(rank: int, world_size: int) -> list[Any]:
@@ -84,7 +84,7 @@ def measure_in_a_graph(rank: int, world_size: int) -> tuple[bool, list[str]]:
     RUNTIME.links.auto = "auto"
     real: list[bool] = []
 
-    def measured(group: dist.ProcessGroup) -> Link:
+    def measured(group: dist.ProcessGroup, hosts: list[str]) -> Link:
         real.append(type(torch.zeros(1)) is torch.Tensor)
         return Link(1e6, 1e-4, 1e10)
 

@@ -1,6 +1,7 @@
 """The link model: what a link's text means, the seconds of an exchange, and the decisions that follow from them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 import dct_compile.links as links_module
 from dct_compile.config import DCTConfig
-from dct_compile.link import ETHERNET_LATENCY_S, GPU_COPY_BYTES_PER_S, ONE_MACHINE, Link, duration, parse, rate
+from dct_compile.link import ETHERNET_LATENCY_S, GPU_COPY_BYTES_PER_S, GPU_INSIDE_BYTES_PER_S, ONE_MACHINE, Link, duration, parse, rate
 from dct_compile.passes.plan import plan
 from dct_compile.traffic import from_one, one_share_to_each, ring_once, ring_twice, to_all
 from tests.hand_made_sites import make_gradient, make_site
@@ -45,7 +46,10 @@ def test_seconds_are_hops_and_bytes_and_memory() -> None:
     assert link.seconds(hops=3, wire_bytes=2e6, memory_bytes=4e3) == 1.5 + 2.0 + 4.0
     assert ring_twice(100, 5).passing_over(2000).seconds(link) == pytest.approx(8 * 0.5 + 160e-6 + 2)
     assert Link(1.0).on("cuda").copy_bytes_per_s == GPU_COPY_BYTES_PER_S
-    assert link.on("cuda") == link
+    assert Link(1.0).on("cuda").inside_bytes_per_s == GPU_INSIDE_BYTES_PER_S
+    known = replace(link, inside_bytes_per_s=2e3)
+    assert known.on("cuda") == known
+    assert ring_twice(100, 5).inside_a_host(5000).seconds(known) == pytest.approx(8 * 0.5 + 160e-6 + 2.5)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,9 @@ def test_resembles() -> None:
     assert Link(1.0, 1.0).resembles(Link(2.0, 0.5))
     assert not Link(1.0, 1.0).resembles(Link(2.1, 1.0))
     assert not Link(1.0, 1.0).resembles(Link(1.0, 0.4))
+    assert Link(1.0, 1.0, 1.0, 3.0).resembles(Link(1.0, 1.0, 9.0, 6.0))
+    assert not Link(1.0, 1.0, 1.0, 3.0).resembles(Link(1.0, 1.0, 1.0, 7.0))
+    assert not Link(1.0, 1.0, 1.0, 3.0).resembles(Link(1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(

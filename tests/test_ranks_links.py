@@ -15,6 +15,7 @@ def test_all_ranks_measure_the_same(ranks3: Ranks) -> None:
     assert 1e5 < first["bytes_per_s"] < 1e12
     assert 1e-7 < first["latency_s"] < 1
     assert 1e7 < first["copy_bytes_per_s"] < 1e13
+    assert 1e6 < first["inside_bytes_per_s"] < 1e12
 
 
 def test_the_first_rank_speaks_for_all(ranks2: Ranks) -> None:

@@ -16,7 +16,9 @@ from dct_compile.config import DCTConfig
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
 from dct_compile.groups import ranks_per_host
 from dct_compile.inspection import fake_ranks
+from dct_compile.link import Link
 from dct_compile.passes.collectives import ALL_REDUCE
+from dct_compile.passes.plan import decide_outside
 from dct_compile.runtime import RUNTIME
 from dct_compile.schemes import two_level
 from dct_compile.state.entry import fold_share
@@ -230,6 +232,15 @@ def groups_made(rank: int, world_size: int, scheme: str) -> int:
 @pytest.mark.parametrize(("scheme", "count"), [("gather", 1), ("two_level", 3)])
 def test_groups_of_hosts_are_made_where_they_are_used(ranks4: Ranks, scheme: str, count: int) -> None:
     assert ranks4(groups_made, scheme) == [count] * 4
+
+
+@pytest.mark.parametrize(("inside_bytes_per_s", "scheme"), [(1e10, "two_level"), (1e8, "owner")])
+def test_the_rate_inside_of_a_host_decides(inside_bytes_per_s: float, scheme: str) -> None:
+    link = Link(1.25e7, 1e-4, 1e10, inside_bytes_per_s)
+    with fake_ranks(8) as group:
+        parameters = segments_of([Parameter(0, "weight", (2000, 2000))])
+        exchange = gradient_exchange(ALL_REDUCE, parameters, torch.float32, group, per_host=4)
+        assert decide_outside(exchange, DCTConfig(), lambda _: link).scheme == scheme
 
 
 @pytest.mark.parametrize(("hosts", "rides"), [(2, True), (128, False)])

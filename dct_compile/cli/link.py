@@ -85,6 +85,8 @@ def told(group: "ProcessGroup") -> list[str]:
     ]
     if found.copy_bytes_per_s is not None:
         lines.append(f"  memory           {found.copy_bytes_per_s / 1e9:,.1f} GB/s that an operator reads and writes")
+    if found.inside_bytes_per_s is not None:
+        lines.append(f"  inside a host    {found.inside_bytes_per_s / 1e6:,.1f} MB/s that a rank sends to another one of its host")
     hosts: list[str] = [""] * group.size()
     dist.all_gather_object(hosts, host(), group=group)
     if (on_one_machine() or len(set(hosts)) == 1) and device_of(group).type == "cpu":

@@ -2,12 +2,12 @@
 
 ::
 
-    mean = all_reduce(grad, "avg")       sum      = reduce_scatter(grad + residual)          inside a host: a part of each parameter
+    mean = all_reduce(grad, "avg")       sum      = all_to_all_single(grad).sum()            inside a host: a part of each parameter
                                          dct.select_threshold(sum, threshold!)
                                   ==>    payload  = dct.threshold_pack(sum, residual!, ...)
                                          gathered = all_gather_into_tensor(payload)          across hosts: ranks with the same part
-                                         part     = dct.unpack_accumulate(gathered, divisor=ranks)
-                                         mean     = all_gather_into_tensor(part)             inside a host
+                                         gathered = all_gather_into_tensor(gathered)         inside a host: the payloads of all parts
+                                         mean     = dct.unpack_accumulate(gathered, divisor=ranks)
 
 A host sends what one rank would send under "gather", however many ranks it has. What a rank does not send are elements of its own part. Its
 residual has the size of the whole parameter, zero elsewhere: then the sum over the ranks is what waits, as in every scheme.
@@ -31,7 +31,7 @@ from dct_compile.schemes.rest import Rider
 from dct_compile.schemes.threshold import divide_by_density, said
 from dct_compile.schemes.threshold_codec import ThresholdCodec
 from dct_compile.state.spec import StateSpec, end_to_end, residual_of
-from dct_compile.traffic import INSIDE_PASSES, NOTHING, ring_twice, to_all
+from dct_compile.traffic import NOTHING, ring_twice, to_all
 
 TWO_LEVEL = "two_level"
 """The name of the scheme."""
@@ -50,41 +50,69 @@ class TwoLevel(GradientOffer):
     def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm) -> Tensor:
         assert isinstance(comm, HostsComm)
         inside, place = comm.inside, self.exchange.rank % comm.inside.size
-        waiting = _parts(state["residual"].split(list(self.members.numels)), inside.size)
-        own = waiting[place].clone()
-        # The codec adds what waits of the own part. Another scheme may have left more, which goes to the rank whose part it is of.
-        waiting[place].zero_()
-        rest = [self.members.rest_of(grad)] if self.members.rest else []
-        rows = _parts([*self.members.split(grad), *rest], inside.size).float()
-        rows[:, : own.numel()] += waiting
-        total = inside.wait(inside.reduce_scatter(rows)).view(-1)
-        mean = self._across(total[: own.numel()], total[own.numel() :], {**state, "residual": own}, comm.across)
-        left = F.pad(own, (place * own.numel(), (inside.size - 1 - place) * own.numel())).view(inside.size, -1)
-        torch.ops.dct.store(state["residual"], torch.cat(_whole(left, self.members.numels)))
-        means = inside.wait(inside.all_gather(mean.to(grad.dtype))).view(inside.size, -1)
-        *compressed, mean_rest = _whole(means, (*self.members.numels, self.members.rest_numel))
-        return self.members.join(compressed, mean_rest if rest else None)
+        waiting = state["residual"].data.split(list(self.members.numels))
+        own = torch.cat([_parts(of_all, inside.size)[place] for of_all in waiting])
+        total = inside.wait(inside.all_to_all(self._rows(grad, waiting, place, inside.size))).view(inside.size, -1).sum(0)
+        means, rests = self._across(total, {**state, "residual": own}, grad, comm)
+        # In place and by no operator: DDP runs it, not a graph that keeps the residual for its backward.
+        state["residual"].data.zero_()
+        for of_all, left in zip(waiting, own.split(_columns(self.members.numels, inside.size)), strict=True):
+            run = of_all[place * left.numel() : (place + 1) * left.numel()]
+            run.copy_(left[: run.numel()])
+        (rest,) = _whole(rests, [self.members.rest_numel]) if rests else [None]
+        return self.members.join(_whole(means, self.members.numels), rest)
 
-    def _across(self, total: Tensor, rest: Tensor, state: Mapping[str, Tensor], across: Comm) -> Tensor:
-        """Averages this rank's part of the sum, and that of the rest, which follows it in the result, over the hosts."""
-        divisor, payload = self.exchange.divisor, self.codec.encode(total, state, sends=ALL_GATHER)
+    def _rows(self, grad: Tensor, waiting: Sequence[Tensor], place: int, ranks: int) -> Tensor:
+        """Returns what goes to each rank of the host, float32 and end to end: its part of every parameter, and of the rest.
+
+        What waits for the part of another rank goes with it: another scheme may have left that. The codec adds what waits of the own part.
+        """
+        parts = [_parts(tensor, ranks) for tensor in self.members.split(grad)]
+        rest = [_parts(self.members.rest_of(grad), ranks)] if self.members.rest else []
+        rows = torch.cat([*parts, *rest], 1).float()
+        columns = rows.split([part.shape[1] for part in (*parts, *rest)], 1)
+        for column, left in zip(columns, waiting, strict=not rest):
+            for others in (slice(place), slice(place + 1, ranks)):
+                column[others] += _parts(left, ranks)[others]
+        return rows.view(-1)
+
+    def _across(self, total: Tensor, state: Mapping[str, Tensor], grad: Tensor, comm: HostsComm) -> tuple[list[Tensor], list[Tensor]]:
+        """Averages this rank's part of the sum over the hosts, with that of the rest, which follows it.
+
+        Returns the means of the parts of all ranks of this host, and those of the rest.
+        """
+        inside, across, own, divisor = comm.inside, comm.across, state["residual"].numel(), self.exchange.divisor
+        part, rest = total[:own], total[own:]
+        payload = self.codec.encode(part, state, sends=ALL_GATHER)
+        beside = across.all_reduce(rest) if self.members.rest and self.rider is None else None
+        sent = payload if self.rider is None else self.rider.attach(payload, rest)
+        # The payloads of all parts are far fewer bytes than the means, so every rank of the host decodes them.
+        gathered = inside.wait(inside.all_gather(across.wait(across.all_gather(sent)))).view(inside.size, -1).unbind()
+        rests: list[Tensor] = []
         if self.rider is not None:
-            payloads, rests = self.rider.detach(across.wait(across.all_gather(self.rider.attach(payload, rest))))
-            return torch.cat([self.codec.decode_sum(payloads, None, total, divisor), self.rider.mean(rests)])
-        beside = across.all_reduce(rest) if self.members.rest else None
-        mean = self.codec.decode_sum(across.wait(across.all_gather(payload)), None, total, divisor)
-        return mean if beside is None else torch.cat([mean, across.wait(beside) / divisor])
+            gathered, ridden = zip(*map(self.rider.detach, gathered), strict=True)
+            rests = [self.rider.mean(of_hosts).to(grad.dtype) for of_hosts in ridden]
+        elif beside is not None:
+            mean = (across.wait(beside) / divisor).to(grad.dtype)
+            rests = list(inside.wait(inside.all_gather(mean)).view(inside.size, -1).unbind())
+        return [self.codec.decode_sum(payloads, None, grad[:own], divisor) for payloads in gathered], rests
 
 
-def _parts(tensors: Sequence[Tensor], ranks: int) -> Tensor:
-    """Cuts each tensor [numel] into a part for each rank, the last ones padded with zeros: [ranks, ...], end to end."""
-    return torch.cat([F.pad(tensor, (0, -tensor.numel() % ranks)).view(ranks, -1) for tensor in tensors], 1)
+def _columns(numels: Sequence[int], ranks: int) -> list[int]:
+    """Returns the elements of each parameter's part."""
+    return [-(-numel // ranks) for numel in numels]
 
 
-def _whole(parts: Tensor, numels: Sequence[int]) -> list[Tensor]:
-    """Returns the tensors of ``numels`` elements that :func:`_parts` has cut."""
-    columns = parts.split([-(-numel // len(parts)) for numel in numels], 1)
-    return [column.reshape(-1)[:numel] for column, numel in zip(columns, numels, strict=True)]
+def _parts(tensor: Tensor, ranks: int) -> Tensor:
+    """Cuts ``tensor`` [numel] into a part for each rank, the last ones padded with zeros: [ranks, columns]."""
+    padding = -tensor.numel() % ranks
+    return (F.pad(tensor, (0, padding)) if padding else tensor).view(ranks, -1)
+
+
+def _whole(parts: Sequence[Tensor], numels: Sequence[int]) -> list[Tensor]:
+    """Returns the tensors of ``numels`` elements from each rank's parts of them, end to end."""
+    columns = zip(*(part.split(_columns(numels, len(parts))) for part in parts), strict=True)
+    return [torch.cat(column)[:numel] for column, numel in zip(columns, numels, strict=True)]
 
 
 def offer(exchange: Exchange, config: DCTConfig) -> TwoLevel | Declined | None:
@@ -105,11 +133,11 @@ def offer(exchange: Exchange, config: DCTConfig) -> TwoLevel | Declined | None:
     payload_bytes, rest_numel = codec.layout.payload_bytes, -(-members.rest_numel // ranks)
     alone = ring_twice(4 * rest_numel, hosts) if members.rest else NOTHING
     rider = Rider(rest_numel, torch.float32, hosts, exchange.divisor, 1).if_it_pays(payload_bytes, alone)
-    # The gradient goes to the sum inside of the host, and the mean comes back; the parts are copied on both ways.
-    whole = 4 * sum((*members.numels, members.rest_numel))
-    inside = 2 * INSIDE_PASSES * whole * (ranks - 1) // ranks + 4 * whole
-    traffic = to_all(payload_bytes, hosts).passing_over(codec.memory_bytes(exchange, payloads=hosts) + inside)
-    traffic = traffic + (rider.traffic(payload_bytes) if rider is not None else alone)
+    traffic = to_all(payload_bytes, hosts) + (rider.traffic(payload_bytes) if rider is not None else alone)
+    whole, of_all = 4 * sum((*members.numels, members.rest_numel)), ranks * hosts * (payload_bytes + 4 * rest_numel)
+    # The rows are added up with what waits, sent, and added up again; the residual is written, and the means are joined twice.
+    traffic = traffic.passing_over(codec.memory_bytes(exchange, payloads=hosts) + 10 * whole + 2 * of_all)
+    traffic = traffic.inside_a_host((whole + of_all) * (ranks - 1) // ranks)
     return TwoLevel(
         exchange=exchange,
         scheme=TWO_LEVEL,
