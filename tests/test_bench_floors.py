@@ -30,6 +30,7 @@ FLOORS = [
     ("threshold_pack", "error feedback", 0, 0.001, torch.float32, 65536 * 12 + 324),
     ("unpack_accumulate", "2 payloads", 0, 0.01, torch.float32, 65536 * 4 + 2 * 2420),
     ("unpack_accumulate", "8 payloads", 0, 0.01, torch.bfloat16, 65536 * 2 + 8 * 2420),
+    ("unpack_into", "2 payloads", 0, 0.01, torch.float32, 65536 * 4 + 2 * 2420),
     ("repack", "4 payloads", 0, 0.01, torch.float32, 65536 * 8 + 5 * 2420),
     # 256 rows of 13 entries of 2 + 1 bytes; 4 rows of 820 entries of 2 + 2 bytes
     ("pack_rows", "exact", 256, 0.05, torch.float32, 65536 * 4 + 256 * 39),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dct_compile.ops import repack, select_threshold, threshold_pack, unpack_accumulate
+from dct_compile.ops import repack, select_threshold, threshold_pack, unpack_accumulate, unpack_into
 from dct_compile.triton_kernels.cpu.build import load_library
 from dct_compile.triton_kernels.layout import GradientLayout, Selection
 
@@ -61,6 +61,7 @@ def test_unpack_accumulate_opcheck(geometry: tuple[torch.dtype, torch.dtype, int
     numel = arguments[0].numel()
     dense = torch.randn(numel - arguments[1].numel()) if with_dense else None
     torch.library.opcheck(unpack_accumulate, (torch.cat([payload, payload]), dense, numel, geometry[0], arguments[4], 2))
+    torch.library.opcheck(unpack_into, (torch.empty(numel, dtype=geometry[0]), payload, dense, arguments[4], 2))
 
 
 def test_repack_opcheck() -> None:

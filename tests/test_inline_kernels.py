@@ -48,6 +48,7 @@ def gradient_calls(grad: torch.dtype, value: torch.dtype, block: int, chunks: in
     payload = dct.threshold_pack(*arguments)
     dense = torch.randn(NUMEL - state[0].numel(), generator=random).to(DEVICE, grad)
     yield dct.unpack_accumulate.default, [payload.repeat(2), dense, NUMEL, grad, layout, 2]
+    yield dct.unpack_into.default, [torch.empty_like(gradient), payload.repeat(2), dense, layout, 2]
     if chunks > 1:
         layout = GradientLayout(SEGMENTS, block, chunks, 1, 0.1, value)
         state = random_state(layout, random)

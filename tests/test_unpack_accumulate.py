@@ -1,12 +1,19 @@
 """`unpack_accumulate`: sums agree with the reference to the bit, and damaged payloads do no harm."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
 from dct_compile.triton_kernels.compat import HAS_TRITON
 from dct_compile.triton_kernels.cpu.build import load_library
+from dct_compile.triton_kernels.cpu.gradient import unpack_into_cpu
+from dct_compile.triton_kernels.unpack_accumulate import unpack_into_reference
+from dct_compile.triton_kernels.unpack_accumulate_triton import unpack_into_triton
 from tests.gradient_cases import BLOCKS, COMPILED, CPU, DTYPE_PAIRS, REFERENCE, TRITON, VALUE_DTYPES, Bucket, Implementation, with_gaps
 
+COMPILED_INTO = [*([unpack_into_cpu] if load_library() is not None else []), *([unpack_into_triton] if HAS_TRITON else [])]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -29,6 +36,21 @@ def test_unpack_agrees(
     assert found.dtype == dtype
     if dense is not None and chunk < 0:
         assert torch.equal(found[[0, 4, 705, 799]], dense[[0, 4, 5, 99]].to(dtype))
+
+
+@pytest.mark.parametrize("unpack_into", [unpack_into_reference, torch.ops.dct.unpack_into, *COMPILED_INTO])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_dense", [True, False])
+def test_memory_that_is_given_is_overwritten(unpack_into: Callable[..., None], dtype: torch.dtype, with_dense: bool) -> None:
+    bucket = with_gaps(block=256, chunks=3, capacity=0.3, value_dtype=torch.bfloat16)
+    bucket.state[1].fill_(1.3)
+    gathered = torch.cat([bucket.pack(CPU, torch.randn(bucket.numel)) for _ in range(2)])
+    dense = torch.randn(bucket.numel - bucket.layout.state_numel) if with_dense else None
+    out = torch.full((bucket.numel,), float("nan"), dtype=dtype)
+    version = out._version
+    unpack_into(out, gathered, dense, bucket.layout, 2)
+    assert torch.equal(out, bucket.unpack(REFERENCE, gathered, dtype, 2, dense))
+    assert out._version == version
 
 
 @pytest.mark.skipif(load_library() is None, reason="no C++ compiler")

@@ -62,6 +62,14 @@ def check_unpack_accumulate(
             raise ValueError(f"dense is {dense.dtype} on {dense.device}: expected float32, bfloat16 or float16 on {gathered.device}")
 
 
+def check_unpack_into(out: Tensor, gathered: Tensor, dense: Tensor | None, layout: GradientLayout, divisor: int) -> None:
+    """Raises ValueError, naming the argument, for arguments that `unpack_into` does not take."""
+    if out.dim() != 1 or not out.is_contiguous() or out.device != gathered.device:
+        found = f"{list(out.shape)}, {'' if out.is_contiguous() else 'not '}contiguous, on {out.device}"
+        raise ValueError(f"out is {found}: expected one dimension, contiguous, on {gathered.device}")
+    check_unpack_accumulate(gathered, dense, out.shape[0], out.dtype, layout, divisor)
+
+
 def check_repack(
     gathered: Tensor,
     residual: Tensor,

@@ -83,3 +83,9 @@ def unpack_accumulate_reference(
     for j in range(gathered.numel() // max(layout.chunk_bytes, 1)):
         _add_chunk(total, gathered[j * layout.chunk_bytes : (j + 1) * layout.chunk_bytes], layout, j % layout.payload_chunks)
     return finish(total, dense, dtype, layout, divisor)
+
+
+@torch.no_grad()
+def unpack_into_reference(out: Tensor, gathered: Tensor, dense: Tensor | None, layout: GradientLayout, divisor: int) -> None:
+    """Writes the result of `unpack_accumulate_reference` to ``out`` [numel], of the dtype that it is to have; all of it is overwritten."""
+    out.data.copy_(unpack_accumulate_reference(gathered, dense, out.numel(), out.dtype, layout, divisor))

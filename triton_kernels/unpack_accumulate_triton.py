@@ -60,8 +60,15 @@ def unpack_accumulate_triton(
     gathered: Tensor, dense: Tensor | None, numel: int, dtype: torch.dtype, layout: GradientLayout, divisor: int
 ) -> Tensor:
     """`unpack_accumulate_reference` with Triton. No host sync; the order of the additions is that of the payloads."""
-    device = gathered.device
-    out = torch.empty(numel, dtype=dtype, device=device)
+    out = torch.empty(numel, dtype=dtype, device=gathered.device)
+    unpack_into_triton(out, gathered, dense, layout, divisor)
+    return out
+
+
+@torch.no_grad()
+def unpack_into_triton(out: Tensor, gathered: Tensor, dense: Tensor | None, layout: GradientLayout, divisor: int) -> None:
+    """`unpack_into_reference` with Triton."""
+    device, numel, dtype = out.device, out.numel(), out.dtype
     tiles = tile_table(layout, device)
     if tiles.shape[0]:
         total = out if dtype == torch.float32 else torch.empty(numel, dtype=torch.float32, device=device)
@@ -85,4 +92,3 @@ def unpack_accumulate_triton(
         source = out if dense is None else dense.contiguous()
         options = {"OUT": CODES[dtype], "DENSE": CODES[source.dtype], "HAS_DENSE": dense is not None}
         launch(fill_kernel, (gaps.shape[0],))(as_stored(source), as_bits(out), gaps, TILE=TILE, **options)
-    return out

@@ -27,7 +27,7 @@ from dct_compile.triton_kernels.rows_unpack import gather_rows_reference, scatte
 from dct_compile.triton_kernels.select_threshold import select_threshold_reference
 from dct_compile.triton_kernels.store import store_reference
 from dct_compile.triton_kernels.threshold_pack import threshold_pack_reference
-from dct_compile.triton_kernels.unpack_accumulate import unpack_accumulate_reference
+from dct_compile.triton_kernels.unpack_accumulate import unpack_accumulate_reference, unpack_into_reference
 
 BASELINES = ("eager", "inductor", "topk", "kthvalue", "sort")
 """The chain of PyTorch ops, the same chain compiled, and other ways to choose what is kept."""
@@ -131,6 +131,16 @@ _UNPACK = tuple(
     )
     for payloads in (2, 8)
 )
+_UNPACK_INTO = (
+    Case(
+        op=ops.unpack_into,
+        variant="2 payloads",
+        reference=unpack_into_reference,
+        make=partial(inputs.unpack_into_inputs, payloads=2),
+        floor_bytes=partial(floors.unpack_bytes, payloads=2),
+        formula="n g + 2 P",
+    ),
+)
 _REPACK = (
     Case(
         op=ops.repack,
@@ -228,5 +238,6 @@ _MOMENTS = tuple(
     for variant, gaps, formula in (("first moment", False, "2 n g"), ("with gaps", True, "2 n g + lines that an element arrives in"))
 )
 
-CASES: tuple[Case, ...] = (*_SELECT, *_PACK, *_UNPACK, *_REPACK, *_PACK_ROWS, *_MASKED_ROWS, *_QUANTIZED_ROWS, *_STORE, *_MOMENTS)
+_GRADIENTS = (*_SELECT, *_PACK, *_UNPACK, *_UNPACK_INTO, *_REPACK)
+CASES: tuple[Case, ...] = (*_GRADIENTS, *_PACK_ROWS, *_MASKED_ROWS, *_QUANTIZED_ROWS, *_STORE, *_MOMENTS)
 """Every op of ``torch.ops.dct``, variant by variant."""

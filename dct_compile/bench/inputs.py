@@ -152,6 +152,12 @@ def unpack_inputs(problem: Problem, source: Source, payloads: int) -> Inputs:
     return Inputs(arguments, (problem.numel, problem.dtype, *entries))
 
 
+def unpack_into_inputs(problem: Problem, source: Source, payloads: int) -> Inputs:
+    """Of ``unpack_into``: memory of the right size, and the payloads of :func:`unpack_inputs`. No operands."""
+    gathered, dense, numel, dtype, layout, divisor = unpack_inputs(problem, source, payloads).arguments
+    return Inputs((torch.zeros(numel, dtype=dtype, device=gathered.device), gathered, dense, layout, divisor))
+
+
 def repack_inputs(problem: Problem, source: Source, payloads: int) -> Inputs:
     """Of ``repack`` just after a refresh, by the owner of a whole parameter. Operands: residual, threshold, indices and values."""
     made = unpack_inputs(problem, source, payloads)

@@ -49,8 +49,8 @@ def reduce_late(
         blank = ~arrived.any()
         for use in state.pending.uses:
             use.blank = blank if buffer.is_cuda else bool(blank)
-        result = _done(late.join(arrived, None)) if rest is None else average(rest, group, partial(_joined, late, arrived))
-        state.under_way = start(lambda: late.send(compressed, tensors, comm))
+        result = _done(late.join(arrived, None, buffer)) if rest is None else average(rest, group, partial(_joined, late, arrived))
+        state.under_way = start(lambda: late.send(compressed, tensors, comm, in_place=True))
     return result
 
 

@@ -180,7 +180,7 @@ class BucketReducer:
         self.size = self._joined_bytes(owner.joiner.limit)
 
     def __call__(self, buffer: Tensor) -> Steps:
-        """Averages ``buffer`` (1-D, or sparse) over the group, up to the messages that may be joined. Returns a new tensor."""
+        """Averages ``buffer`` (1-D, or sparse) over the group, up to the messages that may be joined. Returns it, or a new tensor."""
         if self.plan.sparse:
             return self._reduce_sparse(buffer)
         offer = self.plan.offer
@@ -189,8 +189,9 @@ class BucketReducer:
         self.begin(self.state)
         with self.state.skip_unused(buffer, offer.members.compressed) if self.find_unused else nullcontext():
             if not self.size:
-                return offer.reduce(buffer, self.state.tensors, self.plan.comm)
-            return (yield from run(partial(offer.reduce, buffer, self.state.tensors), self.plan.comm, buffer.device))
+                return offer.reduce(buffer, self.state.tensors, self.plan.comm, in_place=True)
+            function = partial(offer.reduce, buffer, self.state.tensors, in_place=True)
+            return (yield from run(function, self.plan.comm, buffer.device))
 
     def begin(self, state: BucketState) -> None:
         """Prepares the bucket's ``state`` for an exchange."""

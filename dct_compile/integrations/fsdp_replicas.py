@@ -117,7 +117,7 @@ class ReplicaAverage:
             dist.all_reduce(shards, dist.ReduceOp.SUM if sums else dist.ReduceOp.AVG, self.process_group)
             return
         views = self._views(shards)
-        mean = self._average([held.sharded_param for held in self.parts], torch.cat(views))
+        mean = self._average([held.sharded_param for held in self.parts], torch.cat(views))  # a copy, which the mean may overwrite
         if sums:
             mean = mean * self.process_group.size()
         for view, part in zip(views, mean.split([view.numel() for view in views]), strict=True):
@@ -133,7 +133,7 @@ class ReplicaAverage:
         state = self.runtime.states.bucket(compressed, plan.offer.state, "FSDP")
         self.publish(plan, state)
         self.runtime.begin_exchange(state, phase.config)
-        return plan.offer.reduce(buffer, state.tensors, plan.comm)
+        return plan.offer.reduce(buffer, state.tensors, plan.comm, in_place=True)
 
     def _begin_exchange(self, parameters: Sequence[Tensor]) -> Phase:
         """Looks whether the last gradients were applied, and counts this exchange. Returns the phase that it is in."""

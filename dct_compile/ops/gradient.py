@@ -1,4 +1,4 @@
-"""The gradient operators of `[Gupta21]`'s DCT-DP: `select_threshold`, `threshold_pack`, `unpack_accumulate`, `repack`.
+"""The gradient operators of `[Gupta21]`'s DCT-DP: `select_threshold`, `threshold_pack`, `unpack_accumulate`, `unpack_into`, `repack`.
 
 The meaning of each operator is specified by its PyTorch reference.
 """
@@ -7,12 +7,19 @@ import torch
 from torch import Tensor
 
 from dct_compile.ops.library import LAYOUT, SELECTION, define_op
-from dct_compile.triton_kernels.cpu.gradient import repack_cpu, select_threshold_cpu, threshold_pack_cpu, unpack_accumulate_cpu
+from dct_compile.triton_kernels.cpu.gradient import (
+    repack_cpu,
+    select_threshold_cpu,
+    threshold_pack_cpu,
+    unpack_accumulate_cpu,
+    unpack_into_cpu,
+)
 from dct_compile.triton_kernels.gradient_checks import (
     check_repack,
     check_select_threshold,
     check_threshold_pack,
     check_unpack_accumulate,
+    check_unpack_into,
 )
 from dct_compile.triton_kernels.layout import GradientLayout, Selection
 from dct_compile.triton_kernels.repack import repack_reference
@@ -21,8 +28,8 @@ from dct_compile.triton_kernels.select_threshold import select_threshold_referen
 from dct_compile.triton_kernels.select_threshold_triton import select_threshold_triton
 from dct_compile.triton_kernels.threshold_pack import threshold_pack_reference
 from dct_compile.triton_kernels.threshold_pack_triton import threshold_pack_triton
-from dct_compile.triton_kernels.unpack_accumulate import unpack_accumulate_reference
-from dct_compile.triton_kernels.unpack_accumulate_triton import unpack_accumulate_triton
+from dct_compile.triton_kernels.unpack_accumulate import unpack_accumulate_reference, unpack_into_reference
+from dct_compile.triton_kernels.unpack_accumulate_triton import unpack_accumulate_triton, unpack_into_triton
 
 
 def _select_threshold_fake(
@@ -47,6 +54,10 @@ def _unpack_accumulate_fake(
     gathered: Tensor, dense: Tensor | None, numel: int, dtype: torch.dtype, layout: GradientLayout, divisor: int
 ) -> Tensor:
     return gathered.new_empty(numel, dtype=dtype)
+
+
+def _unpack_into_fake(out: Tensor, gathered: Tensor, dense: Tensor | None, layout: GradientLayout, divisor: int) -> None:
+    return None
 
 
 def _repack_fake(
@@ -86,6 +97,14 @@ unpack_accumulate = define_op(
     reference=unpack_accumulate_reference,
     cpu=unpack_accumulate_cpu,
     triton=unpack_accumulate_triton,
+)
+unpack_into = define_op(
+    f"unpack_into(Tensor(a!) out, Tensor gathered, Tensor? dense, {LAYOUT} layout, int divisor) -> ()",
+    check=check_unpack_into,
+    fake=_unpack_into_fake,
+    reference=unpack_into_reference,
+    cpu=unpack_into_cpu,
+    triton=unpack_into_triton,
 )
 repack = define_op(
     "repack(Tensor gathered, Tensor(a!) residual, Tensor(b!) threshold, Tensor(c!) counters,"

@@ -50,12 +50,12 @@ class Late(GradientOffer):
         }
         return cls(**{**values, **changed}, inner=inner)
 
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm) -> Tensor:
+    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
         rest = self.rest(grad)
         started = None if rest is None else comm.all_reduce(rest, self.exchange.reduce_op)
         arrived = self.arrived(state, grad.dtype)
-        self.send(self.compressed(grad), state, comm)
-        return self.join(arrived, None if started is None else comm.wait(started))
+        self.send(self.compressed(grad), state, comm, in_place=in_place)
+        return self.join(arrived, None if started is None else comm.wait(started), grad if in_place else None)
 
     def arrived(self, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Returns a copy of the mean of the call before, of the compressed parameters in row-major order."""
@@ -69,14 +69,14 @@ class Late(GradientOffer):
         """Returns a copy of the parts of the buffer ``grad`` that stay dense; ``None`` where there are none."""
         return _parts(grad, self.members.rest) if self.members.rest else None
 
-    def send(self, compressed: Tensor, state: Mapping[str, Tensor], comm: Comm) -> None:
-        """Exchanges the result of :meth:`compressed`, and keeps the mean in the state."""
-        mean = self.inner.reduce(compressed, state, comm)
+    def send(self, compressed: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> None:
+        """Exchanges the result of :meth:`compressed`, and keeps the mean in the state. ``in_place``: whether the first is overwritten."""
+        mean = self.inner.reduce(compressed, state, comm, in_place=in_place)
         torch.ops.dct.store(state[LATE], torch.cat(self.inner.members.split(mean)).float())
 
-    def join(self, arrived: Tensor, rest: Tensor | None) -> Tensor:
-        """Builds the buffer from the mean of the call before and the mean of the rest."""
-        return self.members.join(list(arrived.split(list(self.members.numels))), rest)
+    def join(self, arrived: Tensor, rest: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """Builds the buffer from the mean of the call before and the mean of the rest, in the memory of ``out`` if it is given."""
+        return self.members.join(list(arrived.split(list(self.members.numels))), rest, out)
 
 
 def _parts(grad: Tensor, segments: Sequence[Segment]) -> Tensor:

@@ -72,13 +72,17 @@ class Members:
         parts = [_part(grad, segment) for segment in self.compressed]
         return [part if order is None else order.to_row_major(part) for part, order in zip(parts, self.orders, strict=True)]
 
-    def join(self, parts: list[Tensor], rest: Tensor | None) -> Tensor:
-        """Builds the buffer from the results of the compressed parameters, as :meth:`split` returns them, and of the rest, end to end."""
+    def join(self, parts: list[Tensor], rest: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """Builds the buffer from the results of the compressed parameters, as :meth:`split` returns them, and of the rest, end to end.
+
+        ``out``: the memory that is to hold it; ``None`` for a new tensor.
+        """
         laid_out = [part if order is None else order.to_buffer(part) for part, order in zip(parts, self.orders, strict=True)]
         found = dict(zip(self.compressed, laid_out, strict=True))
         if rest is not None:
             found |= dict(zip(self.rest, rest.split([segment.parameter.numel for segment in self.rest]), strict=True))
-        return torch.cat([found[segment] for segment in sorted(found, key=lambda segment: segment.offset)])
+        in_order = [found[segment] for segment in sorted(found, key=lambda segment: segment.offset)]
+        return torch.cat(in_order) if out is None else torch.cat(in_order, out=out)
 
 
 def _part(grad: Tensor, segment: Segment) -> Tensor:

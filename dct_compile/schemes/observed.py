@@ -25,6 +25,6 @@ class Observed(GradientOffer):
         values = {item.name: getattr(offer, item.name) for item in fields(GradientOffer)}
         return cls(**{**values, "state": replace(offer.state, tensors=(*offer.state.tensors, tensor))}, inner=offer)
 
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm) -> Tensor:
+    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
         torch.ops.dct.store(state[LOCAL], state[LOCAL] + torch.cat(self.members.split(grad)).float())
-        return self.inner.reduce(grad, state, comm)
+        return self.inner.reduce(grad, state, comm, in_place=in_place)

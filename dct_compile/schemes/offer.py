@@ -50,10 +50,16 @@ class GradientOffer(Offer):
     state: StateSpec
 
     @abstractmethod
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm) -> Tensor:
-        """Reduces the buffer ``grad`` [numel] over the ranks and returns the result, a new tensor of its shape and dtype.
+    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
+        """Reduces the buffer ``grad`` [numel] over the ranks and returns the result, a tensor of its shape and dtype.
 
         ``state`` is updated in place, by this project's operators alone: a compiled graph keeps it saved from forward to backward.
+
+        Args:
+            grad: The buffer, contiguous.
+            state: The tensors that are kept from step to step, by name.
+            comm: The collectives over the ranks.
+            in_place: Whether the result is written to ``grad``; else it is a new tensor. No graph asks for it.
         """
 
 

@@ -40,7 +40,7 @@ class PowerSGD(GradientOffer):
     shapes: tuple[tuple[int, int], ...]
     error_feedback: bool
 
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm) -> Tensor:
+    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
         rest = self.members.start_rest(grad, comm, self.exchange)
         residual, counters = state["residual"], state["counters"]
         total = torch.cat(self.members.split(grad)).float() + (residual if self.error_feedback else 0.0)
@@ -59,7 +59,8 @@ class PowerSGD(GradientOffer):
             dct.store(residual, torch.where(finite, total.sub(reduced, alpha=1 / copies), residual))
         dct.store(state["right_factor"], torch.where(finite, flat, state["right_factor"]))
         dct.store(counters, torch.nn.functional.pad(counters[:, :1] + finite, (0, COUNTERS - 1)))
-        return self.members.join(list(reduced.split(list(self.members.numels))), self.members.end_rest(rest, comm))
+        rest = self.members.end_rest(rest, comm)
+        return self.members.join(list(reduced.split(list(self.members.numels))), rest, grad if in_place else None)
 
     def _factors(self, flat: Tensor, side: int) -> list[Tensor]:
         """Returns the factors of all matrices, which lie end to end; ``side``: 0 for those with the rows, 1 for those with the columns."""

@@ -40,7 +40,7 @@ class RandomK(GradientOffer):
     drawn: tuple[int, ...]
     error_feedback: bool
 
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm) -> Tensor:
+    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
         rest = self.members.start_rest(grad, comm, self.exchange)
         draws, residual, counters = state["draws"], state["residual"], state["counters"]
         total = torch.cat(self.members.split(grad)).float() + (residual if self.error_feedback else 0.0)
@@ -55,7 +55,8 @@ class RandomK(GradientOffer):
         dct.store(draws, draws + finite)
         dct.store(counters, torch.nn.functional.pad(counters[:, :1] + finite, (0, COUNTERS - 1)))
         mean = torch.zeros_like(total).index_copy(0, index, values).to(grad.dtype)
-        return self.members.join(list(mean.split(list(self.members.numels))), self.members.end_rest(rest, comm))
+        rest = self.members.end_rest(rest, comm)
+        return self.members.join(list(mean.split(list(self.members.numels))), rest, grad if in_place else None)
 
 
 def draw(step: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:

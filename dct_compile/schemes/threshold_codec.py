@@ -87,9 +87,12 @@ class ThresholdCodec:
         chunk: Tensor = dct.repack(chunks, *self._own(state), self.layout, self.selection, self.error_feedback, **names)
         return chunk
 
-    def decode_sum(self, payloads: Tensor, rest: Tensor | None, grad: Tensor, divisor: int) -> Tensor:
-        """Adds up the gathered ``payloads`` and divides: a tensor like ``grad``, with the dense ``rest`` in its place."""
+    def decode_sum(self, payloads: Tensor, rest: Tensor | None, grad: Tensor, divisor: int, in_place: bool = False) -> Tensor:
+        """Adds up the gathered ``payloads`` and divides: a tensor like ``grad``, or itself, with the dense ``rest`` in its place."""
         names = {"site": self.site, "receives": ALL_GATHER}
+        if in_place:
+            dct.unpack_into(grad, payloads, rest, self.layout, divisor, **names)
+            return grad
         total: Tensor = dct.unpack_accumulate(payloads, rest, grad.numel(), grad.dtype, self.layout, divisor, **names)
         return total
 

@@ -38,17 +38,17 @@ class Owner(GradientOffer):
     owner_codec: ThresholdCodec
     rider: Rider | None
 
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm) -> Tensor:
+    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
         if self.rider is not None:
-            return self._reduce_all(grad, state, comm, self.rider)
+            return self._reduce_all(grad, state, comm, self.rider, in_place)
         rest = self.members.start_rest(grad, comm, self.exchange)
         payload = self.codec.encode(grad, state, sends=ALL_TO_ALL)
         chunks = comm.wait(comm.all_to_all(payload))
         gathered = comm.all_gather(self.owner_codec.encode_sum(chunks, state))
         rest = self.members.end_rest(rest, comm)
-        return self.codec.decode_sum(comm.wait(gathered), rest, grad, self.exchange.divisor)
+        return self.codec.decode_sum(comm.wait(gathered), rest, grad, self.exchange.divisor, in_place)
 
-    def _reduce_all(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, rider: Rider) -> Tensor:
+    def _reduce_all(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, rider: Rider, in_place: bool) -> Tensor:
         """Reduces like :meth:`reduce`, with a share of the rest behind each chunk."""
         payload = self.codec.encode(grad, state, sends=ALL_TO_ALL)
         exchanged = comm.wait(comm.all_to_all(rider.attach(payload, self.members.rest_of(grad), comm.size)))
@@ -56,7 +56,7 @@ class Owner(GradientOffer):
         chunk = self.owner_codec.encode_sum(chunks, state)
         gathered = comm.wait(comm.all_gather(rider.attach(chunk, rider.mean(shares))))
         chunks, means = rider.detach(gathered)
-        return self.codec.decode_sum(chunks, means.view(-1)[: rider.numel], grad, self.exchange.divisor)
+        return self.codec.decode_sum(chunks, means.view(-1)[: rider.numel], grad, self.exchange.divisor, in_place)
 
 
 def offer(exchange: Exchange, config: DCTConfig) -> Owner | Declined | None:

@@ -47,7 +47,7 @@ class TwoLevel(GradientOffer):
     codec: ThresholdCodec
     rider: Rider | None
 
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm) -> Tensor:
+    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
         assert isinstance(comm, HostsComm)
         inside, place = comm.inside, self.exchange.rank % comm.inside.size
         waiting = state["residual"].data.split(list(self.members.numels))
@@ -60,7 +60,7 @@ class TwoLevel(GradientOffer):
             run = of_all[place * left.numel() : (place + 1) * left.numel()]
             run.copy_(left[: run.numel()])
         (rest,) = _whole(rests, [self.members.rest_numel]) if rests else [None]
-        return self.members.join(_whole(means, self.members.numels), rest)
+        return self.members.join(_whole(means, self.members.numels), rest, grad if in_place else None)
 
     def _rows(self, grad: Tensor, waiting: Sequence[Tensor], place: int, ranks: int) -> Tensor:
         """Returns what goes to each rank of the host, float32 and end to end: its part of every parameter, and of the rest.

@@ -93,19 +93,24 @@ def unpack_accumulate_cpu(
     gathered: Tensor, dense: Tensor | None, numel: int, dtype: torch.dtype, layout: GradientLayout, divisor: int
 ) -> Tensor:
     """Computes `unpack_accumulate_reference`, compiled: the output is written once, each tile's sum is formed in cache."""
-    geometry, ranges = _geometry(layout), _range_table(layout, numel)
-    gathered = gathered.contiguous()
-    dense = None if dense is None else dense.to(dtype).contiguous()
     result = torch.empty(numel, dtype=dtype)
+    unpack_into_cpu(result, gathered, dense, layout, divisor)
+    return result
+
+
+def unpack_into_cpu(out: Tensor, gathered: Tensor, dense: Tensor | None, layout: GradientLayout, divisor: int) -> None:
+    """Computes `unpack_into_reference`, compiled. New memory costs a CPU more than the kernel: the system clears each page first."""
+    geometry, ranges = _geometry(layout), _range_table(layout, out.numel())
+    gathered = gathered.contiguous()
+    dense = None if dense is None else dense.to(out.dtype).contiguous()
     cpu_function("dct_unpack_accumulate", _UNPACK)(
         geometry.data_ptr(),
         Gathered.of(gathered, layout),
         Uncovered(None if dense is None else dense.data_ptr(), ranges.data_ptr(), ranges.shape[0]),
-        Bucket.of(result),
+        Bucket.of(out),
         divisor,
         torch.get_num_threads(),
     )
-    return result
 
 
 def repack_cpu(
