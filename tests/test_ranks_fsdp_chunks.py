@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import dct_compile
 from dct_compile.backend import dct
@@ -82,12 +82,19 @@ def test_each_parameter_group_is_in_the_report_once(ranks3: Ranks) -> None:
         assert len(rows) == 9
 
 
-def applied_and_held(rank: int, world_size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the sum of what four steps have applied and still hold back, as a mean over two copies, and the sum of their gradients."""
+def applied_and_held(rank: int, world_size: int, is_mean: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns the sum of what four steps have applied and still hold back, and the sum of their gradients; both over two copies.
+
+    ``is_mean``: FSDP divides by the number of copies. Else it adds up.
+    """
     sums = []
     for options in ({**EXACT, "dp_density": 1.0}, EXACT):
         torch._dynamo.reset()
         model, criterion = compiled_and_sharded(init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("copies", "shards")), options)
+        for module in model.modules():
+            if isinstance(module, FSDPModule) and not is_mean:
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         total: dict[str, Tensor] = {}
         for step in range(4):
@@ -98,13 +105,14 @@ def applied_and_held(rank: int, world_size: int) -> tuple[dict[str, Tensor], dic
         sums.append(total)
     for name, entry in dct_compile.state_dict(model).items():
         residual = entry["residual"].clone()
-        dist.all_reduce(residual, dist.ReduceOp.AVG)
+        dist.all_reduce(residual, dist.ReduceOp.AVG if is_mean else dist.ReduceOp.SUM)
         assert residual.count_nonzero(), name
         sums[1][name] += residual.view_as(sums[1][name])
     return sums[1], sums[0]
 
 
-def test_nothing_is_lost_between_the_chunks_of_two_copies(ranks2: Ranks) -> None:
-    for found, expected in ranks2(applied_and_held):
+@pytest.mark.parametrize("is_mean", [True, False], ids=["mean", "sum"])
+def test_nothing_is_lost_between_the_chunks_of_two_copies(ranks2: Ranks, is_mean: bool) -> None:
+    for found, expected in ranks2(applied_and_held, is_mean):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
