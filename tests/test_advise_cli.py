@@ -13,10 +13,11 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from dct_compile.cli.advise_numbers import prepare
+from dct_compile.cli.asked import TargetError
 from dct_compile.cli.link import told
 from dct_compile.cli.main import main
 from dct_compile.cli.parsing import parse_value
-from dct_compile.cli.targets import Target, TargetError
+from dct_compile.cli.targets import Target
 from dct_compile.link import Link, parse
 from tests.rank_pool import Ranks
 

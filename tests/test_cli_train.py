@@ -16,6 +16,7 @@ from dct_compile.cli.present import present
 from dct_compile.cli.results import BackendResult, Results, Run, bytes_until
 from dct_compile.cli.settings import optimization_of, parse_rates
 from dct_compile.cli.tables import link, quality, sent, sites, traffic
+from dct_compile.models.recipes import RECIPES
 from dct_compile.models.tasks import TASKS
 from dct_compile.report import SiteReport
 
@@ -145,10 +146,10 @@ def test_backends_are_given_with_commas_or_repeatedly() -> None:
 
 def test_an_optimization_is_the_models_own_but_for_what_is_given() -> None:
     own = optimization_of("gpt", None, None, None, None, None)
-    assert own == TASKS["gpt"].recipe.optimization
+    assert own == RECIPES["gpt"].optimization
     assert (own.optimizer, own.betas, own.weight_decay, own.cosine, own.warmup) == ("adamw", (0.9, 0.95), 0.01, True, 50)
     changed = optimization_of("dlrm", "adam", None, None, None, 0.99)
-    assert (changed.optimizer, changed.lr, changed.betas) == ("adam", TASKS["dlrm"].recipe.rates["adam"], (0.9, 0.99))
+    assert (changed.optimizer, changed.lr, changed.betas) == ("adam", RECIPES["dlrm"].rates["adam"], (0.9, 0.99))
     assert optimization_of("resnet", None, 0.3, 0.5, None, None).momentum == 0.5
     assert [optimization_of("dlrm", None, None, None, None, None, warmup).warmup for warmup in (None, 0, 7)] == [50, 0, 7]
 

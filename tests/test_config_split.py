@@ -1,13 +1,19 @@
 """Options of torch.compile are this project's or Inductor's; a key that neither knows is refused."""
 
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
+from torch._dynamo import register_backend
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import list_options
 
+from dct_compile.backend import dct
 from dct_compile.config import DCTConfig
 from dct_compile.options import default_options, split_options
+from tests.ranks import fresh_compiler
 
 
 @pytest.mark.parametrize("options", [None, {}])
@@ -48,3 +54,10 @@ def test_unknown_option_without_a_neighbour() -> None:
     with pytest.raises(ValueError, match="unknown option 'zzzzz'") as error:
         split_options({"zzzzz": 1}, ["max_autotune"])
     assert "Did you mean" not in str(error.value)
+
+
+def test_a_name_of_its_own_brings_its_options() -> None:
+    """Where a trainer asks for the name of a backend alone, as docs/howto/trainers.md says."""
+    register_backend(partial(dct, options={"dp_density": 2}), name="dct_of_this_test")
+    with fresh_compiler(), pytest.raises(BackendCompilerFailed, match=r"option 'dp_density' is 2 \(int\)"):
+        torch.compile(torch.nn.Linear(2, 2), backend="dct_of_this_test")(torch.randn(1, 2))

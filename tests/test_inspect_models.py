@@ -16,6 +16,8 @@ import dct_compile
 import dct_compile.models
 from dct_compile.cli.targets import MODELS, Target
 from dct_compile.inspection import fake_ranks
+from dct_compile.models.recipes import RECIPES
+from dct_compile.models.tasks import TASKS
 
 
 def collectives_of(target: Target) -> Counter[str]:
@@ -50,6 +52,7 @@ def test_every_model_can_be_inspected() -> None:
         named |= {info.name} & {name.lower() for name in classes}
     assert named <= set(MODELS)
     assert named
+    assert RECIPES.keys() == TASKS.keys() == MODELS.keys()
 
 
 @pytest.mark.parametrize("name", MODELS)

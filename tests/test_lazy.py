@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,67 @@ RUN = "import sys; from dct_compile.cli.main import main; main(sys.argv[1:], pro
 NO_TORCH = "assert 'torch' not in sys.modules, 'torch is imported'"
 
 
+def _words(group: click.Group, *before: str) -> Iterator[list[str]]:
+    """Yields the words of every command of a group, and of the groups in it."""
+    for name, command in group.commands.items():
+        yield [*before, name]
+        if isinstance(command, click.Group):
+            yield from _words(command, *before, name)
+
+
+COMMANDS = list(_words(main))
+
+
+@pytest.mark.parametrize("words", [[], *COMMANDS], ids=" ".join)
+def test_help_does_not_import_torch(words: list[str]) -> None:
+    said = run_python(RUN + NO_TORCH, *words, "--help").stdout
+    assert said.startswith(" ".join(["Usage: dct", *words, "["]))
+
+
+def test_every_command_is_tried() -> None:
+    assert ["train"] in COMMANDS
+    assert ["bench", "accuracy"] in COMMANDS
+    assert len(COMMANDS) == len(main.commands) + len(bench.commands)
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        ["--help"],
-        ["bench", "--help"],
-        ["advise", "--help"],
-        ["inspect", "--help"],
-        ["link", "--help"],
+        ("train --lr 0", "--lr '0' is not of the form rate or backend=rate"),
+        ("train --dp-density 2", "option 'dp_density' is 2.0 (float); allowed is a number in (0, 1]"),
+        ("train --model gpt --dataset movielens", "gpt is not trained on movielens"),
+        ("train --model gpt --mp 2", "gpt is trained data parallel only"),
+        ("inspect gpt --options mp_density=2", "option 'mp_density' is 2 (int); allowed is a number in (0, 1]"),
+        ("inspect dlmr", "unknown target 'dlmr': expected a model (dlrm, gpt, resnet) or file.py:function"),
+        ("advise nowhere.py:one", "there is no file 'nowhere.py'"),
+        ("bench kernels --op pack", "'pack' is not one of 'dequantize_rows'"),
+        ("bench accuracy --rates 0.1,fast", "'fast' is not a number above 0"),
+        ("bench accuracy --seeds 0", "0 is not in the range x>=1"),
     ],
-    ids=" ".join,
 )
-def test_help_does_not_import_torch(arguments: list[str]) -> None:
-    assert "Usage: dct" in run_python(RUN + NO_TORCH, *arguments).stdout
+def test_wrong_arguments_are_told_without_torch(arguments: str, message: str) -> None:
+    code = "import sys; from dct_compile.cli.main import main\ntry: main(sys.argv[1:], prog_name='dct', standalone_mode=False)\n"
+    caught = f"except Exception as error: print(error)\nelse: raise AssertionError('no error')\n{NO_TORCH}"
+    assert message in run_python(code + caught, *arguments.split()).stdout
 
 
-def test_names_are_completed_without_torch() -> None:
-    environment = {"_DCT_COMPLETE": "bash_complete", "COMP_WORDS": "dct in", "COMP_CWORD": "1"}
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("dct in", "plain,inspect\n"),
+        ("dct train --backe", "plain,--backend\n"),
+        ("dct train --model g", "plain,gpt\n"),
+        ("dct bench kernels --op thr", "plain,threshold_pack\n"),
+        ("dct bench accuracy --co", "plain,--codecs\n"),
+    ],
+)
+def test_words_are_completed_without_torch(typed: str, completed: str) -> None:
+    environment = {"_DCT_COMPLETE": "bash_complete", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
     code = f"import sys; from dct_compile.cli.main import main\ntry: main(prog_name='dct')\nfinally: {NO_TORCH}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={"PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True, check=False
     )
-    assert (done.stdout, done.stderr) == ("plain,inspect\n", "")
+    assert (done.stdout, done.stderr) == (completed, "")
 
 
 @pytest.mark.parametrize("group", [main, bench], ids=["dct", "dct bench"])

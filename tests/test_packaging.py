@@ -98,11 +98,35 @@ def test_source_distribution_holds_what_its_tests_need(tree: Path, unpacked: Pat
 def test_wheel_holds_the_tree_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
-    packaged = {name for name in names if ".dist-info/" not in name}
+    packaged = {name for name in names if ".dist-info/" not in name and ".data/" not in name}
     tree_files = files_of_tree()
     assert sorted(packaged - tree_files) == []
     assert sorted(tree_files - packaged) == []
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"dct_compile"}
+
+
+def test_pages_are_beside_the_installed_package(wheel: Path, tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--ignore-installed"]
+    subprocess.run([*pip, "--prefix", str(tmp_path), str(wheel)], check=True, capture_output=True, cwd=tmp_path)
+    (command,) = tmp_path.rglob("dct_compile/cli/docs.py")
+    code = "import sys; from dct_compile.cli.main import main; main(sys.argv[1:])"
+    environment = {**os.environ, "PYTHONPATH": str(command.parents[2])}
+
+    def said(*arguments: str) -> str:
+        run = [sys.executable, "-c", code, "docs", *arguments]
+        return subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    for page in ("troubleshooting", "howto/fsdp"):
+        assert said(page) == (ROOT / "docs" / f"{page}.md").read_text()
+    first, *lines = said().splitlines()
+    place = Path(first.removeprefix("Pages in ").removesuffix(":"))
+    assert place.is_relative_to(tmp_path.resolve())
+    assert {line.split()[0] for line in lines} == {
+        path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")
+    }
+    kept = {path.relative_to(ROOT) for path in (*ROOT.glob("examples/*.py"), *ROOT.glob("docs/images/*.svg"))}
+    missing = [path for path in (Path("README.md"), Path("docs/train.py"), *kept) if not (place.parent / path).is_file()]
+    assert missing == []
 
 
 def test_entry_points(wheel: Path) -> None:

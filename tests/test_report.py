@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import dct_compile
+from dct_compile.reasons import Reason
 from dct_compile.report import NOTHING_COMPILED, GraphReport, NodeReport, Report, ReportRegistry, SiteReport
 from dct_compile.runtime import RUNTIME
 
@@ -91,6 +92,13 @@ def test_table_fits_a_narrow_terminal() -> None:
     assert len([line for line in lines if "…" in line]) == 2 + (len(MASKED.name) > 40)
 
 
+@pytest.mark.parametrize("width", [None, 100])
+def test_a_reason_is_read_to_its_remedy(width: int | None) -> None:
+    report = Report((replace(DENSE, reason=Reason.ONE_MACHINE), MASKED), (GRAPH,), ())
+    text = " ".join(line[:62].strip() if width else line for line in report.table(width).splitlines())
+    assert Reason.ONE_MACHINE in text
+
+
 def test_totals() -> None:
     report = Report((MASKED, DENSE), (), ())
     assert (report.dense_bytes, report.wire_bytes) == (4072, 1144)
@@ -106,7 +114,7 @@ def test_long_names_and_reasons_are_shortened() -> None:
     text = str(Report((long,), (), ()))
     assert "n" * 43 + "…" in text
     assert "n" * 44 not in text
-    assert "r" * 59 + "…" in text
+    assert "r" * 119 + "…" in text
     assert long.name == "n" * 200
 
 

@@ -10,9 +10,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dct_compile.models.images import fashion_mnist, normalized
+from dct_compile.models.optimization import Optimization
 from dct_compile.models.parallel import Mesh
+from dct_compile.models.recipes import RECIPES
 from dct_compile.models.resnet import ResNet
-from dct_compile.models.tasks import TASKS, DataSource, Optimization, Task
+from dct_compile.models.tasks import TASKS, DataSource, Task
 from dct_compile.models.tasks.gpt import CONTEXT
 from dct_compile.models.texts import split_text
 from tests.small_images import write_images
@@ -91,8 +93,7 @@ def test_the_first_steps_of_adagrad_do_not_throw_the_model_off() -> None:
 
 
 def test_the_default_rate_is_that_of_the_default_optimizer() -> None:
-    for task_type in TASKS.values():
-        recipe = task_type.recipe
+    for recipe in RECIPES.values():
         assert recipe.rates[recipe.optimization.optimizer] == recipe.optimization.lr
 
 

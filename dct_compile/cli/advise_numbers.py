@@ -11,7 +11,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from dct_compile.advice import GRADIENT_SCHEMES, METHODS, ROWS, Sent, Training, measured_compute_s
-from dct_compile.cli.targets import Target, TargetError
+from dct_compile.cli.asked import TargetError
+from dct_compile.cli.targets import Target
 from dct_compile.compiler.options import read_options
 from dct_compile.exchange import GRADIENT
 from dct_compile.inspection import inspected

@@ -4,13 +4,15 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from dct_compile.cli.parsing import parse_options
+from dct_compile.cli.parsing import check_options, parse_options
+from dct_compile.models.recipes import RECIPES
 from dct_compile.options import default_options
 
 if TYPE_CHECKING:
@@ -19,6 +21,13 @@ if TYPE_CHECKING:
 OPTIONS = "\b\nOptions of the backend and their defaults, for --options:\n" + "\n".join(
     f"  {name}={'[]' if value == () else value}" for name, value in default_options().items()
 )
+
+
+_EXPECTED = f"a model ({', '.join(RECIPES)}) or file.py:function, where the function returns (model, inputs)"
+
+
+class TargetError(ValueError):
+    """What was named cannot be inspected; the message says what was expected."""
 
 
 def asked_for(words: Sequence[str], options: Sequence[str]) -> tuple[str, list[str]]:
@@ -56,26 +65,34 @@ def complete_file(ctx: click.Context, parameter: click.Parameter, incomplete: st
 
 def read(target: str, options: Sequence[str]) -> tuple[Callable[[], "Target"], dict[str, Any]]:
     """Returns the maker of the target and the options. Raises ``click.UsageError`` for what cannot be read."""
-    # Late, so that `dct --help` and usage errors do not wait for it.
-    from torch._inductor import list_options
-
-    from dct_compile.cli.targets import find
-    from dct_compile.options import split_options
-
     try:
         parsed = parse_options(options)
-        split_options(parsed, list_options())
-        return find(target), parsed
+        check_options(parsed)
+        place = None if target in RECIPES else place_of(target, _EXPECTED)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    # Late, so that `dct --help` and usage errors do not wait for it.
+    from dct_compile.cli.targets import MODELS, made_by
+
+    return MODELS[target] if place is None else partial(made_by, *place), parsed
+
+
+def place_of(name: str, expected: str) -> tuple[Path, str]:
+    """Returns the file and the function that ``name`` stands for. Raises :class:`TargetError`, which says what is ``expected``."""
+    path, separator, function = name.rpartition(":")
+    if not separator:
+        raise TargetError(f"unknown target {name!r}: expected {expected}")
+    if not path.endswith(".py") or not function.isidentifier():
+        raise TargetError(f"{name!r} is not of the form file.py:function: expected {expected}")
+    if not Path(path).is_file():
+        raise TargetError(f"there is no file {path!r}: expected {expected}")
+    return Path(path), function
 
 
 @contextmanager
 def said(target: str) -> Iterator[None]:
     """Turns every error of making or compiling the target into a ``click.ClickException``; what torch logs on the way is silent."""
     from torch._logging._internal import set_logs
-
-    from dct_compile.cli.targets import TargetError
 
     if "TORCH_LOGS" not in os.environ:
         set_logs(all=logging.CRITICAL)  # the error says it

@@ -21,6 +21,7 @@ main = LazyGroup(
             "dct_compile.cli.advise",
             "Predict the step time of a model dense, with torch's fp16 hook and with DCT, and say which options to set.",
         ),
+        "docs": ("dct_compile.cli.docs", "Print a page of the documentation, or list all of them."),
         "env": (
             "dct_compile.cli.env",
             "Print versions, compiler, kernels, GPUs and settings of this machine, for a report about a fault.",

@@ -2,8 +2,10 @@
 
 import ast
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from dct_compile.options import default_options, split_options
 
 
 def parse_value(text: str) -> Any:
@@ -27,3 +29,14 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"{key.strip()!r} is given twice")
         options[key.strip()] = parse_value(text)
     return options
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for an option that neither the backend nor Inductor knows, or whose value is not allowed."""
+    known: list[str] = []
+    if options.keys() - default_options().keys():
+        # Late: a wrong value of an option of this project is told without torch, which knows those of Inductor.
+        from torch._inductor import list_options
+
+        known = list_options()
+    split_options(options, known)

@@ -3,11 +3,15 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dct_compile.cli.backends import BACKENDS, HOOKS
-from dct_compile.models.tasks import TASKS, DataSource, Optimization, Task
-from dct_compile.options import split_options
+from dct_compile.cli.parsing import check_options
+from dct_compile.models.optimization import Optimization
+from dct_compile.models.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from dct_compile.models.tasks import Task
 
 ASSUMED_LINK = "1Gbit/s"
 """Ranks of one machine stand for hosts on Ethernet."""
@@ -49,12 +53,15 @@ class Settings:
         """Returns the optimization of the trainings by ``backend``."""
         return replace(self.optimization, lr=self.rates.get(backend, self.optimization.lr))
 
-    def task(self) -> Task:
+    def task(self) -> "Task":
         """Returns what is trained. Nothing is read yet."""
+        # Late, so that `dct train --help` and usage errors do not wait for torch.
+        from dct_compile.models.tasks import TASKS, DataSource
+
         path = {"criteo": self.criteo_path, "fashion-mnist": self.fashion_mnist_path}.get(self.dataset)
         return TASKS[self.model](DataSource(self.dataset, path, self.max_samples), self.batch_size)
 
-    def steps_of(self, task: Task, seed: int) -> int:
+    def steps_of(self, task: "Task", seed: int) -> int:
         """Returns the number of steps of the training of ``seed``."""
         if self.steps is not None:
             return self.steps
@@ -63,14 +70,11 @@ class Settings:
 
     def check(self) -> None:
         """Raises ``ValueError`` or ``MissingData`` for what would otherwise fail on the ranks, once they are started."""
-        # Late, so that `dct train --help` does not wait for it.
-        from torch._inductor import list_options
-
-        split_options(self.options, list_options())
-        known = TASKS[self.model].recipe.datasets
+        check_options(self.options)
+        known = RECIPES[self.model].datasets
         if self.dataset not in known:
             raise ValueError(f"{self.model} is not trained on {self.dataset}: its data sets are {', '.join(known)}")
-        if self.mp > 1 and TASKS[self.model].recipe.mp is None:
+        if self.mp > 1 and RECIPES[self.model].mp is None:
             raise ValueError(f"{self.model} is trained data parallel only: it needs --mp 1, not --mp {self.mp}")
         if self.batch_size % self.world_size:
             raise ValueError(f"a batch of {self.batch_size} cannot be shared equally by {self.dp} x {self.mp} ranks")
@@ -128,7 +132,7 @@ def optimization_of(
 
     Raises ``ValueError`` for a number that the optimizer does not have.
     """
-    recipe = TASKS[model].recipe
+    recipe = RECIPES[model]
     own = recipe.optimization
     name = optimizer or own.optimizer
     adam = ("adam", "adamw")

@@ -13,14 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dct_compile.cli.asked import TargetError
 from dct_compile.models.dlrm import DLRM
 from dct_compile.models.gpt import GPT
 from dct_compile.models.parallel import Mesh, Table, wrap_data_parallel
 from dct_compile.models.resnet import ResNet
-
-
-class TargetError(ValueError):
-    """What was named cannot be inspected; the message says what was expected."""
 
 
 @dataclass(frozen=True)
@@ -70,30 +67,6 @@ def resnet() -> Target:
 
 
 MODELS: Mapping[str, Callable[[], Target]] = {"dlrm": dlrm, "gpt": gpt, "resnet": resnet}
-_EXPECTED = f"a model ({', '.join(MODELS)}) or file.py:function, where the function returns (model, inputs)"
-
-
-def find(name: str) -> Callable[[], Target]:
-    """Returns the maker of a target, to be called under the process group that the model is for.
-
-    Raises :class:`TargetError` for an unknown name, a missing or broken file and a missing function.
-    """
-    if name in MODELS:
-        return MODELS[name]
-    path, function = place_of(name, _EXPECTED)
-    return lambda: _call(path, function)
-
-
-def place_of(name: str, expected: str) -> tuple[Path, str]:
-    """Returns the file and the function that ``name`` stands for. Raises :class:`TargetError`, which says what is ``expected``."""
-    path, separator, function = name.rpartition(":")
-    if not separator:
-        raise TargetError(f"unknown target {name!r}: expected {expected}")
-    if not path.endswith(".py") or not function.isidentifier():
-        raise TargetError(f"{name!r} is not of the form file.py:function: expected {expected}")
-    if not Path(path).is_file():
-        raise TargetError(f"there is no file {path!r}: expected {expected}")
-    return Path(path), function
 
 
 def function_in(path: Path, name: str, needed: str) -> Callable[..., Any]:
@@ -104,7 +77,11 @@ def function_in(path: Path, name: str, needed: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def _call(path: Path, name: str) -> Target:
+def made_by(path: Path, name: str) -> Target:
+    """Returns what the function ``name`` of a file makes, under the process group that the model is for.
+
+    Raises :class:`TargetError` for a broken file, a missing or failing function, and for results of another kind.
+    """
     function = function_in(path, name, "without arguments that returns (model, inputs)")
     try:
         result = function()

@@ -10,19 +10,18 @@ from dct_compile.cli.backends import BACKENDS, parse_backends
 from dct_compile.cli.extras import require
 from dct_compile.cli.parsing import parse_options, parse_value
 from dct_compile.cli.settings import ASSUMED_LINK, OWN_RATES, Settings, optimization_of, parse_rates
-from dct_compile.models.images import FASHION_MNIST
-from dct_compile.models.tasks import TASKS, Recipe
-from dct_compile.models.tasks.optimization import OPTIMIZERS
+from dct_compile.models.optimization import OPTIMIZERS
+from dct_compile.models.recipes import FASHION_MNIST, RECIPES, Recipe
 
 _POSITIVE = click.IntRange(min=1)
 _FRACTION = click.FloatRange(min=0, max=1, max_open=True)
 _DEFAULT = "Default: the backend's."
-_DATASETS = tuple(name for task in TASKS.values() for name in task.recipe.datasets)
+_DATASETS = tuple(name for recipe in RECIPES.values() for name in recipe.datasets)
 
 
 def _by_model(text: str, value: Callable[[Recipe], Any]) -> str:
     """Returns the help ``text`` of an option, with the default of each model."""
-    defaults = {name: value(task.recipe) for name, task in TASKS.items()}
+    defaults = {name: value(recipe) for name, recipe in RECIPES.items()}
     if len(set(defaults.values())) == 1:
         return f"{text} Default: {defaults.popitem()[1]}."
     return f"{text} Default: {', '.join(f'{name} {default}' for name, default in defaults.items())}."
@@ -34,12 +33,12 @@ def _length(recipe: Recipe) -> str:
 
 def _rates(recipe: Recipe) -> str:
     own = recipe.optimization
-    model = next(name for name, task in TASKS.items() if task.recipe is recipe)
+    model = next(name for name, other in RECIPES.items() if other is recipe)
     return ", ".join([str(own.lr), *(f"{backend}={rate}" for backend, rate in OWN_RATES.get((model, own.optimizer), {}).items())])
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", type=click.Choice(tuple(TASKS)), default="dlrm", help="What to train.")
+@click.option("--model", type=click.Choice(tuple(RECIPES)), default="dlrm", help="What to train.")
 @click.option("--dataset", type=click.Choice(_DATASETS), help=_by_model("What to train it on.", lambda own: own.datasets[0]))
 @click.option("--criteo-path", type=click.Path(path_type=Path), help="Criteo Kaggle's train.txt, for --dataset criteo.")
 @click.option(
@@ -117,7 +116,7 @@ def train(**given: Any) -> None:
 
 def _settings(given: dict[str, Any]) -> Settings:
     """Returns the settings: what was given, else the model's own. Raises ``ValueError`` for what cannot be read or does not fit."""
-    recipe = TASKS[given["model"]].recipe
+    recipe = RECIPES[given["model"]]
     lr, rates = parse_rates(given.pop("rates"))
     names = ("optimizer", "warmup", "momentum", "beta1", "beta2")
     optimization = optimization_of(given["model"], lr=lr, **{name: given.pop(name) for name in names})

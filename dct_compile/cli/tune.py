@@ -11,6 +11,7 @@ import click
 
 from dct_compile.cli.asked import OPTIONS, asked_for, complete_file
 from dct_compile.cli.extras import require
+from dct_compile.cli.parsing import check_options, parse_options
 from dct_compile.link import Link, duration, parse
 
 if TYPE_CHECKING:
@@ -164,14 +165,9 @@ def _link(text: str) -> Link | None:
 
 def _fixed(asked: list[str], link: str) -> dict[str, Any]:
     """Returns the options of all trainings. Raises ``click.UsageError`` for what is not allowed."""
-    from torch._inductor import list_options
-
-    from dct_compile.cli.parsing import parse_options
-    from dct_compile.options import split_options
-
     try:
         parsed = parse_options(asked)
-        split_options(parsed, list_options())
+        check_options(parsed)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if "link" in parsed:

@@ -14,17 +14,18 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from dct_compile.cli.asked import place_of
 from dct_compile.cli.methods import compile_with
 from dct_compile.cli.ranks import run_ranks
 from dct_compile.cli.settings import Settings
-from dct_compile.cli.targets import MODELS, function_in, place_of
+from dct_compile.cli.targets import function_in
 from dct_compile.cli.worker import Trainer
 from dct_compile.models.parallel import make_mesh
-from dct_compile.models.tasks import TASKS
+from dct_compile.models.recipes import RECIPES
 from dct_compile.tuning import RESULT, Measured, report
 from dct_compile.workarounds.gloo import shorten_names
 
-_EXPECTED = f"a model ({', '.join(MODELS)}) or file.py:function, where the function takes a dict of options"
+_EXPECTED = f"a model ({', '.join(RECIPES)}) or file.py:function, where the function takes a dict of options"
 
 
 class TrialError(RuntimeError):
@@ -42,19 +43,19 @@ class Trainable:
 
     def check(self) -> None:
         """Raises ``ValueError`` for what would fail in every trial."""
-        if self.target not in MODELS:
+        if self.target not in RECIPES:
             place_of(self.target, _EXPECTED)
             if self.steps is not None:
                 raise ValueError("--steps is for models of this project: a function of yours has its own")
             return
-        mp = TASKS[self.target].recipe.mp or 1
+        mp = RECIPES[self.target].mp or 1
         if self.ranks % mp or self.ranks == mp:
             raise ValueError(f"{self.target} has {mp} model-parallel ranks: it needs --ranks {2 * mp} or another larger multiple")
         self.settings({}).check()
 
     def settings(self, options: dict[str, Any]) -> Settings:
         """Returns what ``dct train`` would be told for one training of a model of this project, by its recipe."""
-        recipe = TASKS[self.target].recipe
+        recipe = RECIPES[self.target]
         steps, mp = self.steps or recipe.steps, recipe.mp or 1
         return Settings(
             model=self.target,
@@ -110,7 +111,7 @@ def _work(rank: int, trainable: Trainable, options: dict[str, Any], folder: Path
 
 
 def _function(trainable: Trainable) -> Callable[[dict[str, Any]], object]:
-    if trainable.target in MODELS:
+    if trainable.target in RECIPES:
         return lambda options: _train(trainable, options)
     path, name = place_of(trainable.target, _EXPECTED)
     return function_in(path, name, "that takes a dict of options and calls dct_compile.tuning.report")

@@ -68,8 +68,9 @@ class FSDPIntegration:
     averages = False
 
     def active(self) -> list[nn.Module]:
-        roots = {id(root): root for state in _states() if (root := state._state_ctx.iter_forward_root) is not None}
-        return [root._modules[0] for root in roots.values()]
+        # A module that is called after the forward, as the head of a chunked loss is, begins an iteration of its own. Its root is the same.
+        contexts = {id(state._state_ctx): state._state_ctx for state in _states() if state._state_ctx.iter_forward_root is not None}
+        return [state._modules[0] for context in contexts.values() for state in context.all_states if state._is_root]
 
     def attach(self, target: nn.Module, config: DCTConfig, runtime: Runtime) -> None:
         held: DCTConfig | None = runtime.attached.get(target)

@@ -1,5 +1,6 @@
 """Tables of sites as text."""
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -26,8 +27,10 @@ _COLUMNS: Columns = {
     "reason": (lambda site: site.reason, "g"),
 }
 """The value of each column and the format of its numbers."""
-_WIDTHS = {"name": 44, "stepped": 40, "reason": 60}
-"""Longer texts are shortened."""
+_WIDTHS = {"name": 44, "stepped": 40, "reason": 120}
+"""Longer texts are shortened. Reasons that say what to do are shorter."""
+_REASON_LINES = 3
+"""A reason has so many lines where the texts of a site stand below each other."""
 COVERED = "counted: collectives of compiled graphs, DDP, fully_shard and pipelines; not of the training loop"
 _STACKED = ("graph", "collective", "kind", "name", "shape", "dtype", "decision", "stepped", "reason")
 """The columns that become one, where lines would be too long."""
@@ -79,7 +82,8 @@ def _offered(scheme: str, site: SiteReport) -> int | None:
 def _stacked(graph: str, site: SiteReport, width: int) -> str:
     tensor = f"{'x'.join(map(str, site.shape))} {site.dtype}"
     stepped = f"stepped: {site.stepped}" if site.stepped is not None else ""
-    lines = (graph, f"{site.kind}: {site.collective} {tensor}", site.name, f"{site.decision}: {site.reason}", stepped)
+    reason = textwrap.wrap(f"{site.decision}: {site.reason}", width, max_lines=_REASON_LINES, placeholder="…")
+    lines = (graph, f"{site.kind}: {site.collective} {tensor}", site.name, *reason, stepped)
     return "\n".join(shorten(line, width) for line in lines if line)
 
 

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dct_compile.models.datasets import DATASETS, Dataset, Samples, batches, load
+from dct_compile.models.datasets import Dataset, Samples, batches, load
 from dct_compile.models.dlrm import DLRM
 from dct_compile.models.metrics import auc, log_loss
 from dct_compile.models.parallel import Mesh
-from dct_compile.models.tasks.optimization import Optimization
-from dct_compile.models.tasks.task import Batch, DataSource, Metric, Recipe, Task, own_rows
+from dct_compile.models.recipes import RECIPES, Recipe
+from dct_compile.models.tasks.task import Batch, DataSource, Metric, Task, own_rows
 
 PREVIEW_SAMPLES = 1000
 
@@ -21,14 +21,7 @@ PREVIEW_SAMPLES = 1000
 class DlrmTask(Task):
     """Predicts clicks. Each seed has a split of its own, but for data in order of time."""
 
-    recipe: ClassVar[Recipe] = Recipe(
-        datasets=DATASETS,
-        optimization=Optimization("adagrad", 0.03, warmup=50),
-        rates={"adagrad": 0.03, "adam": 0.001, "adamw": 0.001, "sgd": 0.05},
-        batch_size=256,
-        epochs=2,
-        mp=2,
-    )
+    recipe: ClassVar[Recipe] = RECIPES["dlrm"]
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("log_loss", "test log-loss", False), Metric("auc", "test AUC", True))
 
     def __init__(self, source: DataSource, batch_size: int) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dct_compile.models.gpt import GPT
 from dct_compile.models.parallel import Mesh
-from dct_compile.models.tasks.optimization import Optimization
-from dct_compile.models.tasks.task import Batch, Metric, Recipe, Task, over_all_ranks, own_rows
-from dct_compile.models.texts import TEXTS, pieces, shakespeare, split_text
+from dct_compile.models.recipes import RECIPES, Recipe
+from dct_compile.models.tasks.task import Batch, Metric, Task, over_all_ranks, own_rows
+from dct_compile.models.texts import pieces, shakespeare, split_text
 
 CONTEXT = 64
 _TEST_ROWS = 64
@@ -20,13 +20,7 @@ _TEST_ROWS = 64
 class GptTask(Task):
     """Predicts the next byte. A sample is a piece of CONTEXT bytes; training draws pieces at random places of the training part."""
 
-    recipe: ClassVar[Recipe] = Recipe(
-        datasets=TEXTS,
-        optimization=Optimization("adamw", 0.004, betas=(0.9, 0.95), weight_decay=0.01, warmup=50, cosine=True),
-        rates={"adagrad": 0.02, "adam": 0.004, "adamw": 0.004, "sgd": 0.1},
-        batch_size=16,
-        steps=1000,
-    )
+    recipe: ClassVar[Recipe] = RECIPES["gpt"]
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("loss", "test nats/byte", False),
         Metric("bits_per_byte", "test bits/byte", False),

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dct_compile.models.datasets import shuffled
-from dct_compile.models.images import FASHION_MNIST, IMAGES, Images, fashion_mnist, normalized, shifted
+from dct_compile.models.images import Images, fashion_mnist, normalized, shifted
 from dct_compile.models.parallel import Mesh
+from dct_compile.models.recipes import FASHION_MNIST, RECIPES, Recipe
 from dct_compile.models.resnet import ResNet
-from dct_compile.models.tasks.optimization import Optimization
-from dct_compile.models.tasks.task import Batch, Metric, Recipe, Task, equal_buffers, over_all_ranks, own_rows
+from dct_compile.models.tasks.task import Batch, Metric, Task, equal_buffers, over_all_ranks, own_rows
 
 SHIFT = 2
 """Pixels that an image moves at most, each way, in training."""
@@ -22,13 +22,7 @@ _TEST_ROWS = 100
 class ResnetTask(Task):
     """Classifies images of 28 x 28 pixels. ``max_samples`` limits the training part, and the test part to a sixth of that."""
 
-    recipe: ClassVar[Recipe] = Recipe(
-        datasets=IMAGES,
-        optimization=Optimization("sgd", 0.1, momentum=0.9, weight_decay=5e-4, cosine=True),
-        rates={"adagrad": 0.02, "adam": 0.002, "adamw": 0.002, "sgd": 0.1},
-        batch_size=128,
-        epochs=2,
-    )
+    recipe: ClassVar[Recipe] = RECIPES["resnet"]
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("accuracy", "test accuracy", True), Metric("loss", "test loss", False))
 
     def parts(self) -> tuple[Images, Images]:

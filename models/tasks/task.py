@@ -1,7 +1,7 @@
 """A task: a model, the data that it learns from, its loss and its test."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dct_compile.models.parallel import Mesh
-from dct_compile.models.tasks.optimization import Optimization
+from dct_compile.models.recipes import Recipe
 
 Batch = tuple[Tensor, ...]
 
@@ -24,24 +24,6 @@ class Metric:
     name: str
     title: str
     higher_is_better: bool
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained unless something else is asked for.
-
-    ``datasets``: the first one is the default. ``rates``: the learning rate for each optimizer; ``optimization`` has that of its own
-    optimizer. ``steps`` per training, else ``epochs``. ``mp``: model-parallel ranks; ``None`` for a model that cannot be split.
-    """
-
-    datasets: tuple[str, ...]
-    optimization: Optimization
-    rates: Mapping[str, float]
-    batch_size: int
-    seeds: int = 3
-    epochs: int = 1
-    steps: int | None = None
-    mp: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
-"""Optimizers and their schedules."""
+"""Optimizers and their schedules. torch is imported when one starts: the help of ``dct train`` reads the numbers without it."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
 
 OPTIMIZERS = ("adagrad", "adam", "adamw", "sgd")
 
@@ -28,11 +29,13 @@ class Optimization:
     warmup: int = 0
     cosine: bool = False
 
-    def start(self, parameters: Iterable[nn.Parameter], steps: int) -> tuple[Optimizer, LambdaLR]:
+    def start(self, parameters: Iterable["nn.Parameter"], steps: int) -> tuple["Optimizer", "LambdaLR"]:
         """Returns the optimizer of a training of ``steps`` steps and its schedule, both of which are stepped once per step.
 
         Raises ``ValueError`` for a name that is not in OPTIMIZERS.
         """
+        from torch.optim.lr_scheduler import LambdaLR
+
         optimizer = self._optimizer(parameters)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))
 
@@ -41,7 +44,9 @@ class Optimization:
         rising = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         return rising * 0.5 * (1 + math.cos(math.pi * step / steps)) if self.cosine else rising
 
-    def _optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    def _optimizer(self, parameters: Iterable["nn.Parameter"]) -> "Optimizer":
+        import torch
+
         lr, decay = self.lr, self.weight_decay
         match self.optimizer:
             case "adagrad":
