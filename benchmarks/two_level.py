@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from dct_compile.bench.machine import circumstances
 
-METHODS = ("dct owner", "dct two_level", "dct owner", "dct two_level", "dct")
+METHODS = ("dense", "fp16 hook", "dct gather", "dct owner", "dct two_level", "dct")
 
 
 @click.command()
