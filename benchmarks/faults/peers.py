@@ -7,12 +7,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from faults.ranks import End, Rank, run, run_each
+from faults.ranks import TIMEOUT_S, End, Rank, run, run_each
 from faults.row import Row, check
 from faults.training import GRADIENTS, WAYS, Training, batch
 
@@ -31,10 +33,15 @@ def _at_backward(loss: Tensor, action: Callable[[], None]) -> None:
     loss.register_hook(lambda gradient: action())
 
 
-def faulty(rank: Rank, way: str, where: str, action: Callable[[Rank], None]) -> None:
-    """Trains for two steps. In the third, rank 1 calls ``action`` in its forward, its backward or while it exchanges."""
+def faulty(rank: Rank, way: str, where: str, action: Callable[[Rank], None], timeout_s: float | None = None) -> None:
+    """Trains for two steps. In the third, rank 1 calls ``action`` in its forward, its backward or while it exchanges.
+
+    ``timeout_s``: that of the group from the third step on, if it changes.
+    """
     training = Training(way)
     training.steps(rank.number, range(AT if where != "start" else 0))
+    if timeout_s is not None:
+        _set_pg_timeout(timedelta(seconds=timeout_s))
     mine = rank.number == FAULTY
     if mine and where in ("forward", "start"):
         action(rank)
@@ -96,10 +103,12 @@ def raised(ways: tuple[str, ...], folder: Path) -> str:
     return f"so in {len(ways)} of {len(ways)} ways, after {max(seconds):.1f} s at most"
 
 
-def silent(where: str, pattern: re.Pattern[str], ways: tuple[str, ...], folder: Path) -> str:
-    seconds = [
-        _seen(run(2, faulty, way, where, fall_silent, timeout_s=SHORT_S, awaited=(0,)), pattern, SHORT_S + MARGIN_S, way) for way in ways
-    ]
+def silent(before_s: float, since_s: float | None, ways: tuple[str, ...], folder: Path) -> str:
+    """Rank 1 sends nothing. ``before_s``, ``since_s``: the timeout of the group up to the third step, and from then on."""
+    seconds = []
+    for way in ways:
+        ends = run(2, faulty, way, "backward", fall_silent, since_s, timeout_s=before_s, awaited=(0,))
+        seconds.append(_seen(ends, _LATE, SHORT_S + MARGIN_S, way))
     return f"so in {len(ways)} of {len(ways)} ways, after {max(seconds):.1f} s at most"
 
 
@@ -161,6 +170,13 @@ ROWS = (
         "an endless sleep in a hook of the third backward; all ways",
         _IN_TIME,
         2,
-        partial(silent, "backward", _LATE, WAYS),
+        partial(silent, SHORT_S, None, WAYS),
+    ),
+    Row(
+        "a timeout that is shortened during a training",
+        f"`_set_pg_timeout` from {TIMEOUT_S:g} s to {SHORT_S:g} s before the third step, then the same sleep; all ways",
+        _IN_TIME,
+        2,
+        partial(silent, TIMEOUT_S, SHORT_S, WAYS),
     ),
 )
