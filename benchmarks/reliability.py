@@ -54,10 +54,10 @@ def provoke(row: Row) -> dict[str, str]:
         except (UnexpectedError, RuntimeError) as error:
             got = f"{FAILED}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     seconds = time.monotonic() - start
-    machine = f"{processor_name()}, {os.cpu_count()} cores"
+    processor = f"{processor_name()}, {os.cpu_count()} cores"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     shown = (row.fault, row.how, row.expected, got, str(row.ranks))
-    return dict(zip(COLUMNS, (*shown, machine, versions, datetime.date.today().isoformat(), f"{seconds:.0f}"), strict=True))
+    return dict(zip(COLUMNS, (*shown, processor, versions, datetime.date.today().isoformat(), f"{seconds:.0f}"), strict=True))
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:

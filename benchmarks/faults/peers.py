@@ -11,8 +11,10 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from faults.ranks import TIMEOUT_S, End, Rank, run, run_each
 from faults.row import Row, check
@@ -25,7 +27,10 @@ SHORT_S = 5.0
 MARGIN_S = 10.0
 """Seconds that an error may take beyond what is expected: the machine may have other work."""
 STOPPED_S = 20
+COMPILED_S = 8.0
+"""Seconds after which a rank has compiled the model, and waits for another one."""
 _GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Connection refused")
+_NO_STORE = re.compile(r"the store in which ranks meet has gone|Connection was likely closed|Connection reset by peer|Broken pipe")
 _LATE = re.compile(r"Timed out waiting \d+ms|Application timeout caused pair closure")
 
 
@@ -121,6 +126,31 @@ def missing(ways: tuple[str, ...], folder: Path) -> str:
     return f"so in {len(ways)} of {len(ways)} ways, after {max(seconds):.1f} s at most"
 
 
+def meeting_at_the_faulty(rank: Rank, way: str, action: Callable[[Rank], None]) -> None:
+    """Trains in a group whose store lives in rank 1, which calls ``action`` before its first forward."""
+    store, mine = _get_default_store(), rank.number == FAULTY
+    if mine:
+        held = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store.set("port", str(held.port))
+    client = TCPStore("127.0.0.1", int(store.get("port")), is_master=False, timeout=timedelta(seconds=TIMEOUT_S))
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=client, rank=rank.number, world_size=rank.ranks, timeout=timedelta(seconds=TIMEOUT_S))
+    faulty(rank, way, "start", action)
+
+
+def die_awaited(rank: Rank) -> None:
+    time.sleep(COMPILED_S)
+    die(rank)
+
+
+def store_lost(ways: tuple[str, ...], folder: Path) -> str:
+    seconds = []
+    for way in ways:
+        seconds += [_seen(run(2, meeting_at_the_faulty, way, action), _NO_STORE, MARGIN_S, way) for action in (die, die_awaited)]
+    return f"so in {len(ways)} of {len(ways)} ways, after {max(seconds):.1f} s at most"
+
+
 def trained(rank: Rank, way: str, where: str) -> str:
     training = Training(way)
     for step in range(6):
@@ -156,6 +186,13 @@ ROWS = (
         f"the other rank names the one that did not come, after its timeout of {SHORT_S:g} s",
         2,
         partial(missing, WAYS),
+    ),
+    Row(
+        "kill -9 of the rank that holds the store, before the first step",
+        f"SIGKILL before the first forward, and {COMPILED_S:g} s later, when the other rank waits for it; all ways",
+        f"the other rank says that the store has gone, or the store's own error (Connection was likely closed), within {MARGIN_S:g} s",
+        2,
+        partial(store_lost, WAYS),
     ),
     Row("an exception on one rank", "raised in a hook of the third backward; all ways", _SOON, 2, partial(raised, WAYS)),
     Row(
