@@ -115,6 +115,12 @@ def run(
     return ends
 
 
+def caches_in(folder: Path, kernels: Path) -> dict[str, str]:
+    """Returns the environment in which the kernels' cache is ``kernels``, and all others are in ``folder``, which there is."""
+    # Kernels that cannot be kept in their own cache lie among temporary files.
+    return {"DCT_COMPILE_CACHE_DIR": str(kernels), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TMPDIR": str(folder)}
+
+
 def run_each(ranks: int, function: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
     """Calls ``function(rank, *case)`` for each case on the same ``ranks`` processes. Returns the results of all ranks, for each case.
 
