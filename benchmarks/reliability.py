@@ -1,17 +1,19 @@
 """Provokes faults with real processes, checks what comes of them, and writes the table of ``docs/reliability.md``.
 
-A row takes seconds to a minute. Results are kept in a file, one line for each fault; a later run of some rows replaces theirs.
+A row takes seconds to minutes. Results are kept in a file, one line for each fault; a later run of some rows replaces theirs.
 
-    python benchmarks/reliability.py [--only "kill;soak"]
+    python benchmarks/reliability.py [--only "kill;soak"] [--soak-steps 100000]
 """
 
 import csv
 import datetime
+import os
 import platform
 import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -19,11 +21,26 @@ import torch
 from faults import differing, endurance, machine, peers, states, values
 from faults.row import Row, UnexpectedError
 
-ROWS: tuple[Row, ...] = (*peers.ROWS, *differing.ROWS, *values.ROWS, *states.ROWS, *machine.ROWS, *endurance.ROWS)
+from dct_compile.bench.machine import processor_name
+
+SOAK_STEPS = 25_000
+"""Steps of the soak, which take about three minutes."""
+LEAST_STEPS = 3_000
+"""Enough for several looks in each way."""
+
+
+def rows(soak_steps: int) -> tuple[Row, ...]:
+    """Returns all faults, with a soak of ``soak_steps``."""
+    others = (*peers.ROWS, *differing.ROWS, *values.ROWS, *states.ROWS, *machine.ROWS, *endurance.ROWS)
+    return *others, endurance.soak_row(soak_steps)
+
+
+ROWS = rows(SOAK_STEPS)
 RESULTS = Path(__file__).parent / "results" / "reliability.csv"
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
-COLUMNS = ("fault", "how provoked", "expected", "got", "ranks", "versions", "date", "seconds")
-SHOWN = COLUMNS[:6]
+SHOWN = ("fault", "how provoked", "expected", "got", "ranks")
+CIRCUMSTANCES = ("machine", "versions", "date")
+COLUMNS = (*SHOWN, *CIRCUMSTANCES, "seconds")
 FAILED = "NOT AS EXPECTED: "
 _TABLE = re.compile(r"(?<=<!-- made by benchmarks/reliability.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
@@ -36,9 +53,11 @@ def provoke(row: Row) -> dict[str, str]:
             got = row.run(Path(folder))
         except (UnexpectedError, RuntimeError) as error:
             got = f"{FAILED}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    seconds = time.monotonic() - start
+    processor = f"{processor_name()}, {os.cpu_count()} cores"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    shown = (row.fault, row.how, row.expected, got, str(row.ranks), versions)
-    return dict(zip(COLUMNS, (*shown, datetime.date.today().isoformat(), f"{time.monotonic() - start:.0f}"), strict=True))
+    shown = (row.fault, row.how, row.expected, got, str(row.ranks))
+    return dict(zip(COLUMNS, (*shown, processor, versions, datetime.date.today().isoformat(), f"{seconds:.0f}"), strict=True))
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
@@ -58,20 +77,23 @@ def write(path: Path, lines: dict[str, dict[str, str]]) -> None:
 
 
 def table(lines: dict[str, dict[str, str]]) -> str:
-    """Returns the table of the page."""
-    rows = [SHOWN, ("---",) * len(SHOWN), *[[lines[row.fault][name] for name in SHOWN] for row in ROWS if row.fault in lines]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    """Returns what is written to the page: where and when how many rows were run, and the table."""
+    found = [lines[row.fault] for row in ROWS if row.fault in lines]
+    runs = Counter(", ".join(line[name] for name in CIRCUMSTANCES) for line in found)
+    cells = [SHOWN, ("---",) * len(SHOWN), *[[line[name] for name in SHOWN] for line in found]]
+    return "\n".join([*[f"{count} rows: {run}.\n" for run, count in runs.items()], *[f"| {' | '.join(texts)} |" for texts in cells]])
 
 
 @click.command()
 @click.option("--only", default="", help="Rows whose fault contains one of these words, separated by semicolons.")
+@click.option("--soak-steps", type=click.IntRange(LEAST_STEPS), default=SOAK_STEPS, show_default=True, help="Steps of the soak.")
 @click.option("--list", "listed", is_flag=True, help="Prints the faults, and provokes none.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, help="The file of results.")
 @click.option("--page", type=click.Path(path_type=Path), default=PAGE, help="The page whose table is written.")
-def main(only: str, listed: bool, results: Path, page: Path) -> None:
+def main(only: str, soak_steps: int, listed: bool, results: Path, page: Path) -> None:
     """Exits with 1 if a fault had another outcome than expected."""
     words = [word.strip() for word in only.split(";")]
-    chosen = [row for row in ROWS if any(word in row.fault for word in words)]
+    chosen = [row for row in rows(soak_steps) if any(word in row.fault for word in words)]
     if not chosen:
         raise click.BadParameter(f"no fault contains {only!r}; --list names them", param_hint="--only")
     if listed:

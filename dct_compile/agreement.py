@@ -13,7 +13,6 @@ However a model is cut, the sites of one rank contain those of the other at any 
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from weakref import WeakKeyDictionary
 
@@ -21,13 +20,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
 
-from dct_compile.groups import store_of_life, timeout_s
+from dct_compile.groups import ask, store_of_life, timeout_s
 from dct_compile.posts import Log, Post, Signature, difference
 
 _GRACE_S = 10.0
 """After the group's timeout, rank 0 reports the missing ranks. The others wait this much longer for its report."""
-_LOOK_S = 2.0
-"""The longest that :meth:`Agreement.explain` may take."""
 _CLOCK_S = 0.1
 """The largest lead of a store's clock over the deadline."""
 
@@ -76,18 +73,11 @@ class Agreement:
             error: The exception, on its way up. It is changed in place.
         """
         record = self._records.get(group)
-        found: list[str] = []
-
-        def look(record: _Record) -> None:
-            with suppress(Exception):
-                found.append(record.verdict())
-
-        if record is not None:
-            thread = threading.Thread(target=look, args=(record,), daemon=True)
-            thread.start()
-            thread.join(_LOOK_S)
-        if any(found):
-            error.add_note(found[0])
+        if record is None:
+            return
+        answer = ask(record.verdict)
+        if answer.done() and answer.exception() is None and answer.result():
+            error.add_note(answer.result())
 
 
 class _Record:

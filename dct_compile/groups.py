@@ -2,13 +2,21 @@
 
 import hashlib
 import os
+import threading
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import ProcessGroup
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import _get_default_store
+
+_LOOK_S = 2.0
+"""The longest that a store is asked. It answers late where another thread of this process is waiting in it by the same client."""
+T = TypeVar("T")
 
 
 def timeout_s(group: ProcessGroup) -> float:
@@ -51,12 +59,46 @@ def store_of_life(group: ProcessGroup, purpose: str) -> tuple[PrefixStore, int]:
 
     Returns:
         The part of the store, and the number of the life from 1 on: equal on all ranks of the group.
+
+    Raises:
+        RuntimeError: The store has gone.
     """
     ranks = dist.get_process_group_ranks(group)
     # Groups that split_group makes at once share a name, so the ranks are part of the prefix.
     members = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-    # A client of its own: one that waits would keep the other threads of this process from the store.
-    client = _get_default_store().clone()  # type: ignore[attr-defined]
-    base = PrefixStore(f"dct_compile/{purpose}/{group.group_name}/{members}", client)
+    base = PrefixStore(f"dct_compile/{purpose}/{group.group_name}/{members}", own_client())
     life = base.add(f"lives/{group.rank()}", 1)
     return PrefixStore(str(life), base), life
+
+
+def own_client() -> Store:
+    """Returns a further client of the default store. One that waits would keep the other threads of this process from a common one.
+
+    Raises:
+        RuntimeError: The store has gone. The old client knows that at once; a new one would try to reach it for as long as its timeout.
+    """
+    store = _get_default_store()
+    answer = ask(lambda: store.check(["dct_compile"]))
+    error = answer.exception() if answer.done() else None
+    if error is not None:
+        raise RuntimeError(
+            f"the store in which ranks meet has gone: the process that holds it has ended, as a rule rank 0. {error}"
+        ) from error
+    client: Store = store.clone()  # type: ignore[attr-defined]
+    return client
+
+
+def ask(question: Callable[[], T]) -> Future[T]:
+    """Asks a store in a thread of its own. Returns the answer or the error, or after two seconds a future that is not done."""
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(question())
+        except Exception as error:
+            answer.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_LOOK_S)
+    return answer

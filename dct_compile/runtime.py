@@ -10,12 +10,12 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dct_compile.agreement import Agreement
 from dct_compile.config import DCTConfig
+from dct_compile.groups import own_client
 from dct_compile.links import Links
 from dct_compile.optim import Bypass
 from dct_compile.phases import phases_of
@@ -108,9 +108,7 @@ def _is_first(note: str) -> bool:
     if not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_backend() == "fake":
         return True
     try:
-        # A client of its own, because another thread of this process may be waiting in the store.
-        store = _get_default_store().clone()  # type: ignore[attr-defined]
-        return bool(store.add(f"dct_compile/notes/{hashlib.sha256(note.encode()).hexdigest()}", 1) == 1)
+        return own_client().add(f"dct_compile/notes/{hashlib.sha256(note.encode()).hexdigest()}", 1) == 1
     except RuntimeError:  # the store has gone with its rank
         return True
 

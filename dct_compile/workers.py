@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain
 from queue import SimpleQueue
 
 import torch.distributed as dist
@@ -35,6 +36,7 @@ class ExchangeWorker:
     def __init__(self, process_group: ProcessGroup) -> None:
         self.group = _further_group(process_group, dist.get_process_group_ranks(process_group))
         self._process_group = weakref.ref(process_group)
+        self._timeout_s = timeout_s(process_group)
         self._levels: dict[int, tuple[ProcessGroup, ProcessGroup]] = {}
         self._made = [weakref.ref(self.group)]
         self._tasks: _Tasks = SimpleQueue()
@@ -42,6 +44,14 @@ class ExchangeWorker:
         weakref.finalize(process_group, self._tasks.put, None).atexit = False
         self._thread = threading.Thread(target=_work, args=(self._tasks, self._made), name="dct-exchanges", daemon=True)
         self._thread.start()
+
+    def take_over_timeout(self) -> None:
+        """Gives the groups of the exchanges the timeout that the process group has now: users set another one during a training."""
+        current = timeout_s(self._served())
+        if current != self._timeout_s:
+            self._timeout_s = current
+            for group in (self.group, *chain.from_iterable(self._levels.values())):
+                group.set_timeout(timedelta(seconds=current))
 
     def comm(self, per_host: int) -> HostsComm:
         """Returns the collectives of exchanges at two levels, on hosts of ``per_host`` ranks. All ranks make this call."""
@@ -51,8 +61,7 @@ class ExchangeWorker:
 
     def _levels_of(self, per_host: int) -> tuple[ProcessGroup, ProcessGroup]:
         if per_host not in self._levels:
-            process_group = self._process_group()
-            assert process_group is not None, "a model is trained over it"
+            process_group = self._served()
             ranks, place = dist.get_process_group_ranks(process_group), process_group.rank() % per_host
             host = process_group.rank() - place
             inside = _further_group(process_group, ranks[host : host + per_host], f"host {host} of {per_host}")
@@ -60,6 +69,11 @@ class ExchangeWorker:
             self._made += [weakref.ref(inside), weakref.ref(across)]
             self._levels[per_host] = inside, across
         return self._levels[per_host]
+
+    def _served(self) -> ProcessGroup:
+        process_group = self._process_group()
+        assert process_group is not None, "a model is trained over it"
+        return process_group
 
     def submit(self, task: Callable[[], None]) -> None:
         """Runs ``task``, which raises nothing, after those submitted before. Returns at once."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
-from torch.distributed.distributed_c10d import _get_default_store, _resolve_process_group
+from torch.distributed.distributed_c10d import _get_default_store, _resolve_process_group, _set_pg_timeout
 
 import dct_compile
 from dct_compile.integrations.ddp_reducer import _result
@@ -21,7 +21,7 @@ from dct_compile.workers import Workers
 from tests.rank_pool import GROUP_TIMEOUT, Ranks
 from tests.ranks import digest
 from tests.ranks_balance import wrap
-from tests.ranks_ddp import Net, batch, ddp_of, loss_of, train
+from tests.ranks_ddp import Net, Options, batch, ddp_of, loss_of, train
 
 pytestmark = pytest.mark.distributed
 
@@ -160,11 +160,17 @@ def test_two_models_train_in_two_threads(ranks2: Ranks) -> None:
     assert first == alone
 
 
-def stuck(rank: int, world_size: int, inside: bool) -> tuple[str, float]:
-    """Returns the error of a backward that rank 1 comes to only after the timeout of the group, and after how many seconds it came."""
-    group = dist.new_group([0, 1], timeout=timedelta(seconds=3))
-    module, compiled = ddp_of(Net(), {}, inside, process_group=group)
+def stuck(rank: int, world_size: int, inside: bool, options: Options, shortened: bool) -> tuple[str, float]:
+    """Returns the error of a backward that rank 1 comes to only after the timeout of the group, and after how many seconds it came.
+
+    ``shortened``: the group gets its timeout after two steps, not before the first.
+    """
+    short = timedelta(seconds=3)
+    group = dist.new_group(list(range(world_size)), timeout=GROUP_TIMEOUT if shortened else short)
+    module, compiled = ddp_of(Net(), options, inside, process_group=group)
     train(module, compiled, rank, range(2))
+    if shortened:
+        _set_pg_timeout(short, group)
     loss = loss_of(compiled(batch(rank, 2)))
     if rank == 1:
         time.sleep(5)
@@ -176,11 +182,23 @@ def stuck(rank: int, world_size: int, inside: bool) -> tuple[str, float]:
     return "", time.monotonic() - started
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_the_timeout_of_the_group_holds(ranks2: Ranks, inside: bool) -> None:
-    error, seconds = ranks2(stuck, inside)[0]
+def check_in_time(found: tuple[str, float]) -> None:
+    error, seconds = found
     assert re.search("Timed out waiting 3000ms|Application timeout caused pair closure", error)
     assert seconds < 4.5
+
+
+@pytest.mark.parametrize("shortened", [False, True])
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_timeout_of_the_group_holds(ranks2: Ranks, inside: bool, shortened: bool) -> None:
+    check_in_time(ranks2(stuck, inside, {}, shortened)[0])
+
+
+def test_the_timeout_reaches_the_groups_of_both_levels(ranks4: Ranks) -> None:
+    """Rank 0 waits for rank 1 inside of their host, rank 3 across hosts."""
+    found = ranks4(stuck, False, {"gradient_scheme": "two_level", "ranks_per_host": 2}, True)
+    check_in_time(found[0])
+    check_in_time(found[3])
 
 
 def dying(rank: int, world_size: int, inside: bool) -> None:

@@ -39,8 +39,14 @@ def test_all_outcomes_are_as_expected() -> None:
 def test_the_table_is_made_of_the_results() -> None:
     lines = (ROOT / "docs" / "reliability.md").read_text().splitlines()
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
-    assert head == ["fault", "how provoked", "expected", "got", "ranks", "versions"]
+    assert head == ["fault", "how provoked", "expected", "got", "ranks"]
     assert rows == [[line[name] for name in head] for line in results()]
+
+
+def test_the_page_says_where_and_when() -> None:
+    runs = {", ".join(line[name] for name in ("machine", "versions", "date")) for line in results()}
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    assert all(f" rows: {run}.\n" in page for run in runs)
 
 
 DIFFERING = """
@@ -63,5 +69,5 @@ def test_faults_that_are_provoked_quickly(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--only", QUICK, "--results", str(tmp_path / "results.csv"), "--page", str(page)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(page.read_text().splitlines()) == 8
+    assert len(page.read_text().splitlines()) == 10
     assert "| so in 5 of 5 ways" in page.read_text()

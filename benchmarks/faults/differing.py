@@ -1,12 +1,14 @@
 """Ranks that are not alike: options, caches, batches, graph breaks; and options at their limits."""
 
 import os
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dct_compile
-from faults.ranks import Rank, run_each
+from dct_compile.triton_kernels.cpu.build import load_library
+from faults.ranks import Rank, caches_in, run_each
 from faults.row import Row, check
 from faults.training import GRADIENTS, Training, batch
 
@@ -43,8 +45,10 @@ def audited(
     ``unlike``: how rank 1 differs, with ``environment`` for it alone.
     """
     mine = rank.number == 1
-    if mine:
-        os.environ.update(environment or {})
+    if mine and environment:
+        os.environ.update(environment)
+        tempfile.tempdir = None  # the folder is looked up anew
+        check(load_library() is None, "the rank without a compiler has found kernels")
     training = Training(way, {**options, "audit": True}, broken=unlike == "breaks" and mine)
     with dct_compile.audit(training.model) as audit:
         for step in range(STEPS):
@@ -70,7 +74,7 @@ def unlike(how: str, ways: tuple[str, ...], folder: Path) -> str:
 
 
 def other_caches(folder: Path) -> str:
-    caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "DCT_COMPILE_CACHE_DIR": str(folder / "kernels"), "CXX": "no-compiler"}
+    caches = {**caches_in(folder, folder / "kernels"), "CXX": "no-compiler"}
     both = [run_each(2, audited, [(way, {}, "", environment) for way in GRADIENTS]) for environment in ({}, caches)]
     for way, alike, other in zip(GRADIENTS, *both, strict=True):
         check(len({digest for digest, _, _ in [*alike, *other]}) == 1, f"{way}: other parameters")

@@ -15,12 +15,15 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 import dct_compile
-from faults.ranks import TIMEOUT_S, Rank, results, run
+from faults.ranks import LIMIT_S, TIMEOUT_S, Rank, results, run
 from faults.row import Row, check
 from faults.training import Training, batch
 
 WORLDS = 50
-SOAK_S = 60.0
+LOOK_STEPS = 250
+"""Steps of a soak between two looks at what a process holds."""
+SLOWEST_S = 0.1
+"""The longest that a step of a soak may take, on average."""
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 GROWTH_BYTES = 8 * 2**20
 """Growth of memory that counts as flat: allocators keep what they once had."""
@@ -94,37 +97,29 @@ def threads_alike(folder: Path) -> str:
     return "so"
 
 
-def soaked(rank: Rank, way: str, seconds: float) -> dict[str, Any]:
-    """Trains for ``seconds`` of rank 0's clock under an audit."""
-    training = Training(way, {"audit": True})
-    more, step, seen = torch.ones(1), 0, []
-    end = time.monotonic() + seconds
+def soaked(rank: Rank, way: str, steps: int) -> dict[str, Any]:
+    """Trains for ``steps`` under an audit, and looks every LOOK_STEPS at what the process holds."""
+    training, seen = Training(way, {"audit": True}), []
     with dct_compile.audit(training.model) as audit:
-        while more:
-            for _ in range(250):
-                training.loss(batch(rank.number, step)).backward()
-                training.apply()
-                step += 1
-            seen.append(held())
-            more = torch.tensor([float(time.monotonic() < end)])
-            dist.broadcast(more, 0)
+        for step in range(steps):
+            training.loss(batch(rank.number, step)).backward()
+            training.apply()
+            seen += [held()] if (step + 1) % LOOK_STEPS == 0 else []
         found = audit.check()
-    early = seen[len(seen) // 4]
-    return {"steps": step, "error": found.error, "early": early, "late": seen[-1], "digest": training.digest()}
+    return {"error": found.error, "early": seen[len(seen) // 4], "late": seen[-1], "digest": training.digest()}
 
 
-def soak(ways: tuple[str, ...], folder: Path) -> str:
-    steps, worst, growth = 0, 0.0, 0
+def soak(ways: tuple[str, ...], steps: int, folder: Path) -> str:
+    worst, growth = 0.0, 0
     for way in ways:
-        first, second = results(run(2, soaked, way, SOAK_S))
+        first, second = results(run(2, soaked, way, steps, limit_s=LIMIT_S + steps * SLOWEST_S))
         check(first["digest"] == second["digest"], f"{way}: other parameters on each rank")
         for found in (first, second):
             early, late = found["early"], found["late"]
             check(early[:2] == late[:2], f"{way}: descriptors and threads: {early[:2]}, then {late[:2]}")
             check(late[2] - early[2] < GROWTH_BYTES, f"{way}: memory grew by {(late[2] - early[2]) / 2**20:.1f} MiB")
             growth, worst = max(growth, late[2] - early[2]), max(worst, found["error"])
-        steps += first["steps"]
-    return f"so in {steps:,} steps; memory grew by {growth / 2**20:.1f} MiB, the audit differs by {worst:.0e} of the gradients"
+    return f"so in {len(ways) * steps:,} steps; memory grew by {growth / 2**20:.1f} MiB, the audit differs by {worst:.0e} of the gradients"
 
 
 ROWS = (
@@ -142,11 +137,17 @@ ROWS = (
         2,
         threads_alike,
     ),
-    Row(
-        "a soak",
-        f"a tiny model for {SOAK_S:g} s each: compile(DDP), data_parallel, arrival=late",
-        "descriptors and threads stay as they are, memory grows by less than 8 MiB, the audit is exact to rounding",
-        2,
-        partial(soak, ("compile(DDP)", "data_parallel", "arrival=late")),
-    ),
 )
+
+
+def soak_row(total: int) -> Row:
+    """Returns the row of a soak that has ``total`` steps or a few more, the same number in each way."""
+    ways = ("compile(DDP)", "data_parallel", "arrival=late")
+    steps = -(-total // len(ways))
+    return Row(
+        "a soak",
+        f"a tiny model for {steps:,} steps each: {', '.join(ways)}",
+        f"descriptors and threads stay as they are, memory grows by less than {GROWTH_BYTES >> 20} MiB, the audit is exact to rounding",
+        2,
+        partial(soak, ways, steps),
+    )

@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from faults.ranks import ROOT
+from faults.ranks import ROOT, caches_in
 from faults.row import Row, check
 
 BUILD_S = 600.0
@@ -44,7 +44,7 @@ def disk(options: str, folder: Path) -> str:
     cache = folder / "cache"
     cache.mkdir()
     mount = f"mount -t tmpfs -o {options} none {cache}"
-    found = _output(_start(_TRAINED, mount, DCT_COMPILE_CACHE_DIR=str(cache), TORCHINDUCTOR_CACHE_DIR=str(folder / "torch")))
+    found = _output(_start(_TRAINED, mount, **caches_in(folder, cache)))
     check(found == usual, f"{found} instead of {usual}")
     return "so"
 
@@ -52,8 +52,7 @@ def disk(options: str, folder: Path) -> str:
 def two_builds(folder: Path) -> str:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         return "no C++ compiler here"
-    own = {"DCT_COMPILE_CACHE_DIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder / "torch")}
-    processes = [_start(_BUILT, **own) for _ in range(2)]
+    processes = [_start(_BUILT, **caches_in(folder, folder)) for _ in range(2)]
     paths = {line for process in processes for line in _output(process)}
     libraries = list(folder.rglob("*.so"))
     check(len(paths) == 1 and len(libraries) == 1, f"{paths}, {libraries}")

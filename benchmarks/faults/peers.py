@@ -7,12 +7,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
-from faults.ranks import End, Rank, run, run_each
+from faults.ranks import TIMEOUT_S, End, Rank, run, run_each
 from faults.row import Row, check
 from faults.training import GRADIENTS, WAYS, Training, batch
 
@@ -23,7 +27,10 @@ SHORT_S = 5.0
 MARGIN_S = 10.0
 """Seconds that an error may take beyond what is expected: the machine may have other work."""
 STOPPED_S = 20
+COMPILED_S = 8.0
+"""Seconds after which a rank has compiled the model, and waits for another one."""
 _GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Connection refused")
+_NO_STORE = re.compile(r"the store in which ranks meet has gone|Connection was likely closed|Connection reset by peer|Broken pipe")
 _LATE = re.compile(r"Timed out waiting \d+ms|Application timeout caused pair closure")
 
 
@@ -31,10 +38,15 @@ def _at_backward(loss: Tensor, action: Callable[[], None]) -> None:
     loss.register_hook(lambda gradient: action())
 
 
-def faulty(rank: Rank, way: str, where: str, action: Callable[[Rank], None]) -> None:
-    """Trains for two steps. In the third, rank 1 calls ``action`` in its forward, its backward or while it exchanges."""
+def faulty(rank: Rank, way: str, where: str, action: Callable[[Rank], None], timeout_s: float | None = None) -> None:
+    """Trains for two steps. In the third, rank 1 calls ``action`` in its forward, its backward or while it exchanges.
+
+    ``timeout_s``: that of the group from the third step on, if it changes.
+    """
     training = Training(way)
     training.steps(rank.number, range(AT if where != "start" else 0))
+    if timeout_s is not None:
+        _set_pg_timeout(timedelta(seconds=timeout_s))
     mine = rank.number == FAULTY
     if mine and where in ("forward", "start"):
         action(rank)
@@ -96,10 +108,12 @@ def raised(ways: tuple[str, ...], folder: Path) -> str:
     return f"so in {len(ways)} of {len(ways)} ways, after {max(seconds):.1f} s at most"
 
 
-def silent(where: str, pattern: re.Pattern[str], ways: tuple[str, ...], folder: Path) -> str:
-    seconds = [
-        _seen(run(2, faulty, way, where, fall_silent, timeout_s=SHORT_S, awaited=(0,)), pattern, SHORT_S + MARGIN_S, way) for way in ways
-    ]
+def silent(before_s: float, since_s: float | None, ways: tuple[str, ...], folder: Path) -> str:
+    """Rank 1 sends nothing. ``before_s``, ``since_s``: the timeout of the group up to the third step, and from then on."""
+    seconds = []
+    for way in ways:
+        ends = run(2, faulty, way, "backward", fall_silent, since_s, timeout_s=before_s, awaited=(0,))
+        seconds.append(_seen(ends, _LATE, SHORT_S + MARGIN_S, way))
     return f"so in {len(ways)} of {len(ways)} ways, after {max(seconds):.1f} s at most"
 
 
@@ -109,6 +123,31 @@ def missing(ways: tuple[str, ...], folder: Path) -> str:
     seconds = [
         _seen(run(2, faulty, way, "start", die, timeout_s=SHORT_S, awaited=(0,)), pattern, SHORT_S + 2 * MARGIN_S, way) for way in ways
     ]
+    return f"so in {len(ways)} of {len(ways)} ways, after {max(seconds):.1f} s at most"
+
+
+def meeting_at_the_faulty(rank: Rank, way: str, action: Callable[[Rank], None]) -> None:
+    """Trains in a group whose store lives in rank 1, which calls ``action`` before its first forward."""
+    store, mine = _get_default_store(), rank.number == FAULTY
+    if mine:
+        held = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store.set("port", str(held.port))
+    client = TCPStore("127.0.0.1", int(store.get("port")), is_master=False, timeout=timedelta(seconds=TIMEOUT_S))
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=client, rank=rank.number, world_size=rank.ranks, timeout=timedelta(seconds=TIMEOUT_S))
+    faulty(rank, way, "start", action)
+
+
+def die_awaited(rank: Rank) -> None:
+    time.sleep(COMPILED_S)
+    die(rank)
+
+
+def store_lost(ways: tuple[str, ...], folder: Path) -> str:
+    seconds = []
+    for way in ways:
+        seconds += [_seen(run(2, meeting_at_the_faulty, way, action), _NO_STORE, MARGIN_S, way) for action in (die, die_awaited)]
     return f"so in {len(ways)} of {len(ways)} ways, after {max(seconds):.1f} s at most"
 
 
@@ -148,6 +187,13 @@ ROWS = (
         2,
         partial(missing, WAYS),
     ),
+    Row(
+        "kill -9 of the rank that holds the store, before the first step",
+        f"SIGKILL before the first forward, and {COMPILED_S:g} s later, when the other rank waits for it; all ways",
+        f"the other rank says that the store has gone, or the store's own error (Connection was likely closed), within {MARGIN_S:g} s",
+        2,
+        partial(store_lost, WAYS),
+    ),
     Row("an exception on one rank", "raised in a hook of the third backward; all ways", _SOON, 2, partial(raised, WAYS)),
     Row(
         "SIGSTOP for 20 s",
@@ -161,6 +207,13 @@ ROWS = (
         "an endless sleep in a hook of the third backward; all ways",
         _IN_TIME,
         2,
-        partial(silent, "backward", _LATE, WAYS),
+        partial(silent, SHORT_S, None, WAYS),
+    ),
+    Row(
+        "a timeout that is shortened during a training",
+        f"`_set_pg_timeout` from {TIMEOUT_S:g} s to {SHORT_S:g} s before the third step, then the same sleep; all ways",
+        _IN_TIME,
+        2,
+        partial(silent, TIMEOUT_S, SHORT_S, WAYS),
     ),
 )

@@ -25,7 +25,7 @@ from dct_compile.runtime import RUNTIME
 
 ROOT = Path(__file__).parent.parent.parent
 LIMIT_S = 240.0
-"""The longest that a group of ranks may take."""
+"""The longest that a group of ranks may take, if nothing else is said."""
 TIMEOUT_S = 60.0
 """The timeout of a process group: an error that comes sooner was not waited for."""
 
@@ -60,7 +60,12 @@ class End:
 
 
 def run(
-    ranks: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = TIMEOUT_S, awaited: tuple[int, ...] | None = None
+    ranks: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout_s: float = TIMEOUT_S,
+    awaited: tuple[int, ...] | None = None,
+    limit_s: float = LIMIT_S,
 ) -> list[End]:
     """Calls ``function(rank, *arguments)`` on each of ``ranks`` new processes, in a group of theirs.
 
@@ -70,6 +75,7 @@ def run(
         arguments: Of the function, after the :class:`Rank`.
         timeout_s: The timeout of the group.
         awaited: The ranks whose end is waited for, all by default. The others are killed then.
+        limit_s: The longest that they may take. They are killed then.
 
     Returns:
         How each rank has ended, in order. One that was killed or did not end in time has no result and no error.
@@ -86,7 +92,7 @@ def run(
         there.close()
         pipes[here] = number
         processes.append(process)
-    waiting, deadline = set(range(ranks) if awaited is None else awaited), time.monotonic() + LIMIT_S
+    waiting, deadline = set(range(ranks) if awaited is None else awaited), time.monotonic() + limit_s
     while waiting and (left := deadline - time.monotonic()) > 0:
         for pipe in wait(list(pipes), left):
             assert isinstance(pipe, Connection)
@@ -107,6 +113,12 @@ def run(
         process.join()
         end.code = process.exitcode
     return ends
+
+
+def caches_in(folder: Path, kernels: Path) -> dict[str, str]:
+    """Returns the environment in which the kernels' cache is ``kernels``, and all others are in ``folder``, which there is."""
+    # Kernels that cannot be kept in their own cache lie among temporary files.
+    return {"DCT_COMPILE_CACHE_DIR": str(kernels), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TMPDIR": str(folder)}
 
 
 def run_each(ranks: int, function: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> list[list[Any]]:

@@ -97,6 +97,7 @@ class GradientCompressor:
             self.agree(self.link)
             self.joiner.limit = join_bytes(self.link, self.process_group.size())
             self.worker = self.runtime.workers.of(self.process_group)
+        self.worker.take_over_timeout()
         return self.worker
 
     def _begin_exchange(self, parameters: Sequence[Tensor]) -> Phase:
