@@ -42,6 +42,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct 1 %, warm-up of 120 steps": ("dct", {"density_warmup": 120}),
     "dct 1 %, dense for 50 steps": ("dct", {"start_iter": 50}),
     "dct 1 %, late": ("dct", {"arrival": "late"}),
+    "dct 1 %, int8": ("dct", {"dp_value_dtype": "int8"}),
     "dct 1.45 %, int8": ("dct", {"dp_density": 0.0145, "dp_value_dtype": "int8"}),
 }
 RESULTS = Path(__file__).parent / "results" / "optimizers.csv"

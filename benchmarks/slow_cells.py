@@ -27,6 +27,7 @@ from dct_compile.models.tasks.resnet import ResnetTask
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **BASELINES,
     "dct gather": ("dct", {"gradient_scheme": "gather", "link": None}),
+    "dct gather, int8": ("dct", {"gradient_scheme": "gather", "dp_value_dtype": "int8", "link": None}),
     "dct owner": ("dct", {"gradient_scheme": "owner", "link": None}),
     "dct late": ("dct", {"arrival": "late", "link": None}),
     "dct powersgd": ("dct", {"gradient_scheme": "powersgd", "link": None}),
