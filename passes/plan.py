@@ -94,7 +94,8 @@ def decide(exchange: Exchange, config: DCTConfig, link_of: LinkOf = unknown_link
     # Chosen by one row, which all ranks see alike; taken for the rows that there are.
     least = min(_cost(made.traffic, link) for _, made in offers)
     near = [pair for pair in offers if _cost(pair[1].traffic, link) <= _NEAR * least]
-    scheme, cheapest = min(near, key=lambda pair: pair[1].traffic.wire)
+    # Where a link is known, bytes inside of a host count as well: a scheme that only moves them there must be faster by more than that.
+    scheme, cheapest = min(near, key=lambda pair: pair[1].traffic.wire + (pair[1].traffic.inside_bytes if link is not None else 0))
     actual = {other.name: _offer_of(other, exchange, config) for other, _ in offers}
     offer, sizes = actual[scheme.name], {name: made.traffic.wire_bytes for name, made in actual.items()}
     if cheapest.traffic.wire >= cheapest.exchange.dense_traffic.wire:

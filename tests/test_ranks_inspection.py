@@ -100,7 +100,7 @@ def ddp_ranges(rank: int, world_size: int) -> list[tuple[str, float, float]]:
 @pytest.mark.distributed
 def test_profiles_of_all_threads_show_ddps_buckets(ranks2: Ranks) -> None:
     label = re.escape("bottom.weight +7")
-    names = ("select_threshold", "threshold_pack", "all_gather_into_tensor", "unpack_accumulate")
+    names = ("select_threshold", "threshold_pack", "all_gather_into_tensor", "unpack_into")
     for shown in ranks2(ddp_ranges):
         assert_ranges(shown, [f"{name} {label}$" for name in names])
 

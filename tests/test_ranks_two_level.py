@@ -234,9 +234,10 @@ def test_groups_of_hosts_are_made_where_they_are_used(ranks4: Ranks, scheme: str
     assert ranks4(groups_made, scheme) == [count] * 4
 
 
-@pytest.mark.parametrize(("inside_bytes_per_s", "scheme"), [(1e10, "two_level"), (1e8, "owner")])
+@pytest.mark.parametrize(("inside_bytes_per_s", "scheme"), [(1e10, "two_level"), (6e8, "owner"), (1e8, "owner")])
 def test_the_rate_inside_of_a_host_decides(inside_bytes_per_s: float, scheme: str) -> None:
-    link = Link(1.25e7, 1e-4, 1e10, inside_bytes_per_s)
+    """The second one is within a quarter of "owner", and leaves more bytes to the host than it saves on the wire."""
+    link = Link(1.25e7, 1e-4, 1e11, inside_bytes_per_s)
     with fake_ranks(8) as group:
         parameters = segments_of([Parameter(0, "weight", (2000, 2000))])
         exchange = gradient_exchange(ALL_REDUCE, parameters, torch.float32, group, per_host=4)

@@ -19,6 +19,7 @@ OPS = (
     "store",
     "threshold_pack",
     "unpack_accumulate",
+    "unpack_into",
     "unpack_rows",
 )
 """All of ``torch.ops.dct``, for the help, which does without torch."""
