@@ -118,6 +118,7 @@ def first_step(variant: Variant) -> float:
 def _rank(rank: int, folder: str, threads: int, function: Callable[..., Any], *args: Any) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
     os.environ["DCT_COMPILE_CACHE_DIR"] = f"{folder}/dct"
+    tempfile.tempdir = folder  # where a library is kept that has no place in its own cache
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     result = function(*args)
