@@ -114,7 +114,7 @@ class Training:
 
     def decided(self, link: Link | None, ranks: int | None = None) -> list[Decision]:
         """Returns the plan's decisions on ``link``; ``None`` lets the bytes decide."""
-        link = self._with_copy_rate(link) if link is not None else None
+        link = self._with_rates(link) if link is not None else None
         decisions: list[Decision] = []
         for exchange, known in zip(self.exchanges(ranks), self.decisions, strict=True):
             pairs = decisions if exchange.kind in BACKWARD_OF.values() else []
@@ -149,11 +149,11 @@ class Training:
 
     def step_s(self, method: str, link: Link, ranks: int | None = None, *, late: bool = False) -> float:
         """Returns the seconds of one step."""
-        return self.sent(method, link, ranks).step_s(self._with_copy_rate(link), self.compute_s, late=late)
+        return self.sent(method, link, ranks).step_s(self._with_rates(link), self.compute_s, late=late)
 
     def seconds(self, traffic: Traffic, link: Link) -> float:
         """Returns the seconds that ``traffic`` takes on ``link``."""
-        return traffic.seconds(self._with_copy_rate(link))
+        return traffic.seconds(self._with_rates(link))
 
     def crossing(self, link: Link, kinds: Sequence[str]) -> float:
         """Returns the largest rate at which an exchange of one of ``kinds`` is compressed, with the latency of ``link``.
@@ -185,7 +185,7 @@ class Training:
             sizes["copy for undo_discarded"] = sum(sizes.values())
         return sizes
 
-    def _with_copy_rate(self, link: Link) -> Link:
+    def _with_rates(self, link: Link) -> Link:
         return link if link == ONE_MACHINE else link.on(self.device)
 
 

@@ -115,4 +115,5 @@ def describe_site(decision: Decision, number: int = 0, pair: int | None = None) 
         dense_seconds=decision.dense_seconds,
         hops=decision.traffic.hops,
         memory_bytes=decision.traffic.memory_bytes,
+        inside_bytes=decision.traffic.inside_bytes,
     )

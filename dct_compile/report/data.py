@@ -22,7 +22,8 @@ class SiteReport:
     graph; ``pair``: the number of the site's twin, the backward of a forward collective or the other way round. ``calls``: how often one
     step runs it, 0 where a later compilation has taken its place. ``training``: whether its graph has a backward. ``seconds``,
     ``dense_seconds``: predicted per call, where nothing else runs; ``None`` where the link was not looked at. ``hops``: messages of which
-    each waits for the one before; ``memory_bytes``: read and written by the kernels; both per call.
+    each waits for the one before; ``memory_bytes``: read and written by the kernels; ``inside_bytes``: sent to other ranks of the host, not
+    among ``wire_bytes``; all per call.
     """
 
     collective: str
@@ -50,6 +51,7 @@ class SiteReport:
     dense_seconds: float | None = None
     hops: int = 0
     memory_bytes: int = 0
+    inside_bytes: int = 0
 
     @property
     def ratio(self) -> float | None:

@@ -81,8 +81,7 @@ class Members:
         found = dict(zip(self.compressed, laid_out, strict=True))
         if rest is not None:
             found |= dict(zip(self.rest, rest.split([segment.parameter.numel for segment in self.rest]), strict=True))
-        in_order = [found[segment] for segment in sorted(found, key=lambda segment: segment.offset)]
-        return torch.cat(in_order) if out is None else torch.cat(in_order, out=out)
+        return torch.cat([found[segment] for segment in sorted(found, key=lambda segment: segment.offset)], out=out)
 
 
 def _part(grad: Tensor, segment: Segment) -> Tensor:

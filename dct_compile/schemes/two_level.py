@@ -50,30 +50,32 @@ class TwoLevel(GradientOffer):
     def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
         assert isinstance(comm, HostsComm)
         inside, place = comm.inside, self.exchange.rank % comm.inside.size
-        waiting = state["residual"].data.split(list(self.members.numels))
-        own = torch.cat([_parts(of_all, inside.size)[place] for of_all in waiting])
-        total = inside.wait(inside.all_to_all(self._rows(grad, waiting, place, inside.size))).view(inside.size, -1).sum(0)
+        residuals = state["residual"].data.split(list(self.members.numels))
+        waiting = [_parts(residual, inside.size) for residual in residuals]
+        own = torch.cat([parts[place] for parts in waiting])
+        total = inside.wait(inside.all_to_all(self._rows(grad, waiting, place))).view(inside.size, -1).sum(0)
         means, rests = self._across(total, {**state, "residual": own}, grad, comm)
         # In place and by no operator: DDP runs it, not a graph that keeps the residual for its backward.
         state["residual"].data.zero_()
-        for of_all, left in zip(waiting, own.split(_columns(self.members.numels, inside.size)), strict=True):
-            run = of_all[place * left.numel() : (place + 1) * left.numel()]
+        for residual, left in zip(residuals, own.split(_columns(self.members.numels, inside.size)), strict=True):
+            run = residual[place * left.numel() : (place + 1) * left.numel()]
             run.copy_(left[: run.numel()])
         (rest,) = _whole(rests, [self.members.rest_numel]) if rests else [None]
         return self.members.join(_whole(means, self.members.numels), rest, grad if in_place else None)
 
-    def _rows(self, grad: Tensor, waiting: Sequence[Tensor], place: int, ranks: int) -> Tensor:
+    def _rows(self, grad: Tensor, waiting: Sequence[Tensor], place: int) -> Tensor:
         """Returns what goes to each rank of the host, float32 and end to end: its part of every parameter, and of the rest.
 
-        What waits for the part of another rank goes with it: another scheme may have left that. The codec adds what waits of the own part.
+        What is ``waiting`` for the part of another rank goes with it: another scheme may have left that. The codec adds its own part of it.
         """
+        ranks = len(waiting[0])
         parts = [_parts(tensor, ranks) for tensor in self.members.split(grad)]
         rest = [_parts(self.members.rest_of(grad), ranks)] if self.members.rest else []
         rows = torch.cat([*parts, *rest], 1).float()
         columns = rows.split([part.shape[1] for part in (*parts, *rest)], 1)
         for column, left in zip(columns, waiting, strict=not rest):
             for others in (slice(place), slice(place + 1, ranks)):
-                column[others] += _parts(left, ranks)[others]
+                column[others] += left[others]
         return rows.view(-1)
 
     def _across(self, total: Tensor, state: Mapping[str, Tensor], grad: Tensor, comm: HostsComm) -> tuple[list[Tensor], list[Tensor]]:
@@ -125,7 +127,7 @@ def offer(exchange: Exchange, config: DCTConfig) -> TwoLevel | Declined | None:
     members = divide_by_density(exchange, config)
     if isinstance(members, str):
         return Declined(members)
-    counted = tuple(-(-numel // ranks) for numel in members.numels)
+    counted = tuple(_columns(members.numels, ranks))
     named = zip(members.compressed, counted, strict=True)
     parts = segments_of([Parameter(segment.parameter.position, segment.parameter.name, (numel,)) for segment, numel in named])
     codec = ThresholdCodec.of(exchange, Members(sum(counted), parts, ()), 1, config)
