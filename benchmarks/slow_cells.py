@@ -28,12 +28,16 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **BASELINES,
     "dct gather": ("dct", {"gradient_scheme": "gather", "link": None}),
     "dct gather, int8": ("dct", {"gradient_scheme": "gather", "dp_value_dtype": "int8", "link": None}),
+    "dct gather, small buckets": ("dct", {"gradient_scheme": "gather", "link": None}),
+    "dct gather, int8, small buckets": ("dct", {"gradient_scheme": "gather", "dp_value_dtype": "int8", "link": None}),
     "dct owner": ("dct", {"gradient_scheme": "owner", "link": None}),
     "dct late": ("dct", {"arrival": "late", "link": None}),
     "dct powersgd": ("dct", {"gradient_scheme": "powersgd", "link": None}),
     "dct": ("dct", {}),
 }
 """Backend (dct_compile/cli/methods.py) and options by name. The first one is the baseline, the last one measures the link and decides."""
+BUCKET_MIB = {"dct gather, small buckets": 8, "dct gather, int8, small buckets": 8}
+"""The buckets of DDP in MiB, where they are not the default ones: those that a note of the report names for the GPT at 100 Mbit/s."""
 ON_SHARED_HOSTS: dict[str, tuple[str, dict[str, Any]]] = {"dct two_level": ("dct", {"gradient_scheme": "two_level", "link": None})}
 """The methods for hosts with several ranks each."""
 RATES: dict[str, float | None] = {"10mbit": 10e6, "100mbit": 100e6, "1gbit": 1e9, "10gbit": 10e9, "none": None}

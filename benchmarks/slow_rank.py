@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from slow_cells import METHODS, ON_SHARED_HOSTS, WORKLOADS
+from slow_cells import BUCKET_MIB, METHODS, ON_SHARED_HOSTS, WORKLOADS
 from slow_hosts import sent_bytes
 from torch import Tensor
 from torch._logging._internal import set_logs
@@ -56,7 +56,7 @@ class Training:
         self.task: Task = workload.make(ranks)
         self.model = self.task.build(self.mesh)
         self.task.reset(self.model, self.mesh, seed=0)
-        self.compiled = compile_with(backend, self.model, self.mesh, options)
+        self.compiled = compile_with(backend, self.model, self.mesh, options, BUCKET_MIB.get(method))
         self.computed = computed_bytes(backend, self.model, ranks)[-1][1] if backend != "dct" and workload.mp == 1 else -1.0
         self._start(self.task.recipe.optimization.lr)
         self.batches: Iterator[Batch] = itertools.cycle(list(self.task.batches(0, BATCHES, self.mesh)))

@@ -16,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from dct_compile.buckets import SmallerBuckets, smaller_buckets
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import BACKWARD_OF, GRADIENT, Exchange
 from dct_compile.inspection import undisturbed
@@ -154,6 +155,13 @@ class Training:
     def seconds(self, traffic: Traffic, link: Link) -> float:
         """Returns the seconds that ``traffic`` takes on ``link``."""
         return traffic.seconds(self._with_rates(link))
+
+    def smaller_buckets(self, link: Link) -> SmallerBuckets | None:
+        """Returns the buckets of gradients that would save time on ``link``, if any would."""
+        gradients = [decision for decision in self.decided(link) if decision.exchange.kind == GRADIENT]
+        sent = sum((decision.traffic for decision in gradients), NOTHING)
+        hops = max((decision.traffic.hops for decision in gradients), default=0)
+        return smaller_buckets(link, [decision.exchange.segment_bytes for decision in gradients], float(sent.wire), hops)
 
     def crossing(self, link: Link, kinds: Sequence[str]) -> float:
         """Returns the largest rate at which an exchange of one of ``kinds`` is compressed, with the latency of ``link``.

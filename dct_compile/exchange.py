@@ -135,6 +135,11 @@ class Exchange:
     per_host: int = 1
 
     @property
+    def segment_bytes(self) -> list[int]:
+        """Bytes of each segment."""
+        return [segment.parameter.numel * self.dtype.itemsize for segment in self.segments] if self.dtype is not None else []
+
+    @property
     def label(self) -> str:
         """A short form of ``name``, for code and profiles."""
         return site_label(self.name, self.kind)

@@ -109,7 +109,8 @@ class Reason(StrEnum):
 class Note(StrEnum):
     """What no site can tell, because there is none. Templates like :class:`Reason`.
 
-    All but ``IGNORED``, ``RUN_TIME_ROWS``, ``UNMATCHED`` and the last four are also logged as a warning, by the first rank that has it.
+    All but ``BUCKETS``, ``IGNORED``, ``RUN_TIME_ROWS``, ``UNMATCHED`` and the last four are also logged as a warning, by the first rank
+    that has it.
     """
 
     NO_PROCESS_GROUP = "torch.distributed is not initialised: graphs were compiled as by backend 'inductor'"
@@ -149,6 +150,10 @@ class Note(StrEnum):
         " 'link' where ranks compile at different times"
     )
     OTHER_OPTIONS = "the gradients of {module} travel by the options of the first graph that ran inside of its {wrapper}: {differences}"
+    BUCKETS = (
+        "{module} sends {share:.0%} of its bytes when the backward has ended. DistributedDataParallel(..., bucket_cap_mb={mib}) would send"
+        " more of them beside it, and save up to {saved} of a step"
+    )
     IGNORED = "DDP was told to ignore {parameters}: it does not average their gradients, and they are not in this table"
     UNMATCHED = "patterns of {option} that match nothing on this rank so far: {patterns}"
     RUN_TIME_ROWS = "{count} exchanges have rows that are known at run time only (0 in this table, which counts no bytes for them)"

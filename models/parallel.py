@@ -156,22 +156,22 @@ def average_sharded_gradients(model: nn.Module, mp: int) -> None:
             parameter.grad.div_(mp)
 
 
-def wrap_data_parallel(model: nn.Module, mesh: Mesh) -> nn.Module:
+def wrap_data_parallel(model: nn.Module, mesh: Mesh, bucket_cap_mb: int | None = None) -> nn.Module:
     """Wraps ``model`` in DDP: sharded parameters are averaged over ``mesh.dp_group``, all others over all ranks.
 
     With mp > 1 these are two DDPs, one around the other, each set to ignore the parameters of the other; torch has no public way to give
-    DDP a group per parameter. Returns ``model`` itself on a single rank.
+    DDP a group per parameter. ``bucket_cap_mb``: MiB of a bucket. Returns ``model`` itself on a single rank.
     """
     if mesh.dp * mesh.mp == 1:
         return model
     if mesh.mp == 1:
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb)
     sharded = {name for name, _ in sharded_parameters(model)}
     replicated = [name for name, _ in model.named_parameters() if name not in sharded]
     wrapped = model
     if mesh.dp > 1:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, replicated)
-        wrapped = DistributedDataParallel(model, process_group=mesh.dp_group)
+        wrapped = DistributedDataParallel(model, process_group=mesh.dp_group, bucket_cap_mb=bucket_cap_mb)
     prefix = "" if wrapped is model else "module."
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, [prefix + name for name in sorted(sharded)])
-    return DistributedDataParallel(wrapped)
+    return DistributedDataParallel(wrapped, bucket_cap_mb=bucket_cap_mb)

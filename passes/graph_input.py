@@ -1,6 +1,7 @@
 """Describes the inputs of a Dynamo graph, and how its parameters lie over the ranks."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -38,3 +39,13 @@ class GraphInput:
     is_foreign: bool
     device: torch.device | None = None
     spread: Spread = PLAIN
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether ``data_parallel`` averages its gradient."""
+        return self.is_trainable and self.spread.is_copy
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor on this rank, 0 for anything else."""
+        return prod(self.shape) * self.dtype.itemsize if self.dtype is not None else 0

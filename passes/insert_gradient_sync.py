@@ -15,31 +15,13 @@ import torch
 from torch import Tensor, fx
 from torch.distributed import ProcessGroup
 
+from dct_compile.buckets import BUCKET_BYTES
 from dct_compile.comm import Comm
 from dct_compile.exchange import Parameter, segments_of
-from dct_compile.link import ONE_MACHINE, Link
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.sites import GraphContext
 from dct_compile.passes.splice import splice
-
-BUCKET_BYTES = 25 * 2**20
-"""As DDP's default bucket: large enough for the link's bandwidth, small enough to start early."""
-_LARGEST_BUCKET = 2**30
-
-
-def bucket_bytes_on(link: Link | None, ranks: int, density: float) -> int:
-    """Returns the bytes of a bucket for a link: :data:`BUCKET_BYTES`, or more where its message would end before its latency is over.
-
-    Args:
-        link: The link of the group, ``None`` where it is not known.
-        ranks: The ranks of the group.
-        density: The fraction of a bucket that is sent.
-    """
-    if link is None or link == ONE_MACHINE:
-        return BUCKET_BYTES
-    enough = link.latency_s * (ranks - 1) * link.bytes_per_s / density
-    return min(max(BUCKET_BYTES, round(enough)), _LARGEST_BUCKET)
 
 
 def averaged_buckets(
@@ -53,7 +35,7 @@ def averaged_buckets(
         bucket_bytes: Bytes that a bucket of several parameters has at most, the same on all ranks.
     """
     chosen = [(parameter, inputs[parameter.position]) for parameter in parameters]
-    chosen = [(parameter, info) for parameter, info in chosen if info.is_trainable and info.spread.is_copy]
+    chosen = [(parameter, info) for parameter, info in chosen if info.is_averaged]
     buckets: list[tuple[Parameter, ...]] = []
     for device in dict.fromkeys(info.device for _, info in chosen):
         dtypes = [(parameter, info.dtype) for parameter, info in chosen if info.device == device]

@@ -12,6 +12,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import trace_structured
 from torch.distributed import ProcessGroup
 
+from dct_compile.buckets import BUCKET_BYTES
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
 from dct_compile.link import Link
@@ -21,7 +22,7 @@ from dct_compile.passes.context import has_descriptors, read_context
 from dct_compile.passes.decision import Decision, held_until
 from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.graph_utils import resolve_group
-from dct_compile.passes.insert_gradient_sync import BUCKET_BYTES, averaged_buckets, insert_gradient_sync
+from dct_compile.passes.insert_gradient_sync import averaged_buckets, insert_gradient_sync
 from dct_compile.passes.plan import decide_in_graph, matching_rows, plan
 from dct_compile.passes.record import Described, describe, describe_nodes, readable
 from dct_compile.passes.rewrite import rewrite

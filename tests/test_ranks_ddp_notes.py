@@ -92,3 +92,46 @@ def hooked(rank: int, world_size: int) -> list[str]:
 
 def test_a_hook_of_torchs_own_stays_in_place(ranks2: Ranks) -> None:
     assert ranks2(hooked) == [["DDP has a communication hook of its own"]] * 2
+
+
+class Deep(nn.Module):
+    """Four layers of a MiB each: DDP has a bucket for the last one, and one for the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(512, 512) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
+def notes_on(rank: int, world_size: int, options: Options, settings: dict[str, Any]) -> list[list[str]]:
+    """Returns the notes of the preview, and those of a training."""
+    module = DistributedDataParallel(Deep(), **settings)
+    x = torch.randn(4, 512)
+    preview = dct_compile.explain(module, x, options=options)
+    notes = [list(preview.notes)]
+    dct_compile.reset_report()
+    torch.compile(module, backend=dct, options=options)(x).sum().backward()
+    return [*notes, list(dct_compile.report().notes)]
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "wanted"),
+    [
+        ({"link": "1Mbit/s"}, {}, True),
+        pytest.param({"link": "1Mbit/s"}, {"bucket_cap_mb": 1}, False, id="small buckets"),
+        pytest.param({"link": "1Mbit/s", "arrival": "late"}, {}, False, id="no step waits"),
+        pytest.param({"link": "1Gbit/s"}, {}, False, id="nothing to hide"),
+        pytest.param({"link": None}, {}, False, id="no link known"),
+    ],
+)
+def test_a_bucket_that_no_backward_hides_is_named(ranks2: Ranks, options: Options, settings: dict[str, Any], wanted: bool) -> None:
+    for both in ranks2(notes_on, options, settings):
+        for notes in both:
+            assert len(notes) == wanted
+            for note in notes:
+                assert note.startswith("DDP(Deep) sends 75% of its bytes when the backward has ended.")
+                assert "bucket_cap_mb=1)" in note

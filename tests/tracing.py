@@ -19,6 +19,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from dct_compile.buckets import BUCKET_BYTES
 from dct_compile.compiler.graph import JOINT_SLOT, GraphCompiler, Settings
 from dct_compile.compiler.options import gradient_group
 from dct_compile.compiler.state_inputs import add_state_inputs
@@ -27,7 +28,6 @@ from dct_compile.passes.context import has_descriptors
 from dct_compile.passes.decision import Decision
 from dct_compile.passes.graph_input import GraphInput
 from dct_compile.passes.graph_utils import WAIT
-from dct_compile.passes.insert_gradient_sync import BUCKET_BYTES
 from dct_compile.passes.manager import JointGraphPass, StateRequest
 from dct_compile.report import Report
 from dct_compile.runtime import Runtime

@@ -49,7 +49,12 @@ def _row(case: Case, kind: str, part: str, sent: dict[str, Sent]) -> list[str]:
 def _steps(case: Case) -> str:
     dense_s = case.step_s("dense")
     rows = [[method, duration(case.step_s(method)), f"{case.step_s(method) / dense_s:.0%}"] for method in (*METHODS, LATE)]
-    return _table(rows, ["step", "time", "of dense"])
+    table = _table(rows, ["step", "time", "of dense"])
+    better = case.training.smaller_buckets(case.link)
+    if better is None:
+        return table
+    size = f"buckets of {better.mib} MiB (DDP: bucket_cap_mb={better.mib}; data_parallel takes them where the link is known)"
+    return f"{table}\n{size} would save up to {duration(better.saved_s)}"
 
 
 def _crossings(case: Case) -> str:

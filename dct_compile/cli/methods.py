@@ -31,7 +31,7 @@ class Compiled:
     restart: Callable[[], None]
 
 
-def compile_with(backend: str, model: nn.Module, mesh: Mesh, options: dict[str, Any]) -> Compiled:
+def compile_with(backend: str, model: nn.Module, mesh: Mesh, options: dict[str, Any], bucket_cap_mb: int | None = None) -> Compiled:
     """Wraps ``model`` in DDP and compiles it.
 
     Args:
@@ -39,10 +39,11 @@ def compile_with(backend: str, model: nn.Module, mesh: Mesh, options: dict[str, 
         model: The plain model.
         mesh: The ranks; hooks of torch need ``mp`` 1 and two ranks or more.
         options: Those of the backend "dct".
+        bucket_cap_mb: MiB of DDP's buckets for "dct"; DDP's own default is 25.
     """
     restart: Callable[[], None] = _nothing
     if backend == "dct":
-        compiled = torch.compile(wrap_data_parallel(model, mesh), backend="dct", options=options)
+        compiled = torch.compile(wrap_data_parallel(model, mesh, bucket_cap_mb), backend="dct", options=options)
         restart = partial(RUNTIME.states.load_state_dict, model, {})
     elif backend in POWERSGD_RANKS:
         low_rank = _PowerSGD(POWERSGD_RANKS[backend])

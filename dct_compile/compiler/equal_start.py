@@ -9,10 +9,10 @@ from torch._C._distributed_c10d import _broadcast_coalesced
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from dct_compile.buckets import BUCKET_BYTES
 from dct_compile.config import DCTConfig
 from dct_compile.element_order import local_tensor
 from dct_compile.passes.graph_input import GraphInput
-from dct_compile.passes.insert_gradient_sync import BUCKET_BYTES
 from dct_compile.posts import Signature
 from dct_compile.runtime import Runtime
 

@@ -15,6 +15,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from dct_compile.buckets import BUCKET_BYTES, bucket_bytes_on
 from dct_compile.compiler.equal_start import with_equal_start
 from dct_compile.compiler.exchanges import before_exchanges, with_count
 from dct_compile.compiler.first_use import FirstUse
@@ -26,7 +27,6 @@ from dct_compile.passes.decision import Decision
 from dct_compile.passes.foresight import can_hold_sites
 from dct_compile.passes.graph_input import PLAIN, GraphInput
 from dct_compile.passes.inline_kernels import InlineKernels
-from dct_compile.passes.insert_gradient_sync import BUCKET_BYTES, bucket_bytes_on
 from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRequest, expected_requests
 from dct_compile.reasons import Note
 from dct_compile.runtime import Runtime
@@ -133,7 +133,9 @@ class GraphCompiler:
             return self.settings.bucket_bytes
         if self.group is None or not any(info.is_trainable for info in self.inputs):
             return BUCKET_BYTES
-        return bucket_bytes_on(self.runtime.links.of(self.group, self.config.link), self.group.size(), self.compared.dp_density)
+        link = self.runtime.links.of(self.group, self.config.link)
+        gradient_bytes = sum(info.size for info in self.inputs if info.is_averaged)
+        return bucket_bytes_on(link, self.group.size(), self.compared.dp_density, gradient_bytes)
 
     def _attempt(self, requests: list[StateRequest]) -> Compiled:
         if not self.settings.patches.get(_JOINT_PASSES, getattr(inductor_config, _JOINT_PASSES)):

@@ -17,7 +17,7 @@ from dct_compile.groups import ranks_per_host
 from dct_compile.integrations.ddp_calls import parts_of_compiled_model, running_modules
 from dct_compile.integrations.ddp_plan import BucketPlan
 from dct_compile.integrations.ddp_reducer import GradientCompressor
-from dct_compile.integrations.ddp_report import bucket_name, publish_module, title_of
+from dct_compile.integrations.ddp_report import bucket_name, note_buckets, publish_module, title_of
 from dct_compile.integrations.interface import Compiled
 from dct_compile.integrations.other_options import note_other_options
 from dct_compile.integrations.pipeline import running_stage
@@ -75,10 +75,13 @@ class DDPIntegration:
         The buckets are those that DDP will have from its second step on if gradients come in the reverse order of the parameters. The
         bytes that it sends do not depend on how parameters are bucketed. The phase is the last one.
         """
-        plans = _future_plans(target, config, phases_of(config)[-1], runtime.links.at_once(target.process_group, config.link))
+        link = runtime.links.at_once(target.process_group, config.link)
+        plans = _future_plans(target, config, phases_of(config)[-1], link)
         reason = _reason_to_leave(target, plans)
         beside = publish_module(target, reason, config, runtime)
         title = title_of(target, runtime)
+        if reason is None:
+            note_buckets(title, plans, config, link, runtime)
         for index, plan in enumerate(plans if reason is None else []):
             plan.publish(bucket_name(title, index, target.process_group), runtime, None).model = title
         kept = _reason_to_keep(target)
@@ -150,7 +153,10 @@ def _agree(
     """
     target = module()
     assert target is not None, "its backward runs"
-    signatures = [plan.signature(reason) for phase in phases_of(config) for plan in _future_plans(target, config, phase, link)]
+    by_phase = [_future_plans(target, config, phase, link) for phase in phases_of(config)]
+    if reason is None:
+        note_buckets(title_of(target, runtime), by_phase[-1], config, link, runtime)
+    signatures = [plan.signature(reason) for plans in by_phase for plan in plans]
     runtime.agreement.check(target.process_group, config.comparable(), signatures, fresh=True)
 
 

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
+from dct_compile.buckets import smaller_buckets
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import BUFFERS, GRADIENT, OTHER, Collective, Exchange
+from dct_compile.integrations.ddp_plan import BucketPlan
+from dct_compile.link import Link, duration
 from dct_compile.passes.collectives import ALL_REDUCE, BROADCAST
 from dct_compile.passes.decision import Decision, dense
 from dct_compile.passes.manager import publish
@@ -20,6 +23,7 @@ from dct_compile.reasons import Note, Reason, Unseen
 from dct_compile.report import GraphReport, wrapped_class
 from dct_compile.runtime import Runtime
 from dct_compile.state.store import named_parameters
+from dct_compile.traffic import NOTHING
 
 
 def title_of(module: DistributedDataParallel, runtime: Runtime) -> str:
@@ -58,6 +62,20 @@ def publish_module(module: DistributedDataParallel, reason: str | None, config: 
     runtime.reports.divide(averaged, others)
     runtime.reports.patterns.look(config, [name for name, _ in named_parameters(module)])
     return beside
+
+
+def note_buckets(title: str, plans: Sequence[BucketPlan], config: DCTConfig, link: Link | None, runtime: Runtime) -> None:
+    """Notes buckets of another size, if they would save time on ``link``. What arrives late is waited for by no step.
+
+    ``title``: the module's name. ``plans``: those of its buckets.
+    """
+    exchanges = [plan.decision.exchange for plan in plans]
+    sent = sum((plan.decision.traffic for plan in plans), NOTHING)
+    hops = max((plan.decision.traffic.hops for plan in plans), default=0)
+    better = smaller_buckets(link, [exchange.segment_bytes for exchange in exchanges], float(sent.wire), hops)
+    if better is not None and config.arrival == "now":
+        share = float(plans[-1].decision.traffic.wire / sent.wire)
+        runtime.reports.note(Note.BUCKETS.format(module=title, share=share, mib=better.mib, saved=duration(better.saved_s)))
 
 
 def _dense_buckets(module: DistributedDataParallel, reason: str) -> Decision:

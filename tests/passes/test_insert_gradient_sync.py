@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dct_compile.link import ONE_MACHINE, Link
+from dct_compile.buckets import BUCKET_BYTES
 from dct_compile.passes.graph_utils import WAIT, argument
-from dct_compile.passes.insert_gradient_sync import BUCKET_BYTES, bucket_bytes_on, gradient_buckets
+from dct_compile.passes.insert_gradient_sync import gradient_buckets
 from dct_compile.passes.sites import Parameter
 from tests.lockstep import make_inputs, run_in_lockstep
 from tests.small_models import Layers, c10d, leaf
@@ -192,17 +192,3 @@ def test_embedding_gradients_and_tied_weights() -> None:
     traced = trace(Tied(), torch.randn(16, 64), **DENSE)
     assert traced.decisions[0].site.name == "weight"
     assert communication(traced.after) == {AR: 1, WAIT: 1}
-
-
-@pytest.mark.parametrize(
-    ("link", "ranks", "density", "wanted"),
-    [
-        (None, 2, 0.01, BUCKET_BYTES),
-        (ONE_MACHINE, 64, 0.01, BUCKET_BYTES),
-        (Link(1.25e8), 4, 0.01, BUCKET_BYTES),
-        (Link(1.25e8, 0.01), 2, 0.01, 125_000_000),
-        (Link(1.25e8, 1.0), 2, 0.01, 2**30),
-    ],
-)
-def test_buckets_are_larger_where_a_message_takes_long_to_start(link: Link | None, ranks: int, density: float, wanted: int) -> None:
-    assert bucket_bytes_on(link, ranks, density) == wanted
