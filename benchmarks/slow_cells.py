@@ -30,12 +30,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct gather, int8": ("dct", {"gradient_scheme": "gather", "dp_value_dtype": "int8", "link": None}),
     "dct gather, small buckets": ("dct", {"gradient_scheme": "gather", "link": None}),
     "dct gather, int8, small buckets": ("dct", {"gradient_scheme": "gather", "dp_value_dtype": "int8", "link": None}),
+    "dct data_parallel, 25 MiB": ("dct", {"data_parallel": True, "gradient_scheme": "gather", "link": None}),
+    "dct data_parallel": ("dct", {"data_parallel": True}),
     "dct owner": ("dct", {"gradient_scheme": "owner", "link": None}),
     "dct late": ("dct", {"arrival": "late", "link": None}),
     "dct powersgd": ("dct", {"gradient_scheme": "powersgd", "link": None}),
     "dct": ("dct", {}),
 }
-"""Backend (dct_compile/cli/methods.py) and options by name. The first one is the baseline, the last one measures the link and decides."""
+"""Backend (dct_compile/cli/methods.py) and options by name. The first one is the baseline."""
 BUCKET_MIB = {"dct gather, small buckets": 8, "dct gather, int8, small buckets": 8}
 """The buckets of DDP in MiB, where they are not the default ones: those that a note of the report names for the GPT at 100 Mbit/s."""
 ON_SHARED_HOSTS: dict[str, tuple[str, dict[str, Any]]] = {"dct two_level": ("dct", {"gradient_scheme": "two_level", "link": None})}
@@ -46,6 +48,12 @@ GOODPUT = 0.94
 """The part of a rate that is left for gradients: headers of Ethernet, IP and TCP, and acknowledgements, take the rest."""
 HOP_S = 0.3e-3
 """Seconds of one message beside its bytes, on namespaces of one machine."""
+
+
+def measures_link(method: str) -> bool:
+    """Returns True if a method measures the link and decides."""
+    backend, options = (METHODS | ON_SHARED_HOSTS)[method]
+    return backend == "dct" and options.get("link", "auto") == "auto"
 
 
 class LargeGptTask(GptTask):
@@ -107,9 +115,7 @@ class Cell:
     @property
     def build(self) -> tuple[str, int, str]:
         """What the cells of one compilation have in common: a method that measures the link is compiled for each rate."""
-        backend, options = METHODS[self.method]
-        measures = backend == "dct" and options.get("link", "auto") == "auto"
-        return self.method, self.repeat, self.rate if measures else ""
+        return self.method, self.repeat, self.rate if measures_link(self.method) else ""
 
 
 @dataclass(frozen=True)

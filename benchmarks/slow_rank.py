@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from slow_cells import BUCKET_MIB, METHODS, ON_SHARED_HOSTS, WORKLOADS
+from slow_cells import BUCKET_MIB, METHODS, ON_SHARED_HOSTS, WORKLOADS, measures_link
 from slow_hosts import sent_bytes
 from torch import Tensor
 from torch._logging._internal import set_logs
@@ -146,7 +146,7 @@ class Rank:
         self.training = None
         gc.collect()
         dct_compile.reset_report()
-        if METHODS.get(method) == ("dct", {}):
+        if measures_link(method):
             # The rate is another one now. A link does not change for the product: graphs of the rate before would be used again.
             RUNTIME.links, self.dense = Links(), None
             torch._dynamo.reset()

@@ -32,7 +32,7 @@ class Compiled:
 
 
 def compile_with(backend: str, model: nn.Module, mesh: Mesh, options: dict[str, Any], bucket_cap_mb: int | None = None) -> Compiled:
-    """Wraps ``model`` in DDP and compiles it.
+    """Wraps ``model`` in DDP, unless the option ``data_parallel`` averages its gradients, and compiles it.
 
     Args:
         backend: One of BACKENDS.
@@ -43,7 +43,8 @@ def compile_with(backend: str, model: nn.Module, mesh: Mesh, options: dict[str, 
     """
     restart: Callable[[], None] = _nothing
     if backend == "dct":
-        compiled = torch.compile(wrap_data_parallel(model, mesh, bucket_cap_mb), backend="dct", options=options)
+        wrapped = model if options.get("data_parallel") else wrap_data_parallel(model, mesh, bucket_cap_mb)
+        compiled = torch.compile(wrapped, backend="dct", options=options)
         restart = partial(RUNTIME.states.load_state_dict, model, {})
     elif backend in POWERSGD_RANKS:
         low_rank = _PowerSGD(POWERSGD_RANKS[backend])
