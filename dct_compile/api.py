@@ -46,8 +46,7 @@ def load_state_dict(
 ) -> None:
     """Restores results of :func:`state_dict`, before or after the first compilation.
 
-    A list may come from another number of ranks. Rank r of M adds up the residuals of the saved ranks r, r + M, ..., so that their sum over
-    all ranks stays the same. All else comes from the first of these; a rank without any starts with empty residuals beside it.
+    A list may come from another number of ranks. Then the mean of the residuals over the ranks stays the same: see docs/checkpoints.md.
 
     Args:
         model: The model that the state belongs to.

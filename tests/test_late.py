@@ -50,8 +50,8 @@ def test_another_number_of_ranks_adds_it_to_the_residuals(saved: int, loaded: in
     found = [state_for(files, rank, loaded) for rank in range(loaded)]
     for name in ("p0", "p1"):
         assert all(LATE not in state[name] for state in found)
-        expected = torch.stack([state[name]["residual"] + state[name][LATE] for state in files]).sum(0)
-        assert torch.equal(torch.stack([state[name]["residual"] for state in found]).sum(0), expected)
+        expected = torch.stack([state[name]["residual"] + state[name][LATE] for state in files]).mean(0)
+        torch.testing.assert_close(torch.stack([state[name]["residual"] for state in found]).mean(0), expected, rtol=1e-5, atol=1e-3)
 
 
 def test_the_same_number_of_ranks_keeps_it() -> None:

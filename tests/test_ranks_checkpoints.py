@@ -50,11 +50,12 @@ def run(code: str, model: torch.nn.Module, folder: Path) -> None:
 
 
 def waiting(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What waits for each parameter, summed over the ranks."""
+    """What waits for each parameter: the mean over the ranks, since it is owed to a mean of gradients."""
     state = dct_compile.state_dict(model)
     found = {name: fold_share(state[name])["residual"].double() for name in sorted(state)}
     for residual in found.values():
         dist.all_reduce(residual)
+        residual /= dist.get_world_size()
     return found
 
 
@@ -135,13 +136,13 @@ def test_the_planner_gives_as_many_ranks_their_own_state(by2: list[Any], ranks2:
             assert found == own[scheme][1], (scheme, way)
 
 
-def test_fewer_ranks_keep_the_sum(by4: list[Any], ranks2: Ranks, folders: dict[int, Path]) -> None:
+def test_fewer_ranks_keep_the_mean(by4: list[Any], ranks2: Ranks, folders: dict[int, Path]) -> None:
     results = ranks2(loaded, folders[4], LOADS, False)
     assert_nothing_is_lost(by4, results)
     assert_ranks_stay_equal(results)
 
 
-def test_more_ranks_keep_the_sum(by2: list[Any], ranks3: Ranks, folders: dict[int, Path]) -> None:
+def test_more_ranks_keep_the_mean(by2: list[Any], ranks3: Ranks, folders: dict[int, Path]) -> None:
     results = ranks3(loaded, folders[2], LOADS, True)
     assert_nothing_is_lost(by2, results)
     assert_ranks_stay_equal(results)

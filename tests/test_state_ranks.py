@@ -33,8 +33,8 @@ def saved_by(ranks: int, owner: bool) -> list[StateDict]:
 
 
 def waiting(states: Sequence[Mapping[str, Entry]], name: str) -> Tensor:
-    """The sum over the ranks of what waits for the parameter, owned shares included."""
-    return torch.stack([fold_share(state[name])["residual"] for state in states]).sum(0)
+    """The mean over the ranks of what waits for the parameter, owned shares included."""
+    return torch.stack([fold_share(state[name])["residual"].double() for state in states]).mean(0)
 
 
 def written(state: StateDict) -> Any:
@@ -52,13 +52,13 @@ def test_every_saved_rank_has_one_successor(ranks: int, saved: int, expected: li
     assert [sources(rank, ranks, saved) for rank in range(ranks)] == expected
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(4, 2), (2, 3), (3, 1), (3, 4), (2, 2)])
+@pytest.mark.parametrize(("saved", "loaded"), [(4, 2), (2, 3), (3, 2), (3, 1), (3, 4), (2, 5), (2, 2)])
 @pytest.mark.parametrize("owner", [False, True], ids=["gather", "owner"])
-def test_the_sum_over_the_ranks_stays_the_same(saved: int, loaded: int, owner: bool) -> None:
+def test_the_mean_over_the_ranks_stays_the_same(saved: int, loaded: int, owner: bool) -> None:
     files = [written(state) for state in saved_by(saved, owner)]
     found = [state_for(files[::-1], rank, loaded) for rank in range(loaded)]
     for name in ("p0", "p1"):
-        assert torch.equal(waiting(found, name), waiting(files, name))
+        torch.testing.assert_close(waiting(found, name), waiting(files, name), rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("owner", [False, True], ids=["gather", "owner"])
@@ -76,26 +76,27 @@ def test_all_but_the_residual_comes_from_the_first_rank() -> None:
     assert torch.equal(found["counters"], states[1]["p1"]["counters"])
 
 
-def test_a_rank_without_a_predecessor_starts_with_an_empty_residual() -> None:
-    """The rest is a copy: some schemes keep tensors that must be the same on all ranks."""
+def test_ranks_that_share_a_predecessor_divide_what_waits() -> None:
+    """Thresholds of before fit it, and each element has the same place in the order of magnitudes."""
     states = saved_by(2, owner=True)
-    found = state_for(states, 3, 4)["p0"]
-    assert found.keys() == {"residual", "threshold", "counters"}
-    assert not found["residual"].any()
-    assert torch.equal(found["threshold"], states[1]["p0"]["threshold"])
+    for rank, factor in enumerate((1.5 / 2, 1.5, 1.5 / 2)):
+        found, saved = state_for(states, rank, 3)["p0"], states[rank % 2]["p0"]
+        assert found.keys() == {"residual", "threshold", "counters"}
+        assert torch.equal(found["residual"], fold_share(saved)["residual"] * factor)
+        assert torch.equal(found["threshold"], saved["threshold"])
 
 
 def test_a_state_that_only_another_rank_has_is_taken_over() -> None:
     """A rank may have compressed a parameter that another one has not used yet."""
     states = saved_by(2, owner=False)
     del states[0]["p1"]
-    assert torch.equal(state_for(states, 0, 1)["p1"]["residual"], states[1]["p1"]["residual"])
+    assert torch.equal(state_for(states, 0, 1)["p1"]["residual"], states[1]["p1"]["residual"] / 2)
 
 
 def test_files_that_do_not_name_their_rank_stand_in_order() -> None:
     states = saved_by(3, owner=False)
     found = state_for([dict(state) for state in states], 0, 2)
-    assert torch.equal(found["p0"]["residual"], states[0]["p0"]["residual"] + states[2]["p0"]["residual"])
+    torch.testing.assert_close(found["p0"]["residual"], (states[0]["p0"]["residual"] + states[2]["p0"]["residual"]) * 2 / 3)
 
 
 def test_a_written_state_is_an_ordered_dict_that_names_its_rank() -> None:
@@ -150,4 +151,4 @@ def test_the_files_of_all_ranks_are_loaded_by_one_call() -> None:
     found = dct_compile.state_dict(model)
     assert (found.rank, found.ranks) == (0, 1)
     for name in ("p0", "p1"):
-        assert torch.equal(found[name]["residual"], waiting(states, name))
+        torch.testing.assert_close(found[name]["residual"].double(), waiting(states, name), rtol=1e-6, atol=1e-4)

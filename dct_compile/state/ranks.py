@@ -1,14 +1,15 @@
-"""Saved states of several ranks: each rank has one of its own, and the sum of their residuals must survive another number of ranks.
+"""Saved states of several ranks: each rank has one of its own, and the mean of their residuals must survive another number of ranks.
 
-Rank r of M takes over the saved ranks r, r + M, ... of N, and adds up their residuals::
+What waits is owed to a mean over the ranks. Rank r of M takes over the saved ranks r, r + M, ... of N, or r % N where there is none. It
+adds up their residuals, times M / N, divided by the number of ranks that take over the same ones::
 
     saved by 4 ranks, loaded by 2         saved by 2 ranks, loaded by 3
-    rank 0  <-  0 + 2                     rank 0  <-  0
-    rank 1  <-  1 + 3                     rank 1  <-  1
-                                          rank 2  <-  0, with an empty residual
+    rank 0  <-  (0 + 2) / 2               rank 0  <-  0 * 3/4
+    rank 1  <-  (1 + 3) / 2               rank 1  <-  1 * 3/2
+                                          rank 2  <-  0 * 3/4
 
 A mean that arrives late is the same on all ranks, so each of them adds it to its residual before. All other tensors come from the first of
-these ranks. Some must be the same on all ranks, so a rank without a predecessor copies them too.
+these ranks.
 """
 
 from collections import OrderedDict
@@ -112,13 +113,13 @@ def take_over(states: Sequence[Mapping[str, Entry]], rank: int, ranks: int) -> d
             f"rank {rank} of {ranks} takes over the states of {_ranks(wanted)} of {total}; not given: {_ranks(missing)}. "
             "Give load_state_dict a list of all ranks' states, or torch.distributed.checkpoint.load planner=dct_compile.LoadPlanner()"
         )
-    if rank >= total:
-        return {name: _emptied(name, entry) for name, entry in by_rank[wanted[0]].items()}
     taken = [by_rank[own] for own in wanted]
-    names = dict.fromkeys(name for state in taken for name in state)
     if ranks == total:
-        return {name: taken[0][name] for name in names}
-    return {name: _added(name, [state[name] for state in taken if name in state]) for name in names}
+        return dict(taken[0])
+    names = dict.fromkeys(name for state in taken for name in state)
+    sharers = len(range(rank % total, ranks, total))
+    factor = ranks / total / max(sharers, 1)
+    return {name: _added(name, [state[name] for state in taken if name in state], factor) for name in names}
 
 
 def _by_rank(states: Sequence[Mapping[str, Entry]]) -> tuple[dict[int, Mapping[str, Entry]], int]:
@@ -137,12 +138,10 @@ def _by_rank(states: Sequence[Mapping[str, Entry]]) -> tuple[dict[int, Mapping[s
     return found, totals[0]
 
 
-def _added(name: str, entries: Sequence[Entry]) -> Entry:
-    """Returns the first of the states with the residuals of all, and of the shares that they own, in its own."""
+def _added(name: str, entries: Sequence[Entry], factor: float) -> Entry:
+    """Returns the first of the states with ``factor`` times the residuals of all, and of the shares that they own, in its own."""
     for entry in entries:
         check_entry(name, entry, _numel(entries[0]))
-    if len(entries) == 1:
-        return fold_late(entries[0])
     numbers = list(dict.fromkeys(entry.get(NUMBER) for entry in entries))
     if len(numbers) > 1:
         raise ValueError(
@@ -154,16 +153,7 @@ def _added(name: str, entries: Sequence[Entry]) -> Entry:
     residual = first["residual"].clone()
     for other in others:
         residual += other["residual"].to(residual.device)
-    return {**first, "residual": residual}
-
-
-def _emptied(name: str, entry: Entry) -> Entry:
-    """Returns the state of a rank that begins with an empty residual beside one with ``entry``."""
-    check_entry(name, entry, _numel(entry))
-    folded = fold_late(fold_share(entry))
-    if "residual" not in folded:
-        return folded
-    return {**folded, "residual": torch.zeros_like(folded["residual"])}
+    return {**first, "residual": residual * factor}
 
 
 def _numel(entry: Entry) -> int:
