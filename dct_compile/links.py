@@ -48,6 +48,7 @@ class Links:
     measures: bool = True
     warn: "Callable[[str], None]" = log.warning
     _known: "WeakKeyDictionary[ProcessGroup, Link | None]" = field(default_factory=WeakKeyDictionary)
+    _locks: "WeakKeyDictionary[ProcessGroup, threading.Lock]" = field(default_factory=WeakKeyDictionary)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def of(self, group: ProcessGroup, option: "str | Link | None") -> Link | None:
@@ -58,12 +59,17 @@ class Links:
             option: "auto", a link to assume, or ``None`` for none.
         """
         if self.measures and option == "auto" == self.auto and _has_link(group) and self.at_once(group, option) is None:
-            with self._lock:
+            # Another thread may ask for another group meanwhile, and ranks may do so in another order.
+            with self._lock_of(group):
                 if group not in self._known:
                     self._known[group] = _apart(agreed, group, measured)
                     if self._known[group] is None:
                         self.warn(Note.UNMEASURED.format(group=group.group_name, seconds=PATIENCE_S))
         return self.at_once(group, option)
+
+    def _lock_of(self, group: ProcessGroup) -> threading.Lock:
+        with self._lock:
+            return self._locks.setdefault(group, threading.Lock())
 
     def at_once(self, group: ProcessGroup, option: "str | Link | None") -> Link | None:
         """Returns the link of ``group`` as far as it is known without the other ranks."""

@@ -77,7 +77,8 @@ def patterns(name: str, value: Any) -> tuple[str, ...]:
     """Returns a list of patterns as a tuple."""
     if not isinstance(value, list | tuple | set) or not all(isinstance(pattern, str) for pattern in value):
         raise error(name, value, "a list of patterns (strings) of parameters, modules or source lines")
-    return tuple(value)
+    # Any of them may match, and a set has another order in each process.
+    return tuple(sorted(value) if isinstance(value, set) else value)
 
 
 def densities(name: str, value: Any) -> tuple[tuple[str, float], ...]:

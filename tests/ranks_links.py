@@ -2,6 +2,7 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 from unittest.mock import patch
@@ -45,6 +46,17 @@ def agree(rank: int, world_size: int, absent: int | None) -> Link | None:
         time.sleep(3)
     with on_hosts(rank):
         return agreed(dist.group.WORLD, lambda group, hosts: Link(100.0 + rank, 1.0, 1.0), patience_s=1.0 if absent is not None else 60.0)
+
+
+def agree_on_two(rank: int, world_size: int) -> list[bool]:
+    """Two threads look for the links of two groups, each rank in another order. Returns whether each link is known."""
+    known, groups = Links(), [dist.new_group(list(range(world_size))) for _ in range(2)]
+    first, other = groups if rank == 0 else groups[::-1]
+    apart, measuring = patch.object(links, "on_one_machine", lambda: False), patch.object(links, "measured", lambda *_: Link(100.0))
+    with on_hosts(rank), apart, measuring, ThreadPoolExecutor(2) as pool:
+        begun = pool.submit(known.of, first, "auto")
+        time.sleep(0.5)
+        return [found.result() is not None for found in (begun, pool.submit(known.of, other, "auto"))]
 
 
 def recognise(rank: int, world_size: int) -> list[Any]:

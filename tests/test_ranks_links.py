@@ -4,7 +4,7 @@ import pytest
 
 from dct_compile.link import ONE_MACHINE, Link
 from tests.rank_pool import Ranks
-from tests.ranks_links import agree, agree_on_one, decide, explain, measure, measure_in_a_graph, recognise
+from tests.ranks_links import agree, agree_on_one, agree_on_two, decide, explain, measure, measure_in_a_graph, recognise
 
 pytestmark = pytest.mark.distributed
 
@@ -29,6 +29,10 @@ def test_ranks_of_one_host_measure_nothing(ranks2: Ranks) -> None:
 @pytest.mark.parametrize("absent", [0, 1])
 def test_no_rank_has_a_link_where_one_comes_too_late(ranks2: Ranks, absent: int) -> None:
     assert ranks2(agree, absent) == [None, None]
+
+
+def test_threads_may_ask_for_groups_in_another_order(ranks2: Ranks) -> None:
+    assert ranks2(agree_on_two) == [[True, True]] * 2
 
 
 def test_one_machine_is_recognised(ranks2: Ranks) -> None:
