@@ -35,10 +35,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct owner": ("dct", {"gradient_scheme": "owner", "link": None}),
     "dct late": ("dct", {"arrival": "late", "link": None}),
     "dct powersgd": ("dct", {"gradient_scheme": "powersgd", "link": None}),
+    "dct, small buckets": ("dct", {}),
     "dct": ("dct", {}),
 }
 """Backend (dct_compile/cli/methods.py) and options by name. The first one is the baseline."""
-BUCKET_MIB = {"dct gather, small buckets": 8, "dct gather, int8, small buckets": 8}
+BUCKET_MIB = {"dct gather, small buckets": 8, "dct gather, int8, small buckets": 8, "dct, small buckets": 8}
 """The buckets of DDP in MiB, where they are not the default ones: those that a note of the report names for the GPT at 100 Mbit/s."""
 ON_SHARED_HOSTS: dict[str, tuple[str, dict[str, Any]]] = {"dct two_level": ("dct", {"gradient_scheme": "two_level", "link": None})}
 """The methods for hosts with several ranks each."""
