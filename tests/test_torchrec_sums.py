@@ -101,13 +101,15 @@ def test_vectors_and_tables_are_near_dense(
             assert step.notes[0].startswith(f"{NAME} has encoded")
 
 
-def sums_of_features(rank: int, ranks: int) -> list[tuple[Tensor, Tensor]]:
-    """Returns the vectors, and the tables after a step, where each feature has batches of its own; each with the dense values."""
+def sums_of_features(rank: int, ranks: int, distinct: list[list[int]], per_host: int | None) -> list[tuple[Tensor, Tensor]]:
+    """Returns the vectors, and the tables after a step, where each feature has a batch of its own; each with the dense values.
+
+    ``distinct``: for each rank the samples of both features that are looked up; all samples are copies of these.
+    """
     from torchrec import KeyedJaggedTensor
 
-    from tests.ranks_torchrec import RATE, ROWS, parallel, weights_of
+    from tests.ranks_torchrec import RATE, ROWS, hosts_of, parallel, weights_of
 
-    distinct = [[5, 3], [2, 7], [4, 1]][:ranks]
     samples = 8
     ids = [torch.randint(ROWS, (sum(counts),), generator=torch.Generator().manual_seed(other)) for other, counts in enumerate(distinct)]
     inverse = torch.stack([torch.arange(samples) % count for count in distinct[rank]])
@@ -116,10 +118,11 @@ def sums_of_features(rank: int, ranks: int) -> list[tuple[Tensor, Tensor]]:
     jagged = KeyedJaggedTensor(
         names, ids[rank], lengths=torch.ones_like(ids[rank]), stride_per_key_per_rank=strides, inverse_indices=(names, inverse)
     )
-    model = parallel((16, 32), "row")
-    found = model.module.embeddings(jagged)
-    vectors = torch.cat([found[name] for name in names], dim=1)
-    vectors.sum().backward()
+    with hosts_of(per_host):
+        model = parallel((16, 32), "row")
+        found = model.module.embeddings(jagged)
+        vectors = torch.cat([found[name] for name in names], dim=1)
+        vectors.sum().backward()
     parts = ids[rank].split(distinct[rank])
     expected = torch.cat([weights_of(index, 16 * (1 + index))[parts[index][inverse[index]]] for index in range(2)], dim=1)
     pairs = [(vectors.detach(), expected)]
@@ -136,9 +139,13 @@ def sums_of_features(rank: int, ranks: int) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.usefixtures("torchrec")
-@pytest.mark.parametrize("ranks", ["ranks2", "ranks3"])
-def test_each_feature_may_have_batches_of_its_own(ranks: str, request: pytest.FixtureRequest) -> None:
-    for pairs in request.getfixturevalue(ranks)(sums_of_features):
+@pytest.mark.parametrize(
+    ("distinct", "per_host"),
+    # inside of hosts torchrec's own all_gather carries the gradient, and gloo's takes equal sizes only
+    [([[5, 3], [2, 7]], None), ([[5, 3], [2, 7], [4, 1]], None), ([[5, 3], [5, 3], [5, 3], [5, 3]], 2)],
+)
+def test_each_feature_may_have_a_batch_of_its_own(distinct: list[list[int]], per_host: int | None, request: pytest.FixtureRequest) -> None:
+    for pairs in request.getfixturevalue(f"ranks{len(distinct)}")(sums_of_features, distinct, per_host):
         for actual, expected in pairs:
             assert (actual - expected).abs().max() <= 1.01 * expected.abs().max() / 127
 
