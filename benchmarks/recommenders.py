@@ -1,7 +1,8 @@
 """torchrec's DLRM with several codecs for its sharded embeddings: test loss and bytes, of each seed.
 
-`torchrun --nproc-per-node 2 benchmarks/recommenders.py --seeds 3 --steps 600`. Needs torchrec and fbgemm. The data are random ids with a
-hidden score; embeddings decide most of it. The MLPs are data parallel; "dct" compresses their gradients as well.
+`torchrun --nproc-per-node 2 benchmarks/recommenders.py --seeds 3 --steps 600`. `--sharding row` shards the tables row-wise. Needs torchrec
+and fbgemm. The data are random ids with a hidden score; embeddings decide most of it. The MLPs are data parallel; "dct" compresses their
+gradients as well.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def sharder_of(method: str) -> Any:
     return sharder if method == "dense" else dct_compile.torchrec_sharder(sharder, bits=4 if method == "int4 rows" else 8)
 
 
-def model_of(method: str, seed: int) -> Any:
+def model_of(method: str, seed: int, sharding: str) -> Any:
     """Returns the model under DistributedModelParallel."""
     torch.manual_seed(seed)
     tables = [EmbeddingBagConfig(name=f"t_{name}", embedding_dim=DIM, num_embeddings=ROWS, feature_names=[name]) for name in NAMES]
@@ -62,7 +63,9 @@ def model_of(method: str, seed: int) -> Any:
         dist.get_world_size(),
     )
     model = DLRM(embeddings, DENSE, dense_arch_layer_sizes=[256, DIM], over_arch_layer_sizes=[512, 256, 1])
-    placed = {f"t_{name}": plans.table_wise(rank=index % ranks, compute_kernel="fused") for index, name in enumerate(NAMES)}
+    by_table = [plans.table_wise(rank=index % ranks, compute_kernel="fused") for index in range(FEATURES)]
+    by_row = [plans.row_wise(compute_kernel="fused") for _ in NAMES]
+    placed = {f"t_{name}": way for name, way in zip(NAMES, by_row if sharding == "row" else by_table, strict=True)}
     plan = plans.construct_module_sharding_plan(embeddings, placed, sharder, ranks, ranks, "cpu")
     where = {"sparse_arch.embedding_bag_collection": plan}
     return DistributedModelParallel(model, device=torch.device("cpu"), plan=ShardingPlan(where), sharders=[sharder])
@@ -80,9 +83,9 @@ def loss_of(model: Any, dense: Tensor, ids: KeyedJaggedTensor, labels: Tensor) -
     return nn.functional.binary_cross_entropy_with_logits(model(dense, ids).squeeze(1), labels)
 
 
-def train(method: str, seed: int, steps: int) -> Outcome:
+def train(method: str, seed: int, steps: int, sharding: str) -> Outcome:
     """Trains a model and tests it."""
-    model = model_of(method, seed)
+    model = model_of(method, seed, sharding)
     run = torch.compile(model, backend="dct", options={"link": "1Gbit/s"}) if method == "dct" else model
     optimizer = torch.optim.Adagrad([item for name, item in model.named_parameters() if "embedding_bags" not in name], lr=0.02)
     data = torch.Generator().manual_seed(100 * seed + dist.get_rank())
@@ -108,12 +111,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="the first is compared with")
+    parser.add_argument("--sharding", choices=("table", "row"), default="table")
     chosen = parser.parse_args()
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     reference: list[float] = []
     for method in chosen.methods:
-        outcomes = [train(method, seed, chosen.steps) for seed in range(chosen.seeds)]
+        outcomes = [train(method, seed, chosen.steps, chosen.sharding) for seed in range(chosen.seeds)]
         losses = [outcome.loss for outcome in outcomes]
         reference = reference or losses
         apart = [loss - before for loss, before in zip(losses, reference, strict=True)]

@@ -164,8 +164,8 @@ class Note(StrEnum):
         " DistributedModelParallel, and in its planner, sends int8 rows"
     )
     TORCHREC_SUMS = (
-        "torchrec adds up the pooled embeddings of {tables} by reduce_scatter, which takes no codes: they stay dense. Those of tables that"
-        " are sharded table-wise or column-wise can be sent as int8 rows"
+        "torchrec adds up the pooled embeddings of {tables} by its own reduce_scatter, dense or by a codec that the sharder had for"
+        " POOLED_EMBEDDINGS_REDUCE_SCATTER. Without one, dct_compile.torchrec_sharder sends int8 rows for them as well"
     )
 
 

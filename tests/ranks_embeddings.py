@@ -22,6 +22,11 @@ def coded(x: Tensor, width: int, bits: int = 8, number: int = 0) -> Tensor:
     return dequantize_rows_reference(codes, [width], bits, x.dtype).reshape(x.shape)
 
 
+def normal(seed: int, *shape: int) -> Tensor:
+    """Returns random numbers, float32."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 class Exchange(torch.autograd.Function):
     """An asynchronous exchange of rows, forward and backward, as a model of one's own writes it."""
 

@@ -128,29 +128,28 @@ def step_bytes(rank: int, world_size: int, encoded: bool, sharding: str) -> tupl
 
 @pytest.mark.distributed
 @pytest.mark.usefixtures("torchrec")
-def test_a_quarter_of_the_bytes(ranks2: Ranks) -> None:
-    """The integers of the exchanged ids are part of both. The dense module's note names the remedy."""
-    size = 4 * 2 * 64 * 128
-    note = Note.ENCODED.format(name="dct_compile.torchrec_sharder", count=4, before=4 * size, after=4 * size // 512 * 130)
-    for (dense, told), (encoded, counted) in zip(*(ranks2(step_bytes, on, "table") for on in (False, True)), strict=True):
-        assert 3.5 < dense / encoded < 4
+@pytest.mark.parametrize(("sharding", "less", "share"), [("table", 3.5, 0.5), ("row", 5, 1)])
+def test_a_quarter_of_the_bytes(ranks2: Ranks, sharding: str, less: float, share: float) -> None:
+    """The integers of the exchanged ids are part of both. The dense module's note names the remedy.
+
+    gloo sums a dense reduce_scatter by an all_reduce, which sends twice as much. Encoded sums leave out what a rank adds up itself; of what
+    an all_to_all encodes, half stays on its rank.
+    """
+    size, ids = 4 * 2 * 64 * 128, 3000
+    after = 4 * size // 512 * 130
+    note = Note.ENCODED.format(name="dct_compile.torchrec_sharder", count=4, before=4 * size, after=after)
+    for (dense, told), (encoded, counted) in zip(*(ranks2(step_bytes, on, sharding) for on in (False, True)), strict=True):
+        assert less < dense / encoded < less + 1
+        assert 0 < encoded - share * after / 2 < ids
         assert counted == [note]
         assert told == [Note.TORCHREC.format(modules="ShardedEmbeddingBagCollection")]
 
 
-@pytest.mark.distributed
-@pytest.mark.usefixtures("torchrec")
-def test_sums_stay_dense_and_are_told(ranks2: Ranks) -> None:
-    for (dense, told), (encoded, same) in zip(*(ranks2(step_bytes, on, "row") for on in (False, True)), strict=True):
-        assert told == same == [Note.TORCHREC_SUMS.format(tables="t_f0, t_f1")]
-        assert abs(dense - encoded) < 500
-
-
-def trained(rank: int, world_size: int, encoded: bool) -> tuple[list[tuple[str, str, float | None]], tuple[str, ...]]:
+def trained(rank: int, world_size: int, sharding: str) -> tuple[list[tuple[str, str, float | None]], tuple[str, ...]]:
     """Trains a compiled model; returns kind, decision and ratio of the collectives, and the notes."""
     from tests.ranks_torchrec import ids_of, parallel
 
-    model = parallel((32, 32), encoded=encoded)
+    model = parallel((32, 32), sharding)
     compiled: Any = torch.compile(model, backend=dct)
     for step in range(3):
         compiled(ids_of(rank, step, 2)).square().mean().backward()
@@ -160,9 +159,10 @@ def trained(rank: int, world_size: int, encoded: bool) -> tuple[list[tuple[str, 
 
 @pytest.mark.distributed
 @pytest.mark.usefixtures("torchrec")
-def test_a_compiled_model_has_clean_graphs(ranks2: Ranks) -> None:
+@pytest.mark.parametrize("sharding", ["table", "row"])
+def test_a_compiled_model_has_clean_graphs(ranks2: Ranks, sharding: str) -> None:
     """Dynamo leaves the sharded module alone, and the gradients of the MLP are compressed as those of any DDP module."""
-    for sites, notes in ranks2(trained, True):
+    for sites, notes in ranks2(trained, sharding):
         assert [(kind, decision) for kind, decision, _ in sites] == [("gradient", "compressed")]
         assert (sites[0][2] or 0) > 50
         assert not [note for note in notes if "a graph ends early" in note or "exchanges the embeddings" in note]

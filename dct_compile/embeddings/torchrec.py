@@ -4,6 +4,8 @@
 
     pooled embeddings   [B, D of this rank]       encode, all_to_all_single (torchrec's own, asynchronous), decode
     their gradients     [B of this rank, D]       encode, all_to_all_single, decode
+
+Pooled embeddings of tables that are sharded by rows are sums over ranks: see ``torchrec_sums``.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,10 +18,14 @@ import torch
 from torch import Tensor
 
 from dct_compile.embeddings.codec import RowCodec
+from dct_compile.embeddings.sums import RowCodecs
+from dct_compile.embeddings.torchrec_sums import encode_sums
 from dct_compile.reasons import ENCODES_ITSELF
 from dct_compile.triton_kernels.quantize import largest_code
 
 NAME = "dct_compile.torchrec_sharder"
+SUMMED = "POOLED_EMBEDDINGS_REDUCE_SCATTER"
+"""The name of sums over ranks in torchrec's registry of codecs."""
 Sharder = TypeVar("Sharder")
 
 
@@ -76,6 +82,9 @@ def torchrec_sharder(sharder: Sharder, bits: int = 8) -> Sharder:
     ``sharders=[dct_compile.torchrec_sharder(EmbeddingBagCollectionSharder())]``. A row is an embedding vector, or the largest part that
     divides the vectors of all tables. Its modules run outside of compiled graphs, and wait for their exchange.
 
+    Row-wise tables add up over ranks: decoded rows are added up in float32. Where several hosts have several ranks each, as torchrun tells,
+    the ranks of a host add up dense before. A codec that ``sharder`` has for ``POOLED_EMBEDDINGS_REDUCE_SCATTER`` stays.
+
     Args:
         sharder: ``EmbeddingBagCollectionSharder`` or ``EmbeddingCollectionSharder``; changed in place.
         bits: 8 or 4.
@@ -93,8 +102,12 @@ def torchrec_sharder(sharder: Sharder, bits: int = 8) -> Sharder:
     given, shard = sharder.qcomm_codecs_registry or {}, sharder.shard  # type: ignore[attr-defined]
 
     def shard_encoded(module: Any, params: Mapping[str, Any], *args: Any, **settings: Any) -> Any:
-        sharder._qcomm_codecs_registry = {**given, **_registry(_width(params), bits)}  # type: ignore[attr-defined]
+        width = _width(params)
+        codecs = RowCodecs(RowCodec(width, bits, NAME), RowCodec(width, bits, NAME, number=1))
+        sharder._qcomm_codecs_registry = {**given, **_registry(codecs)}  # type: ignore[attr-defined]
         sharded = shard(module, params, *args, **settings)
+        if SUMMED not in given:
+            encode_sums(sharded, codecs)
         sharded.forward = torch.compiler.disable(partial(_finished, sharded.forward), reason=ENCODES_ITSELF)
         return sharded
 
@@ -111,12 +124,12 @@ def _finished(forward: Callable[..., Any], *args: Any, **settings: Any) -> Any:
     return found.wait() if hasattr(type(found), "wait") else found
 
 
-def _registry(width: int, bits: int) -> dict[str, Any]:
+def _registry(codecs: RowCodecs) -> dict[str, Any]:
     """Returns codecs for the exchanges that add nothing up, in torchrec's form."""
     from torchrec.distributed.types import CommOp, QuantizedCommCodecs
 
-    codecs = QuantizedCommCodecs(forward=Codec(RowCodec(width, bits, NAME)), backward=Codec(RowCodec(width, bits, NAME, number=1)))
-    return {op.name: codecs for op in (CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL, CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL)}
+    given = QuantizedCommCodecs(forward=Codec(codecs.forward), backward=Codec(codecs.backward))
+    return {op.name: given for op in (CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL, CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL)}
 
 
 def _width(params: Mapping[str, Any]) -> int:
