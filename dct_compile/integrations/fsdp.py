@@ -78,11 +78,11 @@ class FSDPIntegration:
             note_other_options(_class_of(target), "FSDP", held, config, SHARD_OPTIONS, runtime)
             return
         gloo.shorten_names()
-        runtime.attached[target] = config
         planned = _planned(target, config, runtime, lambda name: runtime.links.of(resolve_group(name), config.link))
         _agree(planned, config, runtime)
         for item in planned:
             item.install()
+        runtime.attached[target] = config  # not before: a forward after an error tries again
 
     def attach_at_calls(self, compiled: Compiled, positions: Sequence[int], config: DCTConfig, runtime: Runtime) -> Compiled:
         settled = WeakTensorKeyDictionary()

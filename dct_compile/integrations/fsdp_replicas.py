@@ -78,10 +78,8 @@ class ReplicaAverage:
     def of(cls, group: Any, title: str, config: DCTConfig, runtime: Runtime, link_of: LinkOf) -> "ReplicaAverage | None":
         """Returns the average of the shards of ``group``, ``None`` where they have no copies or this rank trains nothing of it."""
         process_group = copies_of(group)
-        if process_group is None:
-            return None
-        average = cls(group, process_group, title, config, runtime, link_of)
-        return average if average.parts else None
+        trains = any(held.sharded_param.requires_grad and local_tensor(held.sharded_param).numel() for held in group.fsdp_params)
+        return cls(group, process_group, title, config, runtime, link_of) if process_group is not None and trains else None
 
     @property
     def last(self) -> BucketPlan:
