@@ -128,7 +128,7 @@ class ReplicaAverage:
             self.publish(plan)
             return plan.reduce_dense(buffer)
         compressed = [parameters[segment.parameter.position] for segment in plan.offer.members.compressed]
-        state = self.runtime.states.bucket(compressed, plan.offer.state, "FSDP")
+        state = self.runtime.states.bucket(compressed, plan.offer.state, "FSDP", buffer.device)  # parameters may be offloaded
         self.publish(plan, state)
         self.runtime.begin_exchange(state, phase.config)
         return plan.offer.reduce(buffer, state.tensors, plan.comm, in_place=True)

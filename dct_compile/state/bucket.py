@@ -51,6 +51,11 @@ class BucketState:
         self._wait()
         return self._pending
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are. Waits for nothing."""
+        return next(iter(self._tensors.values())).device
+
     def _wait(self) -> None:
         if self.under_way is not None:
             self.under_way()
