@@ -187,6 +187,7 @@ def refer_to(refs: "Sequence[weakref.ref[Tensor]]", tensors: Sequence[Tensor]) -
 def _reset(item: StateTensor, part: Tensor) -> None:
     """Sets the part of one parameter to its initial value, which is the same on all ranks."""
     if item.fill is None:
-        part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(part.numel())))
+        # On the CPU, whatever the default device is: there the numbers are the same for all ranks, and the generator is.
+        part.copy_(torch.randn(part.shape, generator=torch.Generator("cpu").manual_seed(part.numel()), device="cpu"))
     else:
         part.fill_(item.fill)
