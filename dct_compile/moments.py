@@ -85,6 +85,6 @@ def _tensor(numbers: Sequence[Factor], dtype: torch.dtype, device: torch.device)
     """Returns the numbers as one tensor on ``device``. Those that are on a GPU already stay there, and none makes the host wait."""
     known = [number(held) for held in numbers]
     if device.type == "cpu":
-        return torch.tensor(known, dtype=dtype)
+        return torch.tensor(known, dtype=dtype, device=device)
     made = [held if isinstance(held, Tensor) else torch.full((), held, dtype=dtype, device=device) for held in known]
     return torch.stack([held.to(device, dtype).reshape(()) for held in made])

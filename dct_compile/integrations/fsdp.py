@@ -2,13 +2,12 @@
 
 A target is the root of a model that ``fully_shard`` was applied to: the module whose forward begins a step. All of its parameter groups are
 attached together, at the first call of a compiled graph inside of its forward. All ranks run that forward, so they agree there. What was
-gathered before is dense.
+gathered before is dense. Every such call looks whether other parameters are trained than before (``fsdp_attached.py``).
 """
 
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -16,50 +15,12 @@ from torch.distributed._composable_state import _module_state_mapping
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dct_compile.config import SHARD_OPTIONS, DCTConfig
-from dct_compile.integrations.fsdp_comms import EncodedAllGather, EncodedReduceScatter, own_comm
-from dct_compile.integrations.fsdp_plan import GroupPlan, name_of
-from dct_compile.integrations.fsdp_replicas import ReplicaAverage
+from dct_compile.integrations.fsdp_attached import Attached, class_of
 from dct_compile.integrations.interface import Compiled
 from dct_compile.integrations.other_options import note_other_options
 from dct_compile.passes.decision import Decision
-from dct_compile.passes.graph_utils import resolve_group
-from dct_compile.passes.manager import publish
-from dct_compile.passes.plan import LinkOf
-from dct_compile.passes.record import describe_site
-from dct_compile.posts import Signature
-from dct_compile.report import GraphReport
 from dct_compile.runtime import Runtime
-from dct_compile.schemes.quantized_shards import QuantizedShards
 from dct_compile.workarounds import gloo
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """The decisions about one parameter group, and the average of its shards over their copies, if there are any."""
-
-    group: Any
-    plan: GroupPlan
-    copies: ReplicaAverage | None
-
-    @property
-    def decisions(self) -> list[Decision]:
-        """The decisions about what a step sends, in the last phase of a training."""
-        return [*self.plan.decisions, *([self.copies.last.decision] if self.copies is not None else [])]
-
-    def signatures(self) -> Iterator[tuple[str, Signature]]:
-        """Yields what the ranks of a process group compare, with the name of the group."""
-        phases = [plan.decision for plan in self.copies.plans.values()] if self.copies is not None else []
-        for decision in (*self.plan.decisions, *phases):
-            yield decision.exchange.group, Signature(decision.exchange.key(), decision.digest, decision.exchange.label)
-
-    def install(self) -> None:
-        """Puts our objects into the places where FSDP communicates; its own where they were ours before, and nothing is compressed now."""
-        gather, reduce = (decision.offer if decision is not None else None for decision in (self.plan.gather, self.plan.reduce))
-        own_gather, own_reduce = own_comm(self.group._all_gather_comm), own_comm(self.group._reduce_scatter_comm)
-        self.group._all_gather_comm = EncodedAllGather(gather, own_gather) if isinstance(gather, QuantizedShards) else own_gather
-        self.group._reduce_scatter_comm = EncodedReduceScatter(reduce, own_reduce) if isinstance(reduce, QuantizedShards) else own_reduce
-        if self.copies is not None:
-            self.copies.install()
 
 
 class FSDPIntegration:
@@ -73,28 +34,31 @@ class FSDPIntegration:
         return [state._modules[0] for context in contexts.values() for state in context.all_states if state._is_root]
 
     def attach(self, target: nn.Module, config: DCTConfig, runtime: Runtime) -> None:
-        held: DCTConfig | None = runtime.attached.get(target)
-        if held is not None:
-            note_other_options(_class_of(target), "FSDP", held, config, SHARD_OPTIONS, runtime)
-            return
-        gloo.shorten_names()
-        runtime.attached[target] = config
-        planned = _planned(target, config, runtime, lambda name: runtime.links.of(resolve_group(name), config.link))
-        _agree(planned, config, runtime)
-        for item in planned:
-            item.install()
+        held: Attached | None = runtime.attached.get(target)
+        if held is None:
+            gloo.shorten_names()
+            held = Attached(target, _groups(target), config, runtime)
+            held.follow()
+            runtime.attached[target] = held  # not before: a forward after an error tries again
+        else:
+            note_other_options(class_of(target), "FSDP", held.config, config, SHARD_OPTIONS, runtime)
+            held.follow()
 
     def attach_at_calls(self, compiled: Compiled, positions: Sequence[int], config: DCTConfig, runtime: Runtime) -> Compiled:
-        settled = WeakTensorKeyDictionary()
+        around = WeakTensorKeyDictionary()
 
         def run(*args: Any) -> Any:
             # A graph with parameters is looked at once for each set of them: the modules around it stay the same.
             first = args[positions[0]] if positions else None
-            if first is None or first not in settled:
-                for target in self.active():
+            if first is None or first not in around:
+                targets = self.active()
+                for target in targets:
                     self.attach(target, config, runtime)
                 if first is not None:
-                    settled[first] = True
+                    around[first] = [weakref.ref(target) for target in targets]
+            else:
+                for ref in around[first]:
+                    _follow(ref(), runtime)
             return compiled(*args)
 
         if hasattr(compiled, "serialize"):  # ahead-of-time compilation stores the graph itself
@@ -102,43 +66,17 @@ class FSDPIntegration:
         return run
 
     def preview(self, target: nn.Module, config: DCTConfig, runtime: Runtime) -> list[Decision]:
-        planned = _planned(target, config, runtime, lambda name: runtime.links.at_once(resolve_group(name), config.link))
-        return [decision for item in planned for decision in item.decisions]
+        return Attached(target, _groups(target), config, runtime).preview()
 
     def paused(self, model: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()  # a forward alone prepares nothing
 
 
-def _planned(target: nn.Module, config: DCTConfig, runtime: Runtime, link_of: LinkOf) -> list[_Planned]:
-    """Decides about all parameter groups of ``target``, and reports it: an entry for each group, and one for its copies."""
-    title = runtime.reports.name_model(target, f"fully_shard({_class_of(target)})")
-    planned = []
-    for number, group in enumerate(_groups(target)):
-        name = f"{title} {group._module_fqn or ''}".rstrip()
-        item = _Planned(group, GroupPlan.of(group, number, config, link_of), ReplicaAverage.of(group, name, config, runtime, link_of))
-        planned.append(item)
-        if item.plan.decisions:
-            entry = publish(GraphReport(name, "", ""), [(describe_site(decision), None) for decision in item.plan.decisions], runtime)
-            entry.owner, entry.model = weakref.ref(target), title
-        if item.copies is not None:
-            item.copies.publish(item.copies.last)
-        runtime.reports.patterns.look(config, [name_of(held) for held in group.fsdp_params])
-    return planned
-
-
-def _class_of(target: nn.Module) -> str:
-    """Returns the name of the class that ``fully_shard`` was given."""
-    return type(target).__name__.removeprefix("FSDP")
-
-
-def _agree(planned: Sequence[_Planned], config: DCTConfig, runtime: Runtime) -> None:
-    """Compares the decisions with those of the other ranks of each process group."""
-    signatures: dict[str, list[Signature]] = {}
-    for item in planned:
-        for name, signature in item.signatures():
-            signatures.setdefault(name, []).append(signature)
-    for name, own in signatures.items():
-        runtime.agreement.check(resolve_group(name), config.comparable(), own, fresh=True)
+def _follow(target: nn.Module | None, runtime: Runtime) -> None:
+    """Looks whether other parameters of ``target`` are trained than before."""
+    held: Attached | None = runtime.attached.get(target) if target is not None else None
+    if held is not None:
+        held.follow()
 
 
 def _groups(target: nn.Module) -> list[Any]:

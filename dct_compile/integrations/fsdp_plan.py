@@ -24,6 +24,9 @@ from dct_compile.reasons import Reason
 DEFAULT_COMMS = (DefaultAllGather, ProcessGroupAllocAllGather, DefaultReduceScatter, ProcessGroupAllocReduceScatter)
 """What FSDP communicates with where nobody has set anything else."""
 
+Trained = tuple[bool, ...]
+"""For each parameter of a group whether it is trained."""
+
 
 @dataclass(frozen=True)
 class GroupPlan:
@@ -122,6 +125,11 @@ def _exchange(
         segments=segments_of(members),
         number=number,
     )
+
+
+def trained_of(group: Any) -> Trained:
+    """Returns which parameters of ``group``, an FSDPParamGroup, are trained now."""
+    return tuple(held.sharded_param.requires_grad for held in group.fsdp_params)
 
 
 def name_of(held: Any) -> str:

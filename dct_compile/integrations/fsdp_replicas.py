@@ -20,7 +20,7 @@ from dct_compile.config import DCTConfig
 from dct_compile.element_order import local_tensor
 from dct_compile.exchange import Parameter, gradient_exchange, segments_of
 from dct_compile.integrations.ddp_plan import BucketPlan
-from dct_compile.integrations.fsdp_plan import name_of
+from dct_compile.integrations.fsdp_plan import name_of, trained_of
 from dct_compile.measure import BucketMeasure
 from dct_compile.passes.collectives import ALL_REDUCE
 from dct_compile.passes.decision import dense, held_until
@@ -57,16 +57,14 @@ def copies_of(group: Any) -> ProcessGroup | None:
 class ReplicaAverage:
     """Averages the gradients of the shards of one parameter group over their copies: the hook that FSDP calls.
 
-    ``held``: the parameters that are trained. ``plans``: the decisions, by the first exchange of a phase.
+    ``trained``: the parameters that it is for. ``plans``: the decisions, by the first exchange of a phase.
     """
 
     def __init__(self, group: Any, process_group: ProcessGroup, title: str, config: DCTConfig, runtime: Runtime, link_of: LinkOf) -> None:
         self.process_group, self.config, self.runtime, self.title = process_group, config, runtime, title
         self.group = weakref.ref(group)
-        # A rank may hold nothing of a parameter that is shorter than the ranks are many.
-        self.held = [held for held in group.fsdp_params if held.sharded_param.requires_grad]
-        self.parts = [held for held in self.held if local_tensor(held.sharded_param).numel()]
-        self.padded = sum(held._sharded_param_data.numel() for held in self.held)
+        self.trained = trained_of(group)
+        self.padded = sum(held._sharded_param_data.numel() for held in self._held(group))
         self.phases = phases_of(config)
         own = group._all_reduce_hook
         reason = Reason.OWN_HOOK_OF_FSDP if own is not None and not isinstance(own, ReplicaAverage) else None
@@ -78,10 +76,8 @@ class ReplicaAverage:
     def of(cls, group: Any, title: str, config: DCTConfig, runtime: Runtime, link_of: LinkOf) -> "ReplicaAverage | None":
         """Returns the average of the shards of ``group``, ``None`` where they have no copies or this rank trains nothing of it."""
         process_group = copies_of(group)
-        if process_group is None:
-            return None
-        average = cls(group, process_group, title, config, runtime, link_of)
-        return average if average.parts else None
+        trains = any(held.sharded_param.requires_grad and local_tensor(held.sharded_param).numel() for held in group.fsdp_params)
+        return cls(group, process_group, title, config, runtime, link_of) if process_group is not None and trains else None
 
     @property
     def last(self) -> BucketPlan:
@@ -89,10 +85,11 @@ class ReplicaAverage:
         return self.plans[self.phases[-1].first]
 
     def install(self) -> None:
-        """Takes the place of FSDP's all_reduce, if anything is compressed."""
+        """Takes the place of FSDP's all_reduce if anything is compressed, and that of an average for other parameters in any case."""
         group = self.group()
         assert group is not None, "its forward runs"
-        if not any(plan.decision.compressed for plan in self.plans.values()):
+        is_ours = isinstance(group._all_reduce_hook, ReplicaAverage)
+        if not is_ours and not any(plan.decision.compressed for plan in self.plans.values()):
             return
         group.mesh_info = copy.copy(group.mesh_info)
         group.mesh_info.replicate_process_group = NoCopies()
@@ -108,55 +105,72 @@ class ReplicaAverage:
         self.entry = plan.publish(f"{self.title} copies", self.runtime, BucketMeasure([state]) if state is not None else None)
         self.entry.owner, self.entry.model = self.group, self.title
 
+    def withdraw(self) -> None:
+        """Takes the row out of the report."""
+        if self.entry is not None:
+            self.runtime.reports.remove(self.entry)
+        self.shown = self.entry = None
+
     def __call__(self, shards: Tensor) -> None:
         """Averages ``shards``, the flat buffer of FSDP's reduce_scatter with its padding, in place."""
         group = self.group()
         assert group is not None, "its backward runs"
         sums = group.gradient_divide_factor is not None  # then FSDP's all_reduce would not divide
-        if shards.numel() != self.padded:  # a step without some of the parameters
+        # A step without some of the parameters, or with others: buffers of equal size may hold the gradients of other parameters.
+        if shards.numel() != self.padded or trained_of(group) != self.trained:
             dist.all_reduce(shards, dist.ReduceOp.SUM if sums else dist.ReduceOp.AVG, self.process_group)
             return
-        views = self._views(shards)
-        mean = self._average([held.sharded_param for held in self.parts], torch.cat(views))  # a copy, which the mean may overwrite
+        views = self._views(group, shards)
+        mean = self._average(self._parts(group), torch.cat(views))  # a copy, which the mean may overwrite
         if sums:
             mean = mean * self.process_group.size()
         for view, part in zip(views, mean.split([view.numel() for view in views]), strict=True):
             view.copy_(part)
 
-    def _average(self, parameters: Sequence[Tensor], buffer: Tensor) -> Tensor:
-        phase = self._begin_exchange(parameters)
+    def _average(self, parts: Sequence[Any], buffer: Tensor) -> Tensor:
+        phase = self._begin_exchange(parts)
         plan = self.plans[phase.first]
         if plan.offer is None:
             self.publish(plan)
             return plan.reduce_dense(buffer)
-        compressed = [parameters[segment.parameter.position] for segment in plan.offer.members.compressed]
-        state = self.runtime.states.bucket(compressed, plan.offer.state, "FSDP")
+        compressed = [parts[segment.parameter.position].sharded_param for segment in plan.offer.members.compressed]
+        state = self.runtime.states.bucket(compressed, plan.offer.state, "FSDP", buffer.device)  # parameters may be offloaded
         self.publish(plan, state)
         self.runtime.begin_exchange(state, phase.config)
         return plan.offer.reduce(buffer, state.tensors, plan.comm, in_place=True)
 
-    def _begin_exchange(self, parameters: Sequence[Tensor]) -> Phase:
+    def _begin_exchange(self, parts: Sequence[Any]) -> Phase:
         """Looks whether the last gradients were applied, and counts this exchange. Returns the phase that it is in."""
+        parameters = [held.sharded_param for held in parts]
         self.runtime.states.use.look(parameters)
         if len(self.phases) == 1:
             return self.phases[0]
         uses = self.runtime.states.use.of(parameters)
-        named = [(name_of(held), held.sharded_param) for held in self.parts]
-        self.runtime.agree_on_exchanges(self.process_group, self.config, named)
+        self.runtime.agree_on_exchanges(self.process_group, self.config, [(name_of(held), held.sharded_param) for held in parts])
         phase = phase_at(self.phases, exchanges_of(uses))
         count_exchange(uses)
         return phase
 
-    def _views(self, shards: Tensor) -> list[Tensor]:
+    def _held(self, group: Any) -> list[Any]:
+        """Returns the parameters that this is for."""
+        return [held for held, is_trained in zip(group.fsdp_params, self.trained, strict=True) if is_trained]
+
+    def _parts(self, group: Any) -> list[Any]:
+        """Returns those of which this rank holds something. It may not, of one that is shorter than the ranks are many."""
+        return [held for held in self._held(group) if local_tensor(held.sharded_param).numel()]
+
+    def _views(self, group: Any, shards: Tensor) -> list[Tensor]:
         """Returns the parts of FSDP's buffer that hold gradients, without the padding between them."""
-        sizes = [held._sharded_param_data.numel() for held in self.held]
-        numels = [local_tensor(held.sharded_param).numel() for held in self.held]
-        return [part[:numel] for part, numel in zip(shards.split(sizes), numels, strict=True) if numel]
+        held = self._held(group)
+        numels = [local_tensor(item.sharded_param).numel() for item in held]
+        split = shards.split([item._sharded_param_data.numel() for item in held])
+        return [part[:numel] for part, numel in zip(split, numels, strict=True) if numel]
 
     def _plan(self, group: Any, phase: Phase, link_of: LinkOf, reason: str | None) -> BucketPlan:
-        shapes = [tuple(local_tensor(held.sharded_param).shape) for held in self.parts]
-        members = [Parameter(index, name_of(held), shape) for index, (held, shape) in enumerate(zip(self.parts, shapes, strict=True))]
-        dtype = group._reduce_dtype or self.held[0].param_dtype or self.held[0].orig_dtype
+        parts = self._parts(group)
+        members = [Parameter(index, name_of(held), tuple(local_tensor(held.sharded_param).shape)) for index, held in enumerate(parts)]
+        first = self._held(group)[0]
+        dtype = group._reduce_dtype or first.param_dtype or first.orig_dtype
         exchange = gradient_exchange(ALL_REDUCE, segments_of(members), dtype, self.process_group)
         decision = dense(exchange, reason) if reason is not None else decide(exchange, phase.config, link_of)
         comm = Comm(self.process_group.group_name, self.process_group.size())

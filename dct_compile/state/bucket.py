@@ -51,6 +51,11 @@ class BucketState:
         self._wait()
         return self._pending
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are. Waits for nothing."""
+        return next(iter(self._tensors.values())).device
+
     def _wait(self) -> None:
         if self.under_way is not None:
             self.under_way()
@@ -182,6 +187,7 @@ def refer_to(refs: "Sequence[weakref.ref[Tensor]]", tensors: Sequence[Tensor]) -
 def _reset(item: StateTensor, part: Tensor) -> None:
     """Sets the part of one parameter to its initial value, which is the same on all ranks."""
     if item.fill is None:
-        part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(part.numel())))
+        # On the CPU, whatever the default device is: there the numbers are the same for all ranks, and the generator is.
+        part.copy_(torch.randn(part.shape, generator=torch.Generator("cpu").manual_seed(part.numel()), device="cpu"))
     else:
         part.fill_(item.fill)

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
@@ -31,8 +32,8 @@ class StateStore:
         self._pending: list[tuple[weakref.ref[Tensor], list[Entry]]] = []
         self._lock = threading.RLock()  # models may be trained in several threads
 
-    def bucket(self, parameters: Sequence[Tensor], spec: StateSpec, family: str = "") -> BucketState:
-        """Returns the state of exactly these parameters, made on first use.
+    def bucket(self, parameters: Sequence[Tensor], spec: StateSpec, family: str = "", device: torch.device | None = None) -> BucketState:
+        """Returns the state of exactly these parameters, made on first use. A state on another device moves.
 
         Args:
             parameters: The parameters of the bucket, in order, all on one device.
@@ -40,19 +41,23 @@ class StateStore:
             family: The name of those buckets that share a parameter's gradient out among them: a parameter is in one of them at a time, as
                 under DDP. Its state moves along when it comes into another one, and the bucket of before gives it up. Without a family
                 each bucket has a state of its own, because two graphs may average parts of a gradient.
+            device: Where the gradients are exchanged. By default that is where the parameters are; FSDP may have offloaded those.
         """
+        device = device or parameters[0].device
         with self._lock:
-            for bucket in self._buckets:
-                if bucket.holds(parameters) and bucket.spec == spec:
-                    bucket.spec = spec  # with the densities of today
-                    return bucket
-            created = BucketState(parameters, spec, parameters[0].device, self.use.of(parameters), family=family)
+            found = next((bucket for bucket in self._buckets if bucket.holds(parameters) and bucket.spec == spec), None)
+            if found is not None and found.device == device:
+                found.spec = spec  # with the densities of today
+                return found
+            created = BucketState(parameters, spec, device, self.use.of(parameters), family=family)
+            if found is not None:
+                self._settle_now([found])
             for index, parameter in enumerate(parameters):
-                held = self._find_held(parameter, family)
+                held = (found, index) if found is not None else self._find_held(parameter, family)
                 if held is not None:
                     created.take_over(index, *held)
-                elif (found := self._take_pending(parameter)) is not None:
-                    created.write(index, found)
+                elif (loaded := self._take_pending(parameter)) is not None:
+                    created.write(index, loaded)
             self._buckets = [bucket for bucket in self._buckets if bucket.lives]
             self._pending = [(ref, waiting) for ref, waiting in self._pending if ref() is not None]
             self._buckets.append(created)
