@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._inductor.utils import run_fw_bw_and_get_code
 from torch.nn.parallel import DistributedDataParallel
 
 import dct_compile
@@ -178,3 +179,20 @@ def test_inductors_generated_code_computes_the_same(ranks2: Ranks) -> None:
         assert expected[2] == got[2] == 3
         assert len(expected[1]) == 2
         torch.testing.assert_close(got[:2], expected[:2])
+
+
+def calls_of_backward(rank: int, world_size: int) -> list[str]:
+    """Returns the lines that call something, in the code of a backward of four layers, each in buckets of their own."""
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)))
+    compiled = torch.compile(model, backend=dct, options={"data_parallel": True, "link": "1Mbit/s"})
+    _, (_, backward) = run_fw_bw_and_get_code(lambda: compiled(torch.randn(4, 512)))
+    assert isinstance(backward, str)
+    return [line for line in backward.splitlines() if "(" in line and not line.lstrip().startswith("#")]
+
+
+def test_an_exchange_starts_before_the_rest_of_the_backward(ranks2: Ranks) -> None:
+    """Products of matrices stand between the start of the first exchange and its wait."""
+    for calls in ranks2(calls_of_backward):
+        starts = [place for place, call in enumerate(calls) if "all_gather_into_tensor.default(" in call]
+        wait = next(place for place, call in enumerate(calls) if "wait_tensor.default(" in call)
+        assert sum("mm(" in call for call in calls[starts[0] : wait]) >= 4

@@ -38,6 +38,8 @@ _CLOSURE = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
 _CONTAINERS = ("_modules", "_parameters", "_buffers", "__dict__", "__self__")
 JOINT_SLOT, _LAST_SLOT = "joint_custom_pre_pass", "post_grad_custom_post_pass"
 _JOINT_PASSES = "use_joint_graph_passes"
+_IN_ORDER = {"reorder_for_peak_memory": False}
+"""Inductor sinks the start of an exchange to its wait otherwise, and nothing runs beside it."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,13 @@ class GraphCompiler:
         passes: dict[str, Any] = {JOINT_SLOT: joint_pass}
         if self.config.inline_kernels:
             passes[_LAST_SLOT] = InlineKernels(self._custom_passes(_LAST_SLOT))
+        order = _IN_ORDER if self.group is not None else {}
         watched = watchers(self.inputs, joint_pass.reduced)
         gm, inputs = add_state_inputs(self.gm, self.example_inputs, requests, watched, always_copied=self.settings.options is not None)
         # The autograd cache would skip the passes on a warm start, and with them the report; Inductor's own cache stays on.
         # aot_compile never looks into the cache, but its result is made by it.
         with functorch_config.patch(enable_autograd_cache=self.ahead_of_time):
-            compiled = compile_graph(gm, inputs, {**self.settings.patches, **passes}, self._inner_compile(joint_pass))
+            compiled = compile_graph(gm, inputs, {**order, **self.settings.patches, **passes}, self._inner_compile(joint_pass))
         self.trains_later, self.decisions = joint_pass.training, joint_pass.decisions
         if not self.ahead_of_time:
             self.first_use.expect(joint_pass.decisions, joint_pass.training)
