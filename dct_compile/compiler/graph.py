@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from dct_compile.compiler.equal_start import with_equal_start
 from dct_compile.compiler.exchanges import before_exchanges, with_count
 from dct_compile.compiler.first_use import FirstUse
+from dct_compile.compiler.refusals import refuse_ahead_of_time, refuse_cpp_wrapper
 from dct_compile.compiler.spread import Meshes, fsdp_meshes, spread_of, watchers
 from dct_compile.compiler.state_inputs import add_state_inputs, with_state
 from dct_compile.config import DCTConfig
@@ -136,7 +137,7 @@ class GraphCompiler:
         return bucket_bytes_on(self.runtime.links.of(self.group, self.config.link), self.group.size(), self.compared.dp_density)
 
     def _attempt(self, requests: list[StateRequest]) -> Compiled:
-        if not self.settings.patches.get(_JOINT_PASSES, getattr(inductor_config, _JOINT_PASSES)):
+        if not self._setting(_JOINT_PASSES):
             raise ValueError(f"option {_JOINT_PASSES!r} is False (as in mode 'lite'): Inductor would not run the passes of backend 'dct'")
         joint_pass = self._joint_pass(requests)
         passes: dict[str, Any] = {JOINT_SLOT: joint_pass}
@@ -188,10 +189,13 @@ class GraphCompiler:
         # The function lives as long as the compiled graph. This object holds the parameters of the first call, which may die sooner.
         inner_compile, first_use, config, runtime = self.settings.inner_compile, self.first_use, self.config, self.runtime
         ahead_of_time, averages, options = self.ahead_of_time, self.group is not None, self.settings.options
+        cpp_wrapper = self._setting("cpp_wrapper")
 
         def inner(gm: fx.GraphModule, inputs: Sequence[Any], **flags: Any) -> Any:
+            if cpp_wrapper:
+                refuse_cpp_wrapper(joint_pass.decisions)
             if ahead_of_time:
-                _refuse_ahead_of_time(joint_pass.decisions, averages)
+                refuse_ahead_of_time(joint_pass.decisions, averages)
                 return inner_compile(gm, inputs, **flags)
             compiled = inner_compile(gm, inputs, **flags)
             if not flags.get("is_backward") or not joint_pass.decisions:
@@ -203,24 +207,16 @@ class GraphCompiler:
 
         return inner
 
+    def _setting(self, name: str) -> Any:
+        """Returns the value of an option of Inductor in this compilation."""
+        return self.settings.patches.get(name, getattr(inductor_config, name))
+
     def _custom_passes(self, slot: str) -> list[Callable[[fx.Graph], None]]:
         """Returns a user's own passes: newer torch allows a list."""
-        passes = self.settings.patches.get(slot, getattr(inductor_config, slot))
+        passes = self._setting(slot)
         if passes is None:
             return []
         return list(passes) if isinstance(passes, list | tuple) else [passes]
-
-
-def _refuse_ahead_of_time(decisions: Sequence[Decision], averages: bool) -> None:
-    """Raises ``RuntimeError`` where a saved graph would lack what happens around it in this process."""
-    chosen = [decision.exchange.label for decision in decisions if decision.compressed]
-    if averages:
-        raise RuntimeError("aot_compile cannot save a graph with option 'data_parallel': parameters are made equal when it first runs")
-    if chosen:
-        raise RuntimeError(
-            f"aot_compile cannot save a graph with compressed exchanges, on which the ranks must agree when it first runs: {chosen}. "
-            "Call the compiled model instead, or leave them dense (options 'exempt', 'mp_density': 1, 'embedding_codec': 'dense')"
-        )
 
 
 def _describe(node: fx.Node, example: Any, group: ProcessGroup | None, meshes: Meshes) -> GraphInput:
