@@ -21,7 +21,7 @@ def test_messages_lie_where_the_parameters_do() -> None:
         devices.update(item.device for item in pytree.tree_leaves(args) if isinstance(item, Tensor))
 
     moves = {name: mock.Mock(side_effect=collective) for name in ("all_reduce", "all_gather", "broadcast")}
-    reads = [mock.patch.object(Tensor, "item", lambda _: 0), mock.patch.object(torch, "equal", lambda *_: True)]
+    reads = [mock.patch.object(Tensor, "item", return_value=0), mock.patch.object(torch, "equal", return_value=True)]
     with fake_group(2), FakeTensorMode(), mock.patch.multiple(dist, **moves), reads[0], reads[1]:
         model = nn.ParameterList([nn.Parameter(torch.empty(4, 4, device="cuda"))])
         with dct_compile.audit(model) as audit:

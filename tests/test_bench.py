@@ -120,6 +120,8 @@ def test_options_choose_what_is_measured(tmp_path: Path) -> None:
         (["--dtype", "float16"], "'float16' is not one of 'float32', 'bfloat16'"),
         (["--op", "pack"], "'pack' is not one of"),
         (["--seconds", "0"], "0.0 is not in the range x>0"),
+        (["--seconds", "nan"], "nan is not a finite number"),
+        (["--seconds", "inf"], "inf is not a finite number"),
         (["--device", "tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
     ],
 )

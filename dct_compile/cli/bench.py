@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from dct_compile.cli.extras import require
+from dct_compile.cli.parsing import FiniteRange
 
 OPS = (
     "dequantize_rows",
@@ -49,13 +50,13 @@ class _PowerOfTwo(click.ParamType[int]):
 @click.option(
     "--density",
     "densities",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
     multiple=True,
     help=f"Fraction kept; repeatable. Default: {', '.join(map(str, _DENSITIES))}.",
 )
 @click.option("--dtype", "dtypes", type=click.Choice(_DTYPES), multiple=True, help="Of gradients and rows; repeatable. Default: both.")
 @click.option("--op", "names", type=click.Choice(OPS), multiple=True, help="Repeatable. Default: all.")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), help=f"For each timing; at least 3 runs. Default: {_SECONDS}.")
+@click.option("--seconds", type=FiniteRange(0, min_open=True), help=f"For each timing; at least 3 runs. Default: {_SECONDS}.")
 @click.option(
     "--inductor/--no-inductor", default=None, help="Compile baselines with torch.compile, too. Default: yes, but not with --quick."
 )

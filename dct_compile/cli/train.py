@@ -8,13 +8,13 @@ import click
 
 from dct_compile.cli.backends import BACKENDS, parse_backends
 from dct_compile.cli.extras import require
-from dct_compile.cli.parsing import parse_options, parse_value
+from dct_compile.cli.parsing import FiniteRange, parse_options, parse_value
 from dct_compile.cli.settings import ASSUMED_LINK, OWN_RATES, Settings, optimization_of, parse_rates
 from dct_compile.models.optimization import OPTIMIZERS
 from dct_compile.models.recipes import FASHION_MNIST, RECIPES, Recipe
 
 _POSITIVE = click.IntRange(min=1)
-_FRACTION = click.FloatRange(min=0, max=1, max_open=True)
+_FRACTION = FiniteRange(min=0, max=1, max_open=True)
 _DEFAULT = "Default: the backend's."
 _DATASETS = tuple(name for recipe in RECIPES.values() for name in recipe.datasets)
 
