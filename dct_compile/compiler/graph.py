@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from dct_compile.compiler.equal_start import with_equal_start
 from dct_compile.compiler.exchanges import before_exchanges, with_count
 from dct_compile.compiler.first_use import FirstUse
+from dct_compile.compiler.not_averaged import differentiated, plain_leaves
 from dct_compile.compiler.refusals import refuse_ahead_of_time, refuse_cpp_wrapper
 from dct_compile.compiler.spread import Meshes, fsdp_meshes, spread_of, watchers
 from dct_compile.compiler.state_inputs import add_state_inputs, with_state
@@ -164,7 +165,7 @@ class GraphCompiler:
         self.runtime.reports.has_shards |= any(info.spread.manager for info in self.inputs)
 
     def _note_left_alone(self, reduced: Collection[int]) -> None:
-        """Reports the parameters that ``data_parallel`` does not average. ``reduced``: those whose gradients DTensor reduces."""
+        """Reports the gradients that ``data_parallel`` does not average. ``reduced``: of which parameters DTensor reduces them."""
         if self.group is None:
             return
         trained = [(position, info) for position, info in enumerate(self.inputs) if info.is_trainable]
@@ -172,6 +173,8 @@ class GraphCompiler:
             Note.SHARDED: [info.name for _, info in trained if info.spread.manager == "DTensor" and not info.spread.is_copy],
             Note.REDUCED_BY_FSDP: [info.name for _, info in trained if info.spread.manager == "FSDP" and not info.spread.is_copy],
             Note.REDUCED_BY_DTENSOR: [info.name for position, info in trained if position in reduced],
+            Note.IN_THE_GRAPH: differentiated(self.gm, self.inputs),
+            Note.NO_PARAMETERS: plain_leaves(self.gm, self.example_inputs, self.inputs),
         }
         for note, names in left.items():
             if names:
