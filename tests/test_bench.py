@@ -154,6 +154,13 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
 
 
 @compiled
+def test_a_folder_that_takes_no_file_is_an_error() -> None:
+    result = _invoke(*TINY, "--out", "/proc")
+    assert result.exit_code == 2
+    assert "cannot write /proc/kernels-cpu.csv: No such file or directory" in result.output
+
+
+@compiled
 def test_what_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "available_bytes", lambda device: 2**30)
     arguments = ["--device", "cpu", "--op", "pack_rows", "--dtype", "float32", "--density", "0.01", "--seconds", "0.001", "--out", tmp_path]

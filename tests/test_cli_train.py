@@ -112,6 +112,12 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     assert "cannot write to" in result.output
 
 
+def test_a_folder_that_takes_no_file_is_an_error(tmp_path: Path) -> None:
+    result = _invoke(*SMALL, "--out", "/proc")
+    assert result.exit_code == 2
+    assert "cannot write /proc/report.html: No such file or directory" in result.output
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "matplotlib" else True)
     result = _invoke(*SMALL)

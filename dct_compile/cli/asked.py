@@ -65,6 +65,15 @@ def check_paths(*paths: Path | None) -> None:
             raise click.UsageError(f"cannot write {path}: {error.strerror}") from error
 
 
+def make_folder(folder: Path, result: str) -> None:
+    """Makes a folder of results. Raises ``click.UsageError`` where it, or the file ``result`` in it, cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"cannot write to {folder}: {error}") from error
+    check_paths(folder / result)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Says that ``path`` was written. Turns an error of writing it into a ``click.ClickException`` that names it."""

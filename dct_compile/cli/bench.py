@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from dct_compile.cli.asked import make_folder
 from dct_compile.cli.extras import require
 from dct_compile.cli.parsing import FiniteRange
 
@@ -102,10 +103,8 @@ def kernels(
         seconds=seconds or (_QUICK_SECONDS if quick else _SECONDS),
         inductor=not quick if inductor is None else inductor,
     )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.UsageError(f"cannot write to {out}: {error}") from error
+    target = out / f"kernels-{settings.device.type}{'-kept' if keep_memory else ''}"
+    make_folder(out, f"{target.name}.csv")
     if keep_memory:
         keep_freed_memory()
-    run(settings, out / f"kernels-{settings.device.type}{'-kept' if keep_memory else ''}", "kept" if keep_memory else "system")
+    run(settings, target, "kept" if keep_memory else "system")

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from dct_compile.cli.asked import make_folder
 from dct_compile.cli.backends import BACKENDS, parse_backends
 from dct_compile.cli.extras import require
 from dct_compile.cli.parsing import FiniteRange, parse_options, parse_value
@@ -104,10 +105,7 @@ def train(**given: Any) -> None:
         settings.check()
     except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.UsageError(f"cannot write to {settings.out}: {error}") from error
+    make_folder(settings.out, "report.html")
     # Late, so that `dct --help` and usage errors do not wait for it.
     from dct_compile.cli.launch import launch
 
