@@ -143,7 +143,9 @@ class Audit:
         waiting = torch.zeros_like(_flat(local))
         for entry in entries:
             waiting += fold_late(fold_share(entry))["residual"].double()
-        volume = torch.tensor([account.volume + (local.abs().max().item() if local.numel() else 0.0)], dtype=torch.float64)
+        largest = account.volume + (local.abs().max().item() if local.numel() else 0.0)
+        # A group of NCCL alone sends nothing from a CPU.
+        volume = torch.tensor([largest], dtype=torch.float64, device=local.device)
         total, applied = _flat(local).clone(), self._of_the_last(_flat(applied), account.steps)
         for tensor in (total, waiting, volume):
             dist.all_reduce(tensor, group=self._group)
@@ -153,10 +155,11 @@ class Audit:
 
     def _of_the_last(self, applied: Tensor, steps: int) -> Tensor:
         """Returns the gradients of the rank that made the most steps: the others had no more inputs."""
-        made = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(made, torch.tensor([steps]), group=self._group)
+        own = torch.tensor([steps], device=applied.device)
+        made = [torch.zeros_like(own) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(made, own, group=self._group)
         applied = applied.clone()
-        dist.broadcast(applied, group=self._group, group_src=int(torch.cat(made).argmax()))
+        dist.broadcast(applied, group=self._group, group_src=int(torch.cat(made).argmax().item()))
         return applied
 
     def _differs(self, parameter: Tensor) -> bool:

@@ -131,6 +131,14 @@ class Note(StrEnum):
     REDUCED_BY_FSDP = (
         "data_parallel does not average the gradients of these parameters, because FSDP reduces them over the same ranks: {parameters}"
     )
+    IN_THE_GRAPH = (
+        "data_parallel does not average the gradients that a graph computes itself, by torch.func or torch.autograd.grad, of {parameters}:"
+        " it averages what backward() gives to parameters, called on what the compiled function returns"
+    )
+    NO_PARAMETERS = (
+        "data_parallel does not average the gradients of these tensors, and does not make them equal on all ranks, because they are no"
+        " torch.nn.Parameter: {parameters}"
+    )
     NOT_COMPILED = (
         "parts of DDP's model run outside of compiled graphs: {parameters}. Their gradients are compressed all the same, their other"
         " collectives are not seen. torch skips its own modules, such as nn.Sequential and nn.Linear, when DDP calls them:"

@@ -18,6 +18,9 @@ WAIT = c10d.wait_tensor.default
 SITE = "dct_site"
 """The key of a node's ``meta`` that holds the number of the site it belongs to, in the dense graph as in the rewritten one."""
 
+_CHECKPOINTING = ("recompute", "ac_graph_id")
+"""The keys of a node's ``meta`` that say whether the backward computes it again (``torch.utils.checkpoint``), and of which region it is."""
+
 SHAPE_OPS = frozenset(
     {
         aten.view.default,
@@ -194,9 +197,9 @@ def outputs(graph: fx.Graph) -> list[Any]:
 def inherited(like: fx.Node, label: str) -> dict[str, Any]:
     """Returns the ``meta`` of nodes that stand for ``like``: its source line, its site, and ``label`` as the name of their origin.
 
-    Inductor prints the origin above each call of its code.
+    Inductor prints the origin above each call of its code. What activation checkpointing asks for holds for them, too.
     """
-    kept = {key: like.meta[key] for key in ("stack_trace", SITE) if like.meta.get(key) is not None}
+    kept = {key: like.meta[key] for key in ("stack_trace", SITE, *_CHECKPOINTING) if like.meta.get(key) is not None}
     return {**kept, "from_node": [_origin(like, label)]} if label else kept
 
 

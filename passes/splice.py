@@ -13,6 +13,7 @@ So the work between the collective and its wait still runs beside the exchange.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 import torch
@@ -107,8 +108,9 @@ def copy_nodes(
 
 
 def _constant(graph: fx.Graph, value: Tensor) -> fx.Node:
-    """Makes ``value`` an attribute of the graph's module."""
-    assert graph.owning_module is not None
-    name = f"dct_table_{len(graph.find_nodes(op='get_attr'))}"
-    graph.owning_module.register_buffer(name, value, persistent=False)
+    """Makes ``value`` an attribute of the graph's module, under a name that is free there."""
+    module = graph.owning_module
+    assert module is not None
+    name = next(name for name in map("dct_table_{}".format, count()) if not hasattr(module, name))
+    module.register_buffer(name, value, persistent=False)
     return graph.get_attr(name)

@@ -64,7 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "users.py").write_text(USERS_FILE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -113,9 +113,13 @@ def test_command_advises_dense_on_a_fast_link(folder: Path) -> None:
         (["--link", '{"latency_s": 1e-5}'], "nor a mapping such as"),
         (["--ranks", "1"], "1 is not in the range x>=2"),
         (["--compute", "0"], "0.0 is not in the range x>0"),
+        (["--compute", "nan"], "Invalid value for '--compute': nan is not a finite number"),
+        (["--compute", "inf"], "Invalid value for '--compute': inf is not a finite number"),
         (["--options", "link=1Gbit/s"], "the link is said by --link, not by option link"),
         (["--options", "dp_densty=1"], "unknown option 'dp_densty'"),
         (["--picture", "missing/out.png"], "there is no folder"),
+        (["--picture", "/proc/out.png"], "cannot write /proc/out.png: No such file or directory"),
+        (["--json", "/proc/out.json"], "cannot write /proc/out.json: No such file or directory"),
         (["dp_density=1"], "options of the backend follow --options"),
     ],
 )
@@ -147,6 +151,35 @@ def test_link_needs_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     alone = invoke("link")
     assert alone.exit_code == 1
     assert "one rank alone has no link" in alone.output
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "x"}, "RANK is 'x' in the environment, which is not a number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment, which is not a number"),
+        ({"RANK": "2"}, "RANK is 2 in the environment, and WORLD_SIZE 2"),
+        ({"MASTER_ADDR": ""}, "there is no MASTER_ADDR in the environment"),
+        ({"MASTER_ADDR": "localhost"}, "there is no MASTER_PORT in the environment"),
+        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "MASTER_PORT is 'http' in the environment, which is not a number"),
+    ],
+)
+@pytest.mark.parametrize("command", [("link",), ("advise", "users.py:wrapped", "--compute", "1")], ids=lambda words: words[0])
+def test_what_torchrun_has_not_written_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], variables: dict[str, str], words: str
+) -> None:
+    for name, value in ({"RANK": "0", "WORLD_SIZE": "2"} | variables).items():
+        monkeypatch.setenv(name, value)
+    result = invoke(*command)
+    assert result.exit_code == 2
+    assert f"{words}: start the command with torchrun, which sets RANK, WORLD_SIZE" in " ".join(result.output.split())
+
+
+def test_an_error_of_writing_names_the_file(folder: Path) -> None:
+    """As on a full disk, which is not known before the work."""
+    result = invoke("advise", "users.py:wrapped", "--compute", "1", "--json", "/dev/full")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1] == "Error: cannot write /dev/full: No space left on device"
 
 
 def _told(rank: int, ranks: int) -> list[str]:

@@ -120,6 +120,8 @@ def test_options_choose_what_is_measured(tmp_path: Path) -> None:
         (["--dtype", "float16"], "'float16' is not one of 'float32', 'bfloat16'"),
         (["--op", "pack"], "'pack' is not one of"),
         (["--seconds", "0"], "0.0 is not in the range x>0"),
+        (["--seconds", "nan"], "nan is not a finite number"),
+        (["--seconds", "inf"], "inf is not a finite number"),
         (["--device", "tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
     ],
 )
@@ -149,6 +151,13 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     result = _invoke(*TINY, "--out", tmp_path / "file" / "below")
     assert result.exit_code == 2
     assert "cannot write to" in result.output
+
+
+@compiled
+def test_a_folder_that_takes_no_file_is_an_error() -> None:
+    result = _invoke(*TINY, "--out", "/proc")
+    assert result.exit_code == 2
+    assert "cannot write /proc/kernels-cpu.csv: No such file or directory" in result.output
 
 
 @compiled

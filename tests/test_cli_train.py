@@ -75,6 +75,7 @@ def _results(seeds: int = 2, with_dct: bool = True) -> Results:
         ([*SMALL, "--option", "mp_density"], "'mp_density' is not of the form key=value"),
         ([*SMALL, "--option", "min_numel=1", "--option", "min_numel=2"], "'min_numel' is given twice"),
         ([*SMALL, "--mp-density", "0.1", "--option", "mp_density=0.2"], "mp_density given both as a flag and as an --option"),
+        ([*SMALL, "--option", "data_parallel=true"], "option 'data_parallel' is for models without DDP: the trainings of this command"),
         (["--dataset", "criteo"], "needs the path of its train.txt"),
         (["--dataset", "criteo", "--criteo-path", "no-such-file"], "no-such-file does not exist: get the Criteo Kaggle data set"),
         (["--model", "gpt", "--dataset", "movielens"], "gpt is not trained on movielens: its data sets are shakespeare"),
@@ -111,6 +112,12 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     assert "cannot write to" in result.output
 
 
+def test_a_folder_that_takes_no_file_is_an_error(tmp_path: Path) -> None:
+    result = _invoke(*SMALL, "--out", "/proc")
+    assert result.exit_code == 2
+    assert "cannot write /proc/report.html: No such file or directory" in result.output
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "matplotlib" else True)
     result = _invoke(*SMALL)
@@ -122,6 +129,19 @@ def test_another_number_of_torchrun_ranks_is_an_error(tmp_path: Path) -> None:
     result = _invoke(*SMALL, "--out", tmp_path, env={"RANK": "0", "WORLD_SIZE": "3"})
     assert result.exit_code == 1
     assert "torchrun started 3 ranks, --dp 2 --mp 2 needs 4" in result.output
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "4"}, "RANK is 'x' in the environment, which is not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": None}, "there is no MASTER_ADDR in the environment"),
+    ],
+)
+def test_what_torchrun_has_not_written_is_told(tmp_path: Path, environment: dict[str, str], words: str) -> None:
+    result = _invoke(*SMALL, "--out", tmp_path, env=environment)
+    assert result.exit_code == 2
+    assert f"{words}: start the command with torchrun" in " ".join(result.output.split())
 
 
 def test_option_values() -> None:

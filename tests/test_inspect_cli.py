@@ -174,6 +174,8 @@ def test_help_lists_every_option_with_its_default() -> None:
         (["dlrm", "--options", "mp_density=0.1", "mp_density=0.2"], "'mp_density' is given twice"),
         (["dlrm", "mp_density=0.1"], "unexpected argument 'mp_density=0.1': options of the backend follow --options"),
         (["dlrm", "--html", "nowhere/out.html"], "cannot write nowhere/out.html: there is no folder"),
+        (["dlrm", "--html", "/proc/out.html"], "cannot write /proc/out.html: No such file or directory"),
+        (["dlrm", "--json", "/proc/out.json"], "cannot write /proc/out.json: No such file or directory"),
         ([], "Missing argument 'TARGET'"),
     ],
 )
@@ -181,6 +183,21 @@ def test_usage_errors(folder: Path, arguments: list[str], message: str) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert message in said(result)
+
+
+@pytest.mark.parametrize("flag", ["--html", "--json"])
+def test_an_error_of_writing_names_the_file(folder: Path, flag: str) -> None:
+    """As on a full disk, which is not known before the work."""
+    result = invoke("users.py:one", flag, "/dev/full")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1] == "Error: cannot write /dev/full: No space left on device"
+
+
+def test_a_file_that_is_there_is_kept_until_it_is_written(folder: Path) -> None:
+    (folder / "out.json").write_text("before")
+    assert invoke("users.py:missing", "--json", "out.json", "--html", "out.html").exit_code == 1
+    assert (folder / "out.json").read_text() == "before"
+    assert not (folder / "out.html").exists()
 
 
 @pytest.mark.parametrize(

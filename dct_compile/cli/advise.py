@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
-from dct_compile.cli.asked import OPTIONS, asked_for, check_paths, complete_file, read, said
+from dct_compile.cli.asked import OPTIONS, asked_for, check_paths, complete_file, read, said, writing
 from dct_compile.cli.extras import require
+from dct_compile.cli.launched import rank_and_ranks
 from dct_compile.cli.link import ranks_of_launcher
-from dct_compile.cli.parsing import parse_value
+from dct_compile.cli.parsing import FiniteRange, parse_value
 from dct_compile.link import Link, parse
 
 _DEFAULT_LINK = "1Gbit/s"
@@ -20,7 +21,7 @@ _DEFAULT_LINK = "1Gbit/s"
 @click.argument("words", nargs=-1, required=True, metavar="TARGET", shell_complete=complete_file)
 @click.option("--link", "link_text", metavar="RATE", help='"1Gbit/s" or {"bytes_per_s": ..., "latency_s": ...}. Default: 1Gbit/s.')
 @click.option("--ranks", type=click.IntRange(min=2), help="Number of ranks. Default: 4; under torchrun those that there are.")
-@click.option("--compute", type=click.FloatRange(min=0, min_open=True), help="Seconds of forward and backward. Default: timed here.")
+@click.option("--compute", type=FiniteRange(min=0, min_open=True), help="Seconds of forward and backward. Default: timed here.")
 @click.option("--scale", is_flag=True, help="Show 2 to 1024 data-parallel ranks, by scheme.")
 @click.option("--options", "options", multiple=True, metavar="KEY=VALUE...", help="Options of the dct backend; repeatable.")
 @click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a picture (PNG) of step times here.")
@@ -45,8 +46,8 @@ def advise(
     check_paths(picture, json_)
     given = _link(link_text)
     launched = "RANK" in os.environ
-    if launched and ranks not in (None, int(os.environ.get("WORLD_SIZE", "1"))):
-        raise click.UsageError(f"--ranks {ranks}, but torchrun has started {os.environ.get('WORLD_SIZE')} ranks: leave --ranks out")
+    if launched and ranks not in (None, started := rank_and_ranks()[1]):
+        raise click.UsageError(f"--ranks {ranks}, but torchrun has started {started} ranks: leave --ranks out")
     if picture is not None:
         require("matplotlib")
     make, parsed = read(target, asked)
@@ -67,14 +68,15 @@ def advise(
             return
         click.echo(tables(case, scale=scale))
         if json_ is not None:
-            json_.write_text(json.dumps(values(case), indent=1), encoding="utf-8")
-            click.echo(f"wrote {json_}")
+            with writing(json_):
+                json_.write_text(json.dumps(values(case), indent=1), encoding="utf-8")
         if picture is not None:
             # Late: matplotlib may be missing.
             from dct_compile.cli.advise_plots import draw
 
-            picture.write_bytes(draw(case))
-            click.echo(f"wrote {picture}")
+            drawn = draw(case)
+            with writing(picture):
+                picture.write_bytes(drawn)
 
 
 def _default() -> Link:

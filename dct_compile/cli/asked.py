@@ -52,10 +52,36 @@ def asked_for(words: Sequence[str], options: Sequence[str]) -> tuple[str, list[s
 
 
 def check_paths(*paths: Path | None) -> None:
-    """Raises ``click.UsageError`` for a file in a folder that does not exist."""
-    for path in paths:
-        if path is not None and not path.resolve().parent.is_dir():
+    """Raises ``click.UsageError`` for a file that cannot be written, such as one in a folder that does not exist."""
+    for path in filter(None, paths):
+        if not path.resolve().parent.is_dir():
             raise click.UsageError(f"cannot write {path}: there is no folder {path.resolve().parent}")
+        is_new = not path.exists()
+        try:
+            path.open("ab").close()  # permissions do not say it: some file systems take no file from anybody
+            if is_new:
+                path.resolve().unlink(missing_ok=True)  # another rank may have been here
+        except OSError as error:
+            raise click.UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def make_folder(folder: Path, result: str) -> None:
+    """Makes a folder of results. Raises ``click.UsageError`` where it, or the file ``result`` in it, cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"cannot write to {folder}: {error}") from error
+    check_paths(folder / result)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says that ``path`` was written. Turns an error of writing it into a ``click.ClickException`` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from error
+    click.echo(f"wrote {path}")
 
 
 def complete_file(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import click
 
+from dct_compile.cli.asked import make_folder
 from dct_compile.cli.extras import require
+from dct_compile.cli.parsing import FiniteRange
 
 OPS = (
     "dequantize_rows",
@@ -49,13 +51,13 @@ class _PowerOfTwo(click.ParamType[int]):
 @click.option(
     "--density",
     "densities",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
     multiple=True,
     help=f"Fraction kept; repeatable. Default: {', '.join(map(str, _DENSITIES))}.",
 )
 @click.option("--dtype", "dtypes", type=click.Choice(_DTYPES), multiple=True, help="Of gradients and rows; repeatable. Default: both.")
 @click.option("--op", "names", type=click.Choice(OPS), multiple=True, help="Repeatable. Default: all.")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), help=f"For each timing; at least 3 runs. Default: {_SECONDS}.")
+@click.option("--seconds", type=FiniteRange(0, min_open=True), help=f"For each timing; at least 3 runs. Default: {_SECONDS}.")
 @click.option(
     "--inductor/--no-inductor", default=None, help="Compile baselines with torch.compile, too. Default: yes, but not with --quick."
 )
@@ -101,10 +103,8 @@ def kernels(
         seconds=seconds or (_QUICK_SECONDS if quick else _SECONDS),
         inductor=not quick if inductor is None else inductor,
     )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.UsageError(f"cannot write to {out}: {error}") from error
+    target = out / f"kernels-{settings.device.type}{'-kept' if keep_memory else ''}"
+    make_folder(out, f"{target.name}.csv")
     if keep_memory:
         keep_freed_memory()
-    run(settings, out / f"kernels-{settings.device.type}{'-kept' if keep_memory else ''}", "kept" if keep_memory else "system")
+    run(settings, target, "kept" if keep_memory else "system")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dct_compile.cli.asked import OPTIONS, asked_for, check_paths, complete_file, read, said
+from dct_compile.cli.asked import OPTIONS, asked_for, check_paths, complete_file, read, said, writing
 
 
 @click.command(epilog=OPTIONS)
@@ -35,8 +35,8 @@ def inspect(words: tuple[str, ...], ranks: int, options: tuple[str, ...], html: 
     click.echo(f"{title}; bytes are sent per rank and call\n")
     click.echo(report.table(shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     if html is not None:
-        report.to_html(html, title, {"options": ", ".join(asked) or "defaults"})
-        click.echo(f"wrote {html}")
+        with writing(html):
+            report.to_html(html, title, {"options": ", ".join(asked) or "defaults"})
     if json_ is not None:
-        report.to_json(json_)
-        click.echo(f"wrote {json_}")
+        with writing(json_):
+            report.to_json(json_)

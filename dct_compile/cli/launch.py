@@ -5,6 +5,7 @@ import os
 import click
 from torch._C._distributed_c10d import TCPStore
 
+from dct_compile.cli.launched import check_meeting_place, rank_and_ranks
 from dct_compile.cli.present import present
 from dct_compile.cli.ranks import run_ranks
 from dct_compile.cli.settings import Settings
@@ -25,13 +26,14 @@ def launch(settings: Settings) -> None:
     # One thread per rank: they share the cores, and the order of a sum must not depend on the machine.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        world_size = int(os.environ["WORLD_SIZE"])
+        rank, world_size = rank_and_ranks()
         if world_size != settings.world_size:
             raise click.ClickException(
                 f"torchrun started {world_size} ranks, --dp {settings.dp} --mp {settings.mp} needs {settings.world_size}"
             )
-        work(int(os.environ["RANK"]), settings, None)
-        if os.environ["RANK"] != "0":
+        check_meeting_place()
+        work(rank, settings, None)
+        if rank != 0:
             return
     else:
         # The ranks meet at a store whose port the system chose, so that two runs on one machine do not collide.

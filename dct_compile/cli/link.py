@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dct_compile.cli.launched import check_meeting_place, number, rank_and_ranks
 from dct_compile.link import Link, duration, rate
 
 if TYPE_CHECKING:
@@ -43,18 +44,20 @@ def launch_lines(command: str) -> str:
 def ranks_of_launcher() -> Iterator["ProcessGroup"]:
     """Joins the ranks that torchrun has started, until the context ends.
 
-    Raises ``click.ClickException`` where it has started one rank alone.
+    Raises ``click.ClickException`` where it has started one rank alone, or none.
     """
+    if rank_and_ranks()[1] < 2:
+        raise click.ClickException(f"one rank alone has no link: torchrun has to start at least two.\n{launch_lines('dct link')}")
+    check_meeting_place()
+    # Late, so that `dct --help` and usage errors do not wait for it.
     import torch
     import torch.distributed as dist
 
     from dct_compile.workarounds.gloo import shorten_names
 
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise click.ClickException(f"one rank alone has no link: torchrun has to start at least two.\n{launch_lines('dct link')}")
     shorten_names()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(number("LOCAL_RANK", "0") % torch.cuda.device_count())
     dist.init_process_group()
     try:
         assert dist.group.WORLD is not None

@@ -2,10 +2,23 @@
 
 import ast
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import click
+
 from dct_compile.options import default_options, split_options
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers without ``nan`` and ``inf``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def parse_value(text: str) -> Any:

@@ -71,6 +71,8 @@ class Settings:
     def check(self) -> None:
         """Raises ``ValueError`` or ``MissingData`` for what would otherwise fail on the ranks, once they are started."""
         check_options(self.options)
+        if self.options.get("data_parallel", False) is not False:
+            raise ValueError("option 'data_parallel' is for models without DDP: the trainings of this command wrap theirs in DDP")
         known = RECIPES[self.model].datasets
         if self.dataset not in known:
             raise ValueError(f"{self.model} is not trained on {self.dataset}: its data sets are {', '.join(known)}")

@@ -6,15 +6,16 @@ from typing import Any
 
 import click
 
+from dct_compile.cli.asked import make_folder
 from dct_compile.cli.backends import BACKENDS, parse_backends
 from dct_compile.cli.extras import require
-from dct_compile.cli.parsing import parse_options, parse_value
+from dct_compile.cli.parsing import FiniteRange, parse_options, parse_value
 from dct_compile.cli.settings import ASSUMED_LINK, OWN_RATES, Settings, optimization_of, parse_rates
 from dct_compile.models.optimization import OPTIMIZERS
 from dct_compile.models.recipes import FASHION_MNIST, RECIPES, Recipe
 
 _POSITIVE = click.IntRange(min=1)
-_FRACTION = click.FloatRange(min=0, max=1, max_open=True)
+_FRACTION = FiniteRange(min=0, max=1, max_open=True)
 _DEFAULT = "Default: the backend's."
 _DATASETS = tuple(name for recipe in RECIPES.values() for name in recipe.datasets)
 
@@ -104,10 +105,7 @@ def train(**given: Any) -> None:
         settings.check()
     except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.UsageError(f"cannot write to {settings.out}: {error}") from error
+    make_folder(settings.out, "report.html")
     # Late, so that `dct --help` and usage errors do not wait for it.
     from dct_compile.cli.launch import launch
 

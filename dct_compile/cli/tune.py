@@ -11,7 +11,7 @@ import click
 
 from dct_compile.cli.asked import OPTIONS, asked_for, complete_file
 from dct_compile.cli.extras import require
-from dct_compile.cli.parsing import check_options, parse_options
+from dct_compile.cli.parsing import FiniteRange, check_options, parse_options
 from dct_compile.link import Link, duration, parse
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 @click.argument("words", nargs=-1, required=True, metavar="TARGET", shell_complete=complete_file)
 @click.option("--ranks", type=click.IntRange(min=2), default=2, help="Number of ranks of each training.")
 @click.option("--trials", type=click.IntRange(min=1), default=20, help="Number of trials, those of earlier runs included.")
-@click.option("--within", type=click.FloatRange(min=0), default=0.01, help="Largest loss allowed, as a fraction above that of dense.")
+@click.option("--within", type=FiniteRange(min=0), default=0.01, help="Largest loss allowed, as a fraction above that of dense.")
 @click.option("--link", default="1Gbit/s", help="The link that is assumed between the ranks. none: the time of a step as measured here.")
 @click.option("--options", "options", multiple=True, metavar="KEY=VALUE...", help="Options that all trainings have; repeatable.")
 @click.option("--search", multiple=True, metavar="KEY=VALUES", help="KEY=LOW..HIGH or KEY=A,B,...; repeatable. Default: by what travels.")
 @click.option("--steps", type=click.IntRange(min=1), help="Length of a training of dlrm, gpt or resnet. Default: the model's own.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds that a training may take. Default: no limit.")
+@click.option("--timeout", type=FiniteRange(min=0, min_open=True), help="Seconds that a training may take. Default: no limit.")
 @click.option("--by", type=click.Choice(["optuna", "ray"]), default="optuna", help="The library that searches.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the search.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/tune"), help="Folder for the study.")
@@ -50,7 +50,7 @@ def tune(words: tuple[str, ...], options: tuple[str, ...], by: str, out: Path, *
     from dct_compile.cli.tune_space import parse_space
     from dct_compile.cli.tune_trial import Trainable, checked
 
-    trainable = checked(Trainable(target, given["ranks"], given["steps"], given["timeout"]))
+    trainable = checked(Trainable(target, given["ranks"], given["steps"], given["timeout"]), fixed)
     try:
         searched = parse_space(given["search"], fixed)
         out.mkdir(parents=True, exist_ok=True)

@@ -41,8 +41,8 @@ class Trainable:
     steps: int | None
     timeout_s: float | None
 
-    def check(self) -> None:
-        """Raises ``ValueError`` for what would fail in every trial."""
+    def check(self, fixed: dict[str, Any]) -> None:
+        """Raises ``ValueError`` for what would fail in every trial. ``fixed``: the options of all trials."""
         if self.target not in RECIPES:
             place_of(self.target, _EXPECTED)
             if self.steps is not None:
@@ -51,7 +51,7 @@ class Trainable:
         mp = RECIPES[self.target].mp or 1
         if self.ranks % mp or self.ranks == mp:
             raise ValueError(f"{self.target} has {mp} model-parallel ranks: it needs --ranks {2 * mp} or another larger multiple")
-        self.settings({}).check()
+        self.settings(fixed).check()
 
     def settings(self, options: dict[str, Any]) -> Settings:
         """Returns what ``dct train`` would be told for one training of a model of this project, by its recipe."""
@@ -132,10 +132,10 @@ def _train(trainable: Trainable, options: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-def checked(trainable: Trainable) -> Trainable:
-    """Returns ``trainable``. Raises ``click.UsageError`` for what would fail in every trial."""
+def checked(trainable: Trainable, fixed: dict[str, Any]) -> Trainable:
+    """Returns ``trainable``. Raises ``click.UsageError`` for what would fail in every trial. ``fixed``: the options of all trials."""
     try:
-        trainable.check()
+        trainable.check(fixed)
     except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
     return trainable

@@ -19,6 +19,8 @@ from dct_compile.buckets import BUCKET_BYTES, bucket_bytes_on
 from dct_compile.compiler.equal_start import with_equal_start
 from dct_compile.compiler.exchanges import before_exchanges, with_count
 from dct_compile.compiler.first_use import FirstUse
+from dct_compile.compiler.not_averaged import differentiated, plain_leaves
+from dct_compile.compiler.refusals import refuse_ahead_of_time, refuse_cpp_wrapper
 from dct_compile.compiler.spread import Meshes, fsdp_meshes, spread_of, watchers
 from dct_compile.compiler.state_inputs import add_state_inputs, with_state
 from dct_compile.config import DCTConfig
@@ -140,7 +142,7 @@ class GraphCompiler:
         return bucket_bytes_on(link, self.group.size(), self.compared.dp_density, gradient_bytes)
 
     def _attempt(self, requests: list[StateRequest]) -> Compiled:
-        if not self.settings.patches.get(_JOINT_PASSES, getattr(inductor_config, _JOINT_PASSES)):
+        if not self._setting(_JOINT_PASSES):
             raise ValueError(f"option {_JOINT_PASSES!r} is False (as in mode 'lite'): Inductor would not run the passes of backend 'dct'")
         joint_pass = self._joint_pass(requests)
         passes: dict[str, Any] = {JOINT_SLOT: joint_pass}
@@ -168,7 +170,7 @@ class GraphCompiler:
         self.runtime.reports.has_shards |= any(info.spread.manager for info in self.inputs)
 
     def _note_left_alone(self, reduced: Collection[int]) -> None:
-        """Reports the parameters that ``data_parallel`` does not average. ``reduced``: those whose gradients DTensor reduces."""
+        """Reports the gradients that ``data_parallel`` does not average. ``reduced``: of which parameters DTensor reduces them."""
         if self.group is None:
             return
         trained = [(position, info) for position, info in enumerate(self.inputs) if info.is_trainable]
@@ -176,6 +178,8 @@ class GraphCompiler:
             Note.SHARDED: [info.name for _, info in trained if info.spread.manager == "DTensor" and not info.spread.is_copy],
             Note.REDUCED_BY_FSDP: [info.name for _, info in trained if info.spread.manager == "FSDP" and not info.spread.is_copy],
             Note.REDUCED_BY_DTENSOR: [info.name for position, info in trained if position in reduced],
+            Note.IN_THE_GRAPH: differentiated(self.gm, self.inputs),
+            Note.NO_PARAMETERS: plain_leaves(self.gm, self.example_inputs, self.inputs),
         }
         for note, names in left.items():
             if names:
@@ -193,10 +197,13 @@ class GraphCompiler:
         # The function lives as long as the compiled graph. This object holds the parameters of the first call, which may die sooner.
         inner_compile, first_use, config, runtime = self.settings.inner_compile, self.first_use, self.config, self.runtime
         ahead_of_time, averages, options = self.ahead_of_time, self.group is not None, self.settings.options
+        cpp_wrapper = self._setting("cpp_wrapper")
 
         def inner(gm: fx.GraphModule, inputs: Sequence[Any], **flags: Any) -> Any:
+            if cpp_wrapper:
+                refuse_cpp_wrapper(joint_pass.decisions)
             if ahead_of_time:
-                _refuse_ahead_of_time(joint_pass.decisions, averages)
+                refuse_ahead_of_time(joint_pass.decisions, averages)
                 return inner_compile(gm, inputs, **flags)
             compiled = inner_compile(gm, inputs, **flags)
             if not flags.get("is_backward") or not joint_pass.decisions:
@@ -208,24 +215,16 @@ class GraphCompiler:
 
         return inner
 
+    def _setting(self, name: str) -> Any:
+        """Returns the value of an option of Inductor in this compilation."""
+        return self.settings.patches.get(name, getattr(inductor_config, name))
+
     def _custom_passes(self, slot: str) -> list[Callable[[fx.Graph], None]]:
         """Returns a user's own passes: newer torch allows a list."""
-        passes = self.settings.patches.get(slot, getattr(inductor_config, slot))
+        passes = self._setting(slot)
         if passes is None:
             return []
         return list(passes) if isinstance(passes, list | tuple) else [passes]
-
-
-def _refuse_ahead_of_time(decisions: Sequence[Decision], averages: bool) -> None:
-    """Raises ``RuntimeError`` where a saved graph would lack what happens around it in this process."""
-    chosen = [decision.exchange.label for decision in decisions if decision.compressed]
-    if averages:
-        raise RuntimeError("aot_compile cannot save a graph with option 'data_parallel': parameters are made equal when it first runs")
-    if chosen:
-        raise RuntimeError(
-            f"aot_compile cannot save a graph with compressed exchanges, on which the ranks must agree when it first runs: {chosen}. "
-            "Call the compiled model instead, or leave them dense (options 'exempt', 'mp_density': 1, 'embedding_codec': 'dense')"
-        )
 
 
 def _describe(node: fx.Node, example: Any, group: ProcessGroup | None, meshes: Meshes) -> GraphInput:

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dct_compile.comm import Comm
 from dct_compile.passes import graph_utils as gu
-from dct_compile.passes.splice import splice
+from dct_compile.passes.splice import copy_nodes, splice, trace
 from tests.small_models import world
 from tests.tracing import fake_group
 
@@ -91,3 +91,19 @@ def test_an_operator_that_updates_state_and_returns_nothing_is_kept(spliced: Spl
 
     graph, _ = spliced(update)
     assert names(graph)[:3] == ["mul", "store", "add"]
+
+
+def test_constants_keep_to_themselves() -> None:
+    """The partitioner may leave one of several constants in a graph, under the name that it had."""
+    graph = fx.Graph(torch.nn.Module())
+    assert graph.owning_module is not None
+    graph.owning_module.register_buffer("dct_table_1", torch.full((4,), 100.0))
+    x = graph.placeholder("x")
+    output = graph.output((graph.call_function(aten.add.Tensor, (x, graph.get_attr("dct_table_1"))),))
+    for factor in (2.0, 3.0):
+        traced = trace(lambda x, factor=factor: x * torch.tensor([factor] * 4), [torch.zeros(4)])
+        copies = copy_nodes(traced, [x], lambda inner, late: output, {})
+        (product,) = (copies[item] for item in gu.output_node(traced.graph).args[:1])
+        output.args = ((*output.args[0], product),)  # type: ignore[misc]
+    results = fx.GraphModule(graph.owning_module, graph)(torch.ones(4))
+    assert [result.tolist() for result in results] == [[101.0] * 4, [2.0] * 4, [3.0] * 4]
