@@ -102,6 +102,7 @@ class Exchange:
     whose subgraph it stands, empty for the graph itself.
     ``trains``: whether a backward belongs to it. ``backward``: the exchange of that backward; ``None`` where it sends nothing.
     ``local_gradient``: whether the gradient of the input was found on this rank, for an exchange whose backward sends nothing.
+    ``unpaired``: whether the graph has a backward exchange of the same group whose forward is not known.
     ``waited``: whether its result is used only after a wait; ``used``: whether there is a wait. ``may_be_unused``: whether a step may leave
     out parameters (DDP's ``find_unused_parameters``). ``uneven``: whether the graph gathers shards of unequal lengths.
     ``per_host``: ranks that share a host, one after the other; 1 where that is not known.
@@ -130,6 +131,7 @@ class Exchange:
     trains: bool = True
     backward: "Exchange | None" = None
     local_gradient: bool = False
+    unpaired: bool = False
     waited: bool = True
     used: bool = True
     may_be_unused: bool = False
