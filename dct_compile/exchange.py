@@ -27,6 +27,8 @@ BACKWARD_OF = {ACTIVATION: "activation_gradient", EMBEDDING: "embedding_gradient
 ALL_GATHER, ALL_TO_ALL, ALL_REDUCE = "all_gather_into_tensor", "all_to_all_single", "all_reduce"
 RECTIFIED, FOREIGN, UNKNOWN = "rectified", "foreign", "computed"
 """Origins of an input beside :data:`EMBEDDING` and :data:`PARAMETER`: a ReLU or its kin, what no graph shows, whatever else is computed."""
+FILLED, COUNTED = "filled", "counted"
+"""Origins of what stays exact: rows with large numbers of a mask; counts, truth values and one number for each row."""
 SEND = "send"
 """A message from one rank to another, which is outside of graphs."""
 COMPUTED, RETURNED, STORED = "computed", "returned", "stored"
@@ -95,11 +97,12 @@ class Exchange:
     it, and ``source``: its source line, as "/path/model.py:12", by which the option ``exempt`` finds it too.
 
     ``origin``: the source of the input, as far as the graph shows: :data:`EMBEDDING`, :data:`PARAMETER`, :data:`RECTIFIED`,
-    :data:`FOREIGN` (not visible) or :data:`UNKNOWN`.
+    :data:`FILLED`, :data:`COUNTED`, :data:`FOREIGN` (not visible) or :data:`UNKNOWN`.
     ``destination``: where the result goes: :data:`COMPUTED`, :data:`RETURNED` or :data:`STORED`. ``operator``: the higher-order operator in
     whose subgraph it stands, empty for the graph itself.
     ``trains``: whether a backward belongs to it. ``backward``: the exchange of that backward; ``None`` where it sends nothing.
     ``local_gradient``: whether the gradient of the input was found on this rank, for an exchange whose backward sends nothing.
+    ``unpaired``: whether the graph has a backward exchange of the same group whose forward is not known.
     ``waited``: whether its result is used only after a wait; ``used``: whether there is a wait. ``may_be_unused``: whether a step may leave
     out parameters (DDP's ``find_unused_parameters``). ``uneven``: whether the graph gathers shards of unequal lengths.
     ``per_host``: ranks that share a host, one after the other; 1 where that is not known.
@@ -128,6 +131,7 @@ class Exchange:
     trains: bool = True
     backward: "Exchange | None" = None
     local_gradient: bool = False
+    unpaired: bool = False
     waited: bool = True
     used: bool = True
     may_be_unused: bool = False

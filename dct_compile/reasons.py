@@ -54,6 +54,8 @@ class Reason(StrEnum):
     FOREIGN = "its input was computed outside of this graph, so an embedding exchange cannot be told from an activation"
     RETURNED = "the graph returns its result, to the caller or, after a graph break, to the next graph"
     STORED = "its result is written to a buffer or another input, which keeps exact values"
+    FILLED = "a mask has put large or infinite numbers into its rows, beside which codecs lose all others"
+    COUNTED = "counts, masks and single numbers of rows, such as sums and maxima, stay exact"
     EVALUATION = "mp_eval=False leaves evaluation dense"
     NO_ROWS = "a tensor of fewer than two dimensions has no rows"
     DYNAMIC_SIZE = "a size between the first and the last is dynamic"

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from dct_compile.exchange import COMPUTED, RETURNED, STORED
@@ -37,6 +38,28 @@ _ARITHMETIC = gu.SCALING_OPS | {
     aten.lerp.Tensor,
     aten.where.self,
 }
+_STATISTICS = frozenset(
+    {
+        aten.sum.default,
+        aten.sum.dim_IntList,
+        aten.mean.default,
+        aten.mean.dim,
+        aten.var.correction,
+        aten.var_mean.correction,
+        aten.amax.default,
+        aten.amin.default,
+        aten.maximum.default,
+        aten.minimum.default,
+        aten.abs.default,
+        aten.sqrt.default,
+        aten.rsqrt.default,
+        aten.pow.Tensor_Scalar,
+        aten.addcmul.default,
+        aten.addcdiv.default,
+        *([torch.ops.prims.fma.default] if hasattr(torch.ops.prims, "fma") else []),  # newer versions make addcmul of it
+    }
+)
+"""What makes the statistics of a running average. A layer uses them, too, as a norm: they count if nothing else uses the result."""
 
 
 @dataclass(frozen=True)
@@ -69,26 +92,40 @@ def destination(node: fx.Node, results: Results) -> str:
 
     Returns:
         :data:`RETURNED` if it is returned: moved about, scaled or shifted by what is no activation. :data:`STORED` if it is written to
-        an input, such as a buffer, possibly after some arithmetic (a running average). :data:`COMPUTED` otherwise.
+        an input, such as a buffer, possibly after some arithmetic (a running average), or if nothing but statistics that are made of it
+        is used, and written. :data:`COMPUTED` otherwise.
     """
-    found = {COMPUTED}
-    stack = [(wait, True) for wait in gu.waits(node)]
+    found, kept, used = {COMPUTED}, False, False
+    stack = [(wait, True, False) for wait in gu.waits(node)]  # a node, if it is the result as it was, if it is a statistic of it
     seen = set(stack)
     while stack:
-        current, intact = stack.pop()
+        current, intact, reduced = stack.pop()
+        places = _places(current, results)
+        if STORED in places and reduced:
+            kept = True
+            continue  # what else uses it, uses the new value of the input
+        found |= places if intact else places - {RETURNED}
         for user in current.users:
-            if user.op == "output":
-                outputs = gu.outputs(user.graph)
-                places = {results.places.get(place, COMPUTED) for place, result in enumerate(outputs) if result is current}
-                found |= places if intact else places - {RETURNED}
-            elif user.target is aten.copy_.default and user.args[1] is current:
-                found.add(STORED)
-            elif user.target in _MOVES or user.target in _ARITHMETIC:
-                step = (user, intact and (user.target in _MOVES or _shifts(user, current, results)))
-                if step not in seen:
-                    seen.add(step)
-                    stack.append(step)
+            followed = user.target in _MOVES or user.target in _ARITHMETIC or user.target in _STATISTICS
+            used = used or not (followed or user.op == "output" or user.target in gu.METADATA_OPS)
+            still = intact and (user.target in _MOVES or (user.target in _ARITHMETIC and _shifts(user, current, results)))
+            step = (user, still, reduced or user.target in _STATISTICS)
+            if followed and step not in seen:
+                seen.add(step)
+                stack.append(step)
+    found |= {STORED} if kept and not used else set()
     return next(place for place in (STORED, RETURNED, COMPUTED) if place in found)
+
+
+def _places(node: fx.Node, results: Results) -> set[str]:
+    """Returns the destinations of ``node`` itself: where the graph returns it, and :data:`STORED` if it is copied to an input."""
+    found: set[str] = set()
+    for user in node.users:
+        if user.op == "output":
+            found |= {results.places.get(place, COMPUTED) for place, result in enumerate(gu.outputs(user.graph)) if result is node}
+        elif user.target is aten.copy_.default and user.args[1] is node:
+            found.add(STORED)
+    return found
 
 
 def _shifts(node: fx.Node, operand: fx.Node, results: Results) -> bool:

@@ -6,13 +6,15 @@ from typing import Any
 
 from torch import fx
 
-from dct_compile.exchange import PARAMETER, Exchange
+from dct_compile.exchange import ACTIVATION, BACKWARD_OF, EMBEDDING, PARAMETER, Exchange
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.device_copy import is_device_copy
 from dct_compile.passes.sites import Site
 from dct_compile.passes.source import module_path, source_line
 
 _SPLITS = frozenset({gu.aten.split.Tensor, gu.aten.split_with_sizes.default})
+
+_ROW_GRADIENTS = (BACKWARD_OF[ACTIVATION], BACKWARD_OF[EMBEDDING])
 
 
 def exchanges_of(sites: Sequence[Site], training: bool) -> list[Exchange]:
@@ -27,8 +29,12 @@ def exchanges_of(sites: Sequence[Site], training: bool) -> list[Exchange]:
     """
     plain = [_exchange(site, number, training) for number, site in enumerate(sites)]
     backward = {id(site.twin): exchange for site, exchange in zip(sites, plain, strict=True) if site.twin is not None}
+    alone = {site.group_name for site in sites if site.kind in _ROW_GRADIENTS and site.twin is None}
     uneven = any(site.kind == PARAMETER and _is_cut(site) for site in sites)
-    return [replace(exchange, backward=backward.get(id(site)), uneven=uneven) for site, exchange in zip(sites, plain, strict=True)]
+    return [
+        replace(exchange, backward=backward.get(id(site)), uneven=uneven, unpaired=site.group_name in alone)
+        for site, exchange in zip(sites, plain, strict=True)
+    ]
 
 
 def _is_cut(site: Site) -> bool:

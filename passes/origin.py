@@ -1,4 +1,4 @@
-"""Tells where the input of a collective comes from: a table of embeddings, a parameter, a ReLU, or something else."""
+"""Tells where the input of a collective comes from: a table of embeddings, a parameter, a ReLU, a mask, or something else."""
 
 import operator
 from collections.abc import Collection, Iterator
@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import fx
 
-from dct_compile.exchange import EMBEDDING, FOREIGN, PARAMETER, RECTIFIED, UNKNOWN
+from dct_compile.exchange import COUNTED, EMBEDDING, FILLED, FOREIGN, PARAMETER, RECTIFIED, UNKNOWN
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.collectives import collective_of
+from dct_compile.passes.exact import is_counted, is_filled
 
 aten = gu.aten
 EMBEDDING_OPS = frozenset(
@@ -49,6 +50,10 @@ def origin(node: fx.Node, parameters: Collection[fx.Node], foreign: Collection[f
         return PARAMETER
     if producers and all(_is_embedding(producer) for producer in producers):
         return EMBEDDING
+    if is_counted(node, _moved_by_ranks):
+        return COUNTED
+    if is_filled(node, _moved_by_ranks):
+        return FILLED
     if producers and all(_is_rectified(producer) for producer in producers):
         return RECTIFIED
     return FOREIGN if any(producer in foreign for producer in producers) else UNKNOWN

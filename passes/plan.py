@@ -16,6 +16,8 @@ from dct_compile.exchange import (
     ALL_REDUCE,
     BACKWARD_OF,
     COMPRESSIBLE,
+    COUNTED,
+    FILLED,
     FOREIGN,
     GRADIENT,
     OTHER,
@@ -39,6 +41,8 @@ from dct_compile.traffic import Traffic
 LinkOf = Callable[[str], Link | None]
 """Returns the link between the ranks of a group, by the group's name; ``None`` where bytes decide."""
 
+_EXACT = {FILLED: Reason.FILLED, COUNTED: Reason.COUNTED}
+"""Why rows of these origins stay as they are."""
 _NEAR = Fraction(5, 4)
 """Of the offers that take at most so many times the least seconds, the one that sends the fewest bytes is taken: seconds are a model."""
 
@@ -210,6 +214,8 @@ def _left_alone(exchange: Exchange, config: DCTConfig) -> str | None:
         return Reason.STORED
     if exchange.destination == RETURNED and not config.mp_outputs:
         return Reason.RETURNED
+    if exchange.origin in _EXACT:
+        return _EXACT[exchange.origin]
     if not exchange.trains and not config.mp_eval:
         return Reason.EVALUATION
     return _mismatch(exchange, exchange.backward) if exchange.backward is not None else None

@@ -27,6 +27,7 @@ from dct_compile.exchange import (
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.collectives import DEVICE_COPY, GATHER, collective_of
 from dct_compile.passes.destination import destination, read_results
+from dct_compile.passes.local_gradient import local_gradient
 from dct_compile.passes.origin import origin
 from dct_compile.passes.source import source_name
 
@@ -76,7 +77,8 @@ class Site:
     """One collective of a graph: the node that starts it, and its facts from the graph (see :class:`dct_compile.exchange.Exchange`).
 
     ``input``: the node of its one input. ``twin``: the forward site of a backward one. ``local_gradient``: for a forward all_reduce
-    without a backward collective (row-parallel layers), the gradient of its input and the nodes that use it as such. ``destination``: of a
+    without a backward collective (row-parallel layers), the gradient of its input and the nodes that use it as such, if all of it comes
+    from this site. ``destination``: of a
     forward site's result. ``operator``: the higher-order operator in whose subgraph the node stands.
     """
 
@@ -116,12 +118,15 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
     returned = {outputs[position]: parameter for position, parameter in context.gradients.items()}
     sites: list[Site] = []
     forward_by_seq: dict[int, Site] = {}
+    begun: set[int | None] = {None}  # an operator that autograd records begins a number; one that it does not record repeats the last
     for node in graph.nodes:
+        seq = node.meta.get("seq_nr")
+        recorded = seq not in begun
+        begun.add(seq)
         collective = collective_of(node)
         if collective is None:
             continue
         site = _site(node, collective, context, returned)
-        seq = node.meta.get("seq_nr")
         forward = forward_by_seq.get(seq) if node in backward else None
         if forward is not None and forward.kind in BACKWARD_OF:
             site.segments = ()
@@ -139,8 +144,8 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
             site.kind = site.origin  # these origins are kinds, too
         elif _is_float(site) and site.origin != PARAMETER:
             site.kind = ACTIVATION
-        if node not in backward and seq is not None:
-            forward_by_seq.setdefault(seq, site)
+        if node not in backward and recorded:
+            forward_by_seq[seq] = site
         sites.append(site)
     _pair_by_gradient(sites, backward)
     results = read_results(graph, context.results, {*context.parameters, *context.written})
@@ -183,33 +188,12 @@ def _pair_by_gradient(sites: list[Site], backward: set[fx.Node]) -> None:
     for site in sites:
         if site.kind not in BACKWARD_OF or site.input is None or id(site) in paired:
             continue
-        found = _local_gradient(site.input, backward)
+        found = local_gradient(site.input, site.node, backward)
         if found is not None and found[0] in unpaired:
             twin = unpaired[found[0]]
             twin.twin, twin.kind, twin.name = site, BACKWARD_OF[site.kind], site.name
         elif site.collective.name == ALL_REDUCE:
             site.local_gradient = found
-
-
-def _local_gradient(node: fx.Node, backward: set[fx.Node]) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
-    """Returns the gradient of ``node`` and some of its users: the backward operators of ``node``'s own producer.
-
-    These operators share the producer's sequence number. The same gradient may serve other branches, to which a mask must not apply.
-    ``None`` where the gradient is not certain.
-    """
-    seq, expected = node.meta.get("seq_nr"), gu.value(node)
-    if seq is None or expected is None:
-        return None
-    own = [other for other in backward if other.meta.get("seq_nr") == seq]
-    incoming = {source for user in own for source in user.all_input_nodes if source in backward and source.meta.get("seq_nr") != seq}
-    incoming = {source for source in incoming if gu.value(source) is not None}  # a size is no gradient
-    if len(incoming) != 1:
-        return None
-    gradient = incoming.pop()
-    actual = gu.value(gradient)
-    if actual is None or actual.shape != expected.shape:
-        return None
-    return gradient, tuple(user for user in gradient.users if user in own)
 
 
 def _is_float(site: Site) -> bool:

@@ -54,7 +54,9 @@ def kept_of(width: int, config: DCTConfig) -> int | None:
 
 def has_mask(exchange: Exchange) -> bool:
     """Returns True if the gradient of the exchange can be masked like the exchange itself, or if there is none."""
-    return not exchange.trains or exchange.backward is not None or exchange.collective.name != ALL_REDUCE or exchange.local_gradient
+    if not exchange.trains or exchange.backward is not None or exchange.local_gradient:
+        return True
+    return exchange.collective.name != ALL_REDUCE and not exchange.unpaired  # else its gradient may be the unmasked one
 
 
 def _can_be_masked(exchange: Exchange, config: DCTConfig) -> bool:

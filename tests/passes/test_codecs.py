@@ -123,6 +123,37 @@ def test_gradient_without_a_forward_exchange_is_quantised() -> None:
     assert masked == ["no forward collective has this one as its backward, so there is no mask to reuse"]
 
 
+class ScaledExchange(torch.autograd.Function):
+    """An exchange with arithmetic around the one of its backward, by which they cannot be told to belong together."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return exchange(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return exchange(gradient * 2) * 2
+
+
+def test_no_threshold_where_the_gradient_may_travel_unmasked() -> None:
+    def scaled(x: Tensor) -> Tensor:
+        received: Tensor = ScaledExchange.apply(x.relu())  # type: ignore[no-untyped-call]
+        return received.sin()
+
+    assert by_default(scaled, leaf(16, 64)).reasons == [INT8, INT8]
+    asked = by_default(scaled, leaf(16, 64), activation_codec="threshold").reasons
+    assert asked[0] == "the gradient of its input could not be found, so it could not be masked"
+
+
+def test_threshold_of_what_has_no_gradient() -> None:
+    def target(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            received = exchange(x.relu())
+        return x.sin() * received.tanh()
+
+    assert by_default(target, leaf(16, 64)).reasons == [MASKED[0]]
+
+
 def test_dynamic_sequence_is_quantised() -> None:
     x = leaf(16, 8, 64)
     torch._dynamo.mark_dynamic(x, 1)

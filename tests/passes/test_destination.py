@@ -159,6 +159,12 @@ WRITTEN: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "as a running average": lambda running, total: running.mul_(0.9).add_(total, alpha=0.1),
     "interpolated": lambda running, total: running.lerp_(total, 0.1),
     "as a variance": lambda running, total: running.copy_(total / 64 - total * total),
+    "as a mean": lambda running, total: running.lerp_(total.mean(0).expand(64, 64), 0.1),
+    "as a sum": lambda running, total: running.mul_(0.9).add_(total.sum(), alpha=0.1),
+    "as squares": lambda running, total: running.mul_(0.9).addcmul_(total, total, value=0.1),
+    "as moments": lambda running, total: running.copy_(total.square().mean(0).sqrt().expand(64, 64)),
+    "as variances": lambda running, total: running.lerp_(total.var(0).expand(64, 64), 0.1),
+    "as largest magnitudes": lambda running, total: running.copy_(torch.maximum(running, total.abs())),
 }
 
 
@@ -168,6 +174,30 @@ def test_statistics_of_a_buffer_stay_exact(case: str, training: bool) -> None:
     inputs = leaf(16, 64) if training else torch.randn(16, 64)
     assert forward_reasons(by_default(Statistics(WRITTEN[case]), inputs)) == [STORED]
     assert forward_reasons(trace(Statistics(WRITTEN[case]), inputs)) == [STORED], "mp_outputs speaks of what is returned"
+
+
+class RunningMean(nn.Module):
+    """Centres its input by a running mean over ranks, whose new value it uses."""
+
+    running: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running", torch.zeros(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.running.lerp_(gather(x.relu()).mean(0), 0.1)
+        return (x - self.running).tanh()
+
+
+def test_mean_that_is_stored_and_then_used_stays_exact() -> None:
+    assert forward_reasons(by_default(RunningMean(), leaf(16, 64))) == [STORED]
+
+
+def test_statistics_of_a_norm_leave_its_input_compressed() -> None:
+    norm = nn.BatchNorm1d(64)
+    assert forward_reasons(by_default(lambda x: norm(gather(x.relu())).sin(), leaf(16, 64))) == [KEPT]
 
 
 def test_written_input_that_wants_a_gradient() -> None:
