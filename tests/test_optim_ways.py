@@ -87,14 +87,6 @@ def test_the_last_optimizer_counts(use: GradientUse) -> None:
     assert [item.stepped for item in use.of(held)] == ["unknown optimizer RMSprop"] * 2
 
 
-def test_a_disabled_gradient_scaler_is_none(use: GradientUse) -> None:
-    held = parameters(use)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    set_gradients(held, 0)
-    scaler.step(AdamW(held))
-    assert use.scale(use.of(held)) == 1.0
-
-
 @pytest.mark.parametrize("options", [{}, {"dampening": 0.5, "weight_decay": 0.1}, {"nesterov": True}, {"maximize": True}], ids=str)
 @pytest.mark.parametrize("how", ["foreach", "fused"])
 def test_a_parameter_beside_one_whose_momentum_is_left_out_steps_as_ever(use: GradientUse, how: str, options: dict[str, float]) -> None:
