@@ -2,12 +2,15 @@
 
 import gc
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dct_compile.state.gradient_use import GradientUse
+from dct_compile.state.gradient_use import GradientUse, Use
+from dct_compile.state.gradient_use import _note as note_group
 from dct_compile.state.pending import Pending
 from dct_compile.state.spec import StateSpec, StateTensor, counters_of, residual_of
 
@@ -166,6 +169,27 @@ def test_a_flag_on_the_device_decides_as_one_on_the_host() -> None:
         use.absent = torch.tensor(flag)
     bucket.pending.settle()
     assert bucket.tensors["residual"].tolist() == [1.0, 1.0, 3.0, 3.0, 3.0]
+
+
+class OnDevice:
+    """A gradient that says it is on a GPU, where nothing may be read by the host."""
+
+    is_cuda = True
+
+    def __init__(self, values: Tensor) -> None:
+        self.any = values.any
+
+
+@pytest.mark.parametrize("wrap", [lambda values: values, OnDevice], ids=["host", "device"])
+@pytest.mark.parametrize(
+    ("values", "blank", "absent"), [((0, 1), 0, False), ((1, 0), 0, False), ((0, 0), 0, True), ((0, 0), 1, True), ((0, 0), 2, False)]
+)
+def test_any_gradient_stands_for_those_of_its_optimizer(wrap: Any, values: tuple[int, ...], blank: int, absent: bool) -> None:
+    """``blank``: how many of the two were handed out as zeros."""
+    held = [SimpleNamespace(grad=wrap(torch.full((4,), float(value)))) for value in values]
+    uses = [Use(lambda parameter=parameter: parameter, blank=torch.tensor(index < blank)) for index, parameter in enumerate(held)]  # type: ignore[misc]
+    note_group(uses)
+    assert [bool(use.absent) for use in uses] == [absent] * 2
 
 
 @pytest.mark.parametrize(("found", "left"), [(0.0, 3.0), (1.0, 1.0)])

@@ -5,6 +5,7 @@ begins. The factor of the loss is noted then, too, because the gradient contains
 """
 
 import gc
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -207,13 +208,21 @@ def _note(group: Sequence[Use]) -> None:
     gradients = [local_tensor(gradient) if gradient is not None else None for gradient in held]
     kept: bool | Tensor = False
     for gradient in gradients:
-        if gradient is not None and kept is False:
-            kept = gradient.any() if gradient.is_cuda else bool(gradient.any())
-    blank = [use.blank for use, gradient in zip(group, gradients, strict=True) if gradient is not None]
-    kept = kept | blank[0] if isinstance(kept, Tensor) else kept or (bool(blank) and all(blank))
+        if gradient is not None and kept is not True:
+            kept = _combined(operator.or_, kept, gradient.any() if gradient.is_cuda else bool(gradient.any()))
+    blank: bool | Tensor = any(gradient is not None for gradient in gradients)
+    for use, gradient in zip(group, gradients, strict=True):
+        if gradient is not None and blank is not False:
+            blank = _combined(operator.and_, blank, use.blank)
+    kept = _combined(operator.or_, kept, blank)
     for use, gradient in zip(group, gradients, strict=True):
         absent = gradient is None or (~kept if isinstance(kept, Tensor) else not kept)
         use.absent = absent if use.absent is False or absent is True else use.absent | absent
+
+
+def _combined(function: Callable[[Any, Any], Any], first: "bool | Tensor", second: "bool | Tensor") -> "bool | Tensor":
+    """Returns ``function`` of both, on the device of the first that is on one: the host waits for none."""
+    return function(first, second.to(first.device) if isinstance(first, Tensor) and isinstance(second, Tensor) else second)  # type: ignore[no-any-return]
 
 
 def _optimizers() -> list[Optimizer]:
