@@ -71,7 +71,9 @@ class Bypass:
     @_disable_dynamo
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sets the first moments; where a closure makes the gradients, when it has done so."""
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        by_name = callable(kwargs.get("closure"))
+        first = kwargs["closure"] if by_name else args[1] if len(args) > 1 else None
+        closure = first if callable(first) else None
         for _, parameter, use in self._uses(optimizer):
             if closure is not None or parameter.grad is not None:
                 use.stepped = ""
@@ -84,10 +86,7 @@ class Bypass:
             self.apply(optimizer)
             return loss
 
-        return (args[0], and_apply, *args[2:]) if len(args) > 1 else args, {
-            **kwargs,
-            "closure": and_apply,
-        } if "closure" in kwargs else kwargs
+        return (args, {**kwargs, "closure": and_apply}) if by_name else ((args[0], and_apply, *args[2:]), kwargs)
 
     @_disable_dynamo
     def after_step(self, optimizer: Optimizer) -> None:

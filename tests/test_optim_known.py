@@ -82,3 +82,38 @@ def test_a_class_that_inherits_a_known_step_is_known() -> None:
     held = parameters(None)
     assert first_moment_of(Mine(held)) is first_moment_of(Adam(held))
     assert first_moment_of(Other(held)) is None
+
+
+class Rated(Optimizer):
+    """Its step takes a learning rate first."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, rate: float, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=rate)
+        return loss
+
+
+def test_a_step_may_take_something_else_than_a_closure() -> None:
+    use = GradientUse()
+    bypass, held = Bypass(use, lambda optimizer, count: None), parameters(use)
+    plain = parameters(None)
+    set_gradients(held, 0)
+    Rated(held).step(0.5)
+    Rated(held).step(rate=0.5)
+
+    def closure() -> float:
+        set_gradients(held, 0)
+        return 1.5
+
+    assert Rated(held).step(0.5, closure=closure) == 1.5
+    set_gradients(plain, 0)
+    for parameter, other in zip(held, plain, strict=True):
+        torch.testing.assert_close(parameter.detach(), other.detach() - 1.5 * other.grad)  # type: ignore[operator]
+    del bypass
