@@ -150,7 +150,7 @@ class GradientUse:
 
     def _search(self) -> None:
         """Finds the optimizers of parameters that no optimizer has stepped yet."""
-        waiting = {key: use for key, use in self._uses.items() if use.is_due}
+        waiting = {key: use for key, use in list(self._uses.items()) if use.is_due}  # other threads add some
         for optimizer in _optimizers():
             for parameter in _parameters(optimizer):
                 if id(parameter) in waiting:
