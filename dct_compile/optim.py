@@ -90,12 +90,13 @@ class Bypass:
 
     @_disable_dynamo
     def after_step(self, optimizer: Optimizer) -> None:
-        """Looks for parameters that neither ``optimizer`` nor another one inside of its step has adapted to."""
+        """Looks for parameters that neither ``optimizer`` nor another one inside of its step has adapted to. The next gradients are new."""
         as_ever = steps_as_ever(optimizer)
         for _, parameter, use in self._uses(optimizer):
+            waits, use.exchanged = use.waits and use.exchanged, False
             if use.stepped or parameter.grad is None:
                 continue
-            if as_ever or not use.waits:
+            if as_ever or not waits:
                 use.stepped = AS_EVER
             elif _is_stepped_elsewhere(optimizer, parameter):
                 use.stepped = "by another rank"
@@ -115,7 +116,7 @@ class Bypass:
             if parameter.grad is None:
                 continue
             use.stepped = AS_EVER
-            if not (use.waits or (use.late and optimizer in self.adapted)):
+            if not use.exchanged or not (use.waits or (use.late and optimizer in self.adapted)):
                 continue
             state = optimizer.state[parameter]
             if not state and moment.start is not None:

@@ -33,9 +33,10 @@ class Use:
     gradient, ``None`` before the first. ``searches``: how often an optimizer was searched for.
 
     For :mod:`dct_compile.optim`. ``late``: whether an element of its gradient arrives once in many steps, with all that has added up.
-    ``waits``: whether its optimizer is to adapt to that. ``gap``: the steps that an element waits, as far as the second moment is to know.
-    ``stepped``: how the last step has treated it: "bypass", "gaps", "bypass + gaps", "as ever", "by another rank", or "unknown optimizer"
-    with its name. Empty before the first step.
+    ``waits``: whether its optimizer is to adapt to that. ``exchanged``: whether it was compressed since the last step: if not, as in
+    ``no_sync`` or under another wrapper, the gradient is dense, and steps as ever. ``gap``: the steps that an element waits, as far as the
+    second moment is to know. ``stepped``: how the last step has treated it: "bypass", "gaps", "bypass + gaps", "as ever",
+    "by another rank", or "unknown optimizer" with its name. Empty before the first step.
 
     For :mod:`dct_compile.state.exchanges`. ``exchanges``: how often the gradient was exchanged, ``None`` where nobody counts. ``agreed``:
     whether the ranks have compared that number.
@@ -53,6 +54,7 @@ class Use:
     searches: int = 0
     late: bool = False
     waits: bool = False
+    exchanged: bool = False
     gap: float = 0.0
     stepped: str = ""
     exchanges: int | None = None
@@ -77,6 +79,7 @@ class Use:
         """Notes that the parameter's gradient is exchanged now."""
         parameter = self.parameter()
         self.absent = self.blank = False
+        self.exchanged = True
         self.version = parameter._version if parameter is not None else None
 
 
