@@ -114,7 +114,7 @@ def drain(model: nn.Module) -> None:
 def scale_residuals(model: nn.Module, factor: float) -> None:
     """Multiplies what waits to be sent: call it where your own loss scale changes.
 
-    Not needed with :class:`torch.amp.GradScaler`, whose scale is followed.
+    Not needed with losses of :meth:`torch.amp.GradScaler.scale`, whose factor is followed.
 
     Args:
         model: The model, with or without the wrappers of DDP and torch.compile.

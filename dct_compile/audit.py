@@ -206,8 +206,8 @@ class Audit:
         return [entry[LOCAL] for entry in entries if LOCAL in entry]
 
     def _scale(self, account: _Account) -> "float | Tensor":
-        use = self._runtime.states.use
-        return use.scale(use.of([account.parameter]))
+        (use,) = self._runtime.states.use.of([account.parameter])
+        return use.scale
 
 
 def audit(model: nn.Module, group: ProcessGroup | None = None) -> Audit:

@@ -71,7 +71,9 @@ class Bypass:
     @_disable_dynamo
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sets the first moments; where a closure makes the gradients, when it has done so."""
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        by_name = callable(kwargs.get("closure"))
+        first = kwargs["closure"] if by_name else args[1] if len(args) > 1 else None
+        closure = first if callable(first) else None
         for _, parameter, use in self._uses(optimizer):
             if closure is not None or parameter.grad is not None:
                 use.stepped = ""
@@ -84,19 +86,17 @@ class Bypass:
             self.apply(optimizer)
             return loss
 
-        return (args[0], and_apply, *args[2:]) if len(args) > 1 else args, {
-            **kwargs,
-            "closure": and_apply,
-        } if "closure" in kwargs else kwargs
+        return (args, {**kwargs, "closure": and_apply}) if by_name else ((args[0], and_apply, *args[2:]), kwargs)
 
     @_disable_dynamo
     def after_step(self, optimizer: Optimizer) -> None:
-        """Looks for parameters that neither ``optimizer`` nor another one inside of its step has adapted to."""
+        """Looks for parameters that neither ``optimizer`` nor another one inside of its step has adapted to. The next gradients are new."""
         as_ever = steps_as_ever(optimizer)
         for _, parameter, use in self._uses(optimizer):
+            waits, use.exchanged = use.waits and use.exchanged, False
             if use.stepped or parameter.grad is None:
                 continue
-            if as_ever or not use.waits:
+            if as_ever or not waits:
                 use.stepped = AS_EVER
             elif _is_stepped_elsewhere(optimizer, parameter):
                 use.stepped = "by another rank"
@@ -116,7 +116,7 @@ class Bypass:
             if parameter.grad is None:
                 continue
             use.stepped = AS_EVER
-            if not (use.waits or (use.late and optimizer in self.adapted)):
+            if not use.exchanged or not (use.waits or (use.late and optimizer in self.adapted)):
                 continue
             state = optimizer.state[parameter]
             if not state and moment.start is not None:

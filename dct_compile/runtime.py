@@ -69,8 +69,7 @@ class Runtime:
         for use, density in zip(bucket.pending.uses, densities, strict=True):
             use.late, use.waits, use.gap = late, late and config.bypasses(density), config.gap(density)
         bucket.follow(densities)
-        scale = self.states.use.scale(bucket.pending.uses)
-        if not bucket.pending.begin(scale, config.undo_discarded and config.error_feedback, final):
+        if not bucket.pending.begin(config.undo_discarded and config.error_feedback, final):
             self.warn_once(Note.NO_OPTIMIZER)
 
     def agree_on_exchanges(self, group: ProcessGroup, config: DCTConfig, named: Sequence[tuple[str, Tensor]]) -> None:

@@ -12,11 +12,12 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from dct_compile.optim import LAST, Bypass, last_arrivals
 from dct_compile.state.gradient_use import GradientUse
+from tests.test_optim import Exchanging
 
 
 @pytest.fixture
 def use() -> Iterator[GradientUse]:
-    found = GradientUse()
+    found = Exchanging()
     bypass = Bypass(found, lambda optimizer, count: None)
     yield found
     del bypass

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
 from dct_compile.optim import Bypass
-from dct_compile.state.gradient_use import GradientUse
+from dct_compile.state.gradient_use import GradientUse, Use
 
 Make = Callable[..., Optimizer]
 STEPS = 7
@@ -36,9 +36,19 @@ WITHOUT_FUSED: dict[str, tuple[Make, Make]] = {
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
 
+class Exchanging(GradientUse):
+    """The records of parameters whose gradients are all exchanged."""
+
+    def find(self, parameter: Tensor) -> Use | None:
+        found = super().find(parameter)
+        if found is not None:
+            found.exchanged = True
+        return found
+
+
 @pytest.fixture
 def use() -> Iterator[GradientUse]:
-    found = GradientUse()
+    found = Exchanging()
     bypass = Bypass(found, lambda optimizer, count: None)
     yield found
     del bypass

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel
 
 from dct_compile.optim import Bypass
 from dct_compile.state.gradient_use import GradientUse
-from tests.test_optim import IMPLEMENTATIONS, parameters, set_gradients
+from tests.test_optim import IMPLEMENTATIONS, Exchanging, parameters, set_gradients
 
 Options = dict[str, Any]
 Pair = tuple[Callable[..., Optimizer], Options, Callable[..., Optimizer], Options]
@@ -56,7 +56,7 @@ CASES = [(name, how) for name in SETTINGS for how in IMPLEMENTATIONS if how != "
 
 @pytest.fixture(scope="module")
 def use() -> Iterator[GradientUse]:
-    found = GradientUse()
+    found = Exchanging()
     bypass = Bypass(found, lambda optimizer, count: None)
     yield found
     del bypass

@@ -1,5 +1,6 @@
 """Which way a parameter was stepped: known of every optimizer of torch, and of every parameter after every step."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -9,13 +10,13 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from dct_compile.optim import Bypass
 from dct_compile.state.gradient_use import GradientUse
-from tests.test_optim import Make, parameters, set_gradients
+from tests.test_optim import STEPS, Exchanging, Make, parameters, set_gradients
 from tests.test_optim_known import Wrapper
 
 
 @pytest.fixture(scope="module")
 def use() -> Iterator[GradientUse]:
-    found = GradientUse()
+    found = Exchanging()
     bypass = Bypass(found, lambda optimizer, count: None)
     yield found
     del bypass
@@ -87,14 +88,6 @@ def test_the_last_optimizer_counts(use: GradientUse) -> None:
     assert [item.stepped for item in use.of(held)] == ["unknown optimizer RMSprop"] * 2
 
 
-def test_a_disabled_gradient_scaler_is_none(use: GradientUse) -> None:
-    held = parameters(use)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    set_gradients(held, 0)
-    scaler.step(AdamW(held))
-    assert use.scale(use.of(held)) == 1.0
-
-
 @pytest.mark.parametrize("options", [{}, {"dampening": 0.5, "weight_decay": 0.1}, {"nesterov": True}, {"maximize": True}], ids=str)
 @pytest.mark.parametrize("how", ["foreach", "fused"])
 def test_a_parameter_beside_one_whose_momentum_is_left_out_steps_as_ever(use: GradientUse, how: str, options: dict[str, float]) -> None:
@@ -113,3 +106,26 @@ def test_a_parameter_beside_one_whose_momentum_is_left_out_steps_as_ever(use: Gr
             optimizer.step()
     torch.testing.assert_close(together[1], alone)
     assert not torch.equal(together[0] - start[0], together[1] - start[1])
+
+
+def test_a_gradient_that_was_not_exchanged_steps_as_ever() -> None:
+    """Local steps in ``no_sync``, or a dense wrapper after a compressed one."""
+    use = GradientUse()
+    bypass, held, plain = Bypass(use, lambda optimizer, count: None), parameters(use), parameters(None)
+    records = use.of(held)
+    optimizer, other = AdamW(held, lr=0.01), AdamW(plain, lr=0.01)
+    for step in range(STEPS):
+        for item in records if step in (0, 3) else []:
+            item.note_exchange()
+        set_gradients(held, step)
+        optimizer.step()
+        assert [item.stepped for item in records] == ["bypass" if step in (0, 3) else "as ever"] * 2
+        if step in (0, 3):  # the other one goes on from there
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            for parameter, value in zip(plain, held, strict=True):
+                parameter.data.copy_(value)
+            continue
+        set_gradients(plain, step)
+        other.step()
+        assert all(torch.equal(parameter, value) for parameter, value in zip(plain, held, strict=True))
+    del bypass

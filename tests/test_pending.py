@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dct_compile.state.gradient_use import GradientUse
 from dct_compile.state.pending import Pending
@@ -27,7 +27,7 @@ class Bucket:
     def exchange(self, value: float, keep: bool = True) -> bool:
         """Begins a backward that adds ``value`` to each gradient, and sends nothing of it. Returns the answer of ``begin``."""
         self.use.look(self.parameters)
-        certain = self.pending.begin(self.use.scale(self.pending.uses), keep)
+        certain = self.pending.begin(keep)
         self.tensors["residual"] += value
         self.tensors["threshold"] += value
         self.tensors["counters"] += 1
@@ -181,9 +181,15 @@ def test_a_fused_optimizer_may_leave_out_its_step(found: float, left: float) -> 
     assert bucket.settled() == [left] * 5
 
 
+def backward(bucket: Bucket, value: float, scaler: torch.amp.GradScaler | None) -> None:
+    """Exchanges gradients of ``value`` in the backward of a loss that ``scaler`` has scaled."""
+    loss = torch.zeros((), requires_grad=True)
+    loss.register_hook(lambda _: bucket.exchange(value) and None)
+    (scaler.scale(2 * loss) if scaler is not None else 2 * loss).backward()  # type: ignore[no-untyped-call]
+
+
 def scaled_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, bucket: Bucket) -> None:
-    scaler.scale(torch.zeros(()))
-    bucket.exchange(1.0)
+    backward(bucket, 1.0, scaler)
     scaler.step(optimizer)
     optimizer.zero_grad()
 
@@ -204,32 +210,28 @@ def test_what_is_restored_follows_the_loss_scale_too() -> None:
     bucket = Bucket()
     optimizer, scaler = sgd(bucket.parameters), torch.amp.GradScaler("cpu", init_scale=8.0)
     scaled_step(scaler, optimizer, bucket)
-    bucket.exchange(5.0)
+    backward(bucket, 5.0, scaler)
     optimizer.zero_grad()
     scaler.update(2.0)
     scaled_step(scaler, optimizer, bucket)
     assert bucket.tensors["residual"].tolist() == [1.0 / 4 + 1.0] * 5
 
 
-def test_records_of_dead_parameters_are_dropped() -> None:
-    use = GradientUse()
-    parameter = nn.Parameter(torch.ones(2))
-    use.of([parameter])
-    del parameter
-    gc.collect()
-    other: Tensor = nn.Parameter(torch.ones(2))
-    assert len(use.of([other])) == len(use._uses) == 1
-
-
-def test_all_that_is_watched_is_looked_at_in_one_backward() -> None:
-    """Two DDP modules whose gradients one backward makes, as those of a generator and its critic."""
-    use = GradientUse()
-    parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
-    handles = [handle for parameter in parameters for handle in use.watch([parameter])]
-    for item in use.of(parameters):
-        item.note_exchange()
-    sum(parameter.sum() for parameter in parameters).backward()  # type: ignore[union-attr]
-    assert [item.absent for item in use.of(parameters)] == [True, True]
-    for handle in handles:
-        handle.remove()
-    assert not any(parameter._backward_hooks for parameter in parameters)
+@pytest.mark.parametrize("first", [None, 8.0, 4.0])
+@pytest.mark.parametrize("then", [None, 8.0, 4.0])
+def test_what_waits_follows_another_scaler(first: float | None, then: float | None) -> None:
+    """Two phases of a training with a scaler each, or without one. Another model has a scaler, too."""
+    other = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    other.scale(torch.zeros(()))
+    bucket = Bucket()
+    for phase in (first, then):
+        optimizer, scaler = sgd(bucket.parameters), torch.amp.GradScaler("cpu", init_scale=phase) if phase is not None else None
+        for _ in range(2):
+            backward(bucket, phase or 1.0, scaler)
+            if scaler is not None:
+                scaler.step(optimizer)
+                scaler.update(phase)
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+    assert bucket.tensors["residual"].tolist() == [4 * (then or 1.0)] * 5

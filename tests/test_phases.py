@@ -166,7 +166,7 @@ def test_a_gradient_that_is_discarded_after_its_state_has_moved_leaves_it(discar
     for spec in specs:  # the second exchange adds to gradients that wait for the optimizer
         bucket = store.bucket(parameters, spec, "DDP")
         store.use.look(parameters)
-        bucket.pending.begin(1.0, keep=True)
+        bucket.pending.begin(keep=True)
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         bucket.tensors["residual"] += 1

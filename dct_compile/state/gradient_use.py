@@ -1,11 +1,11 @@
 """Learns what becomes of gradients: an optimizer applies them, or they are discarded (``zero_grad`` without a step).
 
 torch calls two hooks around every step of every optimizer. No hook tells of ``zero_grad``: its effect is seen when the next backward
-begins. A gradient scaler is found on the stack of the step that it makes.
+begins. The factor of the loss is noted then, too, because the gradient contains it.
 """
 
 import gc
-import sys
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,31 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from dct_compile.element_order import local_tensor
-
-NO_BACKWARD = -1
-"""The number of the present backward pass outside of any."""
+from dct_compile.state.loss_scale import NO_BACKWARD, loss_scales
 
 
 @dataclass(eq=False)
 class Use:
     """The fate of one parameter's gradients.
 
-    ``steps``: grows with every optimizer step that applies its gradient. ``optimizer``, ``scaler``: those of the last such step, or found
-    before the first one. ``absent``: whether its gradient was ``None`` or zero at the begin of a backward since the last exchange (on a
-    GPU a bool tensor). ``blank``: whether what the last exchange handed out was zero, as late means are at first: then zeros do not tell
-    of a discarded gradient. ``task``: the backward pass that looked last. ``skipped``: a tensor that is not zero where a fused optimizer
-    left out its last step. ``version``: that of the parameter at the last exchange of its gradient, ``None`` before the first.
-    ``searches``: how often an optimizer was searched for.
+    ``steps``: grows with every optimizer step that applies its gradient. ``optimizer``: that of the last such step, or found before the
+    first one. ``scale``: the factor of the loss in its last backward. ``absent``: whether its gradient was ``None`` or zero at the begin
+    of a backward since the last exchange (on a GPU a bool tensor). ``blank``: whether what the last exchange handed out was zero, as late
+    means are at first: then zeros do not tell of a discarded gradient. ``task``: the backward pass that looked last. ``skipped``: a tensor
+    that is not zero where a fused optimizer left out its last step. ``version``: that of the parameter at the last exchange of its
+    gradient, ``None`` before the first. ``searches``: how often an optimizer was searched for.
 
     For :mod:`dct_compile.optim`. ``late``: whether an element of its gradient arrives once in many steps, with all that has added up.
-    ``waits``: whether its optimizer is to adapt to that. ``gap``: the steps that an element waits, as far as the second moment is to know.
-    ``stepped``: how the last step has treated it: "bypass", "gaps", "bypass + gaps", "as ever", "by another rank", or "unknown optimizer"
-    with its name. Empty before the first step.
+    ``waits``: whether its optimizer is to adapt to that. ``exchanged``: whether it was compressed since the last step: if not, as in
+    ``no_sync`` or under another wrapper, the gradient is dense, and steps as ever. ``gap``: the steps that an element waits, as far as the
+    second moment is to know. ``stepped``: how the last step has treated it: "bypass", "gaps", "bypass + gaps", "as ever",
+    "by another rank", or "unknown optimizer" with its name. Empty before the first step.
 
     For :mod:`dct_compile.state.exchanges`. ``exchanges``: how often the gradient was exchanged, ``None`` where nobody counts. ``agreed``:
     whether the ranks have compared that number.
@@ -47,7 +45,7 @@ class Use:
     parameter: "weakref.ref[Tensor]"
     steps: int = 0
     optimizer: "weakref.ref[Optimizer] | None" = None
-    scaler: "weakref.ref[GradScaler] | None" = None
+    scale: "float | Tensor" = 1.0
     absent: "bool | Tensor" = False
     blank: "bool | Tensor" = False
     task: int = NO_BACKWARD
@@ -56,6 +54,7 @@ class Use:
     searches: int = 0
     late: bool = False
     waits: bool = False
+    exchanged: bool = False
     gap: float = 0.0
     stepped: str = ""
     exchanges: int | None = None
@@ -80,6 +79,7 @@ class Use:
         """Notes that the parameter's gradient is exchanged now."""
         parameter = self.parameter()
         self.absent = self.blank = False
+        self.exchanged = True
         self.version = parameter._version if parameter is not None else None
 
 
@@ -88,6 +88,7 @@ class GradientUse:
 
     def __init__(self) -> None:
         self._uses: dict[int, Use] = {}
+        self._scales = loss_scales()
         ours = weakref.ref(self)
         self._handles = [
             register_optimizer_step_pre_hook(lambda *step: _forward(ours, GradientUse._before_step, *step)),
@@ -134,38 +135,31 @@ class GradientUse:
         return [parameter.register_hook(at_gradient) for parameter in parameters if parameter.requires_grad]
 
     def look(self, parameters: Iterable[Tensor]) -> None:
-        """Notes whether ``parameters`` have gradients now. Within one backward pass only the first look at a parameter counts."""
-        task = torch._C._current_graph_task_id()
+        """Notes whether ``parameters`` have gradients now, and the factor of the loss whose backward begins.
+
+        Within one backward pass only the first look at a parameter counts.
+        """
+        task, scale = torch._C._current_graph_task_id(), self._scales.present()
         uses = [use for use in self.of(parameters) if use.task != task or task == NO_BACKWARD]
         if any(use.is_due for use in uses):
             self._search()
         groups: dict[int, list[Use]] = {}
         for use in uses:
-            use.task = task
+            use.task, use.scale = task, use.scale if scale is None else scale
             groups.setdefault(id(use.optimizer() if use.optimizer is not None else None), []).append(use)
         for group in groups.values():
             # zero_grad leaves none, or only zeros: one gradient with another value stands for its optimizer's others.
             _note(group)
 
-    def scale(self, uses: Sequence[Use]) -> "float | Tensor":
-        """Returns the factor of the present loss: that of a gradient scaler, 1 without one. A tensor on a GPU."""
-        scalers = [found for use in uses if use.scaler is not None and (found := use.scaler()) is not None]
-        scale = scalers[0]._scale if scalers else None
-        if scale is None:
-            return 1.0
-        return scale.detach().clone() if scale.is_cuda else scale.item()
-
     def _search(self) -> None:
-        """Finds the optimizers and the gradient scaler of parameters that no optimizer has stepped yet."""
-        waiting = {key: use for key, use in self._uses.items() if use.is_due}
-        optimizers, scalers = _alive()
-        for optimizer in optimizers:
+        """Finds the optimizers of parameters that no optimizer has stepped yet."""
+        waiting = {key: use for key, use in list(self._uses.items()) if use.is_due}  # other threads add some
+        for optimizer in _optimizers():
             for parameter in _parameters(optimizer):
                 if id(parameter) in waiting:
                     waiting[id(parameter)].optimizer = weakref.ref(optimizer)
         for use in waiting.values():
             use.searches += 1
-            use.scaler = weakref.ref(scalers[0]) if len(scalers) == 1 else None
 
     # A compiled step calls this as it is: the numbers change with every step.
     @_disable_dynamo
@@ -185,11 +179,10 @@ class GradientUse:
         ]
         if not used:
             return
-        scaler = _running_scaler()
         skipped = getattr(optimizer, "found_inf", None)  # of a fused optimizer, which decides on the device
         for use in used:
             use.steps += 1
-            use.optimizer, use.scaler, use.skipped = weakref.ref(optimizer), scaler, skipped
+            use.optimizer, use.skipped = weakref.ref(optimizer), skipped
 
     def _forget(self, key: int) -> Callable[[Any], None]:
         uses = self._uses
@@ -218,28 +211,23 @@ def _note(group: Sequence[Use]) -> None:
     gradients = [local_tensor(gradient) if gradient is not None else None for gradient in held]
     kept: bool | Tensor = False
     for gradient in gradients:
-        if gradient is not None and kept is False:
-            kept = gradient.any() if gradient.is_cuda else bool(gradient.any())
-    blank = [use.blank for use, gradient in zip(group, gradients, strict=True) if gradient is not None]
-    kept = kept | blank[0] if isinstance(kept, Tensor) else kept or (bool(blank) and all(blank))
+        if gradient is not None and kept is not True:
+            kept = _combined(operator.or_, kept, gradient.any() if gradient.is_cuda else bool(gradient.any()))
+    blank: bool | Tensor = any(gradient is not None for gradient in gradients)
+    for use, gradient in zip(group, gradients, strict=True):
+        if gradient is not None and blank is not False:
+            blank = _combined(operator.and_, blank, use.blank)
+    kept = _combined(operator.or_, kept, blank)
     for use, gradient in zip(group, gradients, strict=True):
         absent = gradient is None or (~kept if isinstance(kept, Tensor) else not kept)
         use.absent = absent if use.absent is False or absent is True else use.absent | absent
 
 
-def _alive() -> tuple[list[Optimizer], list[GradScaler]]:
-    """Returns all optimizers of the process, and the gradient scalers that have scaled a loss."""
-    found = gc.get_objects()
-    optimizers = [item for item in found if issubclass(type(item), Optimizer) and hasattr(item, "param_groups")]
-    scalers = [item for item in found if issubclass(type(item), GradScaler) and item.is_enabled() and item._scale is not None]
-    return optimizers, scalers
+def _combined(function: Callable[[Any, Any], Any], first: "bool | Tensor", second: "bool | Tensor") -> "bool | Tensor":
+    """Returns ``function`` of both, on the device of the first that is on one: the host waits for none."""
+    return function(first, second.to(first.device) if isinstance(first, Tensor) and isinstance(second, Tensor) else second)  # type: ignore[no-any-return]
 
 
-def _running_scaler() -> "weakref.ref[GradScaler] | None":
-    """Returns the gradient scaler whose ``step`` calls, if there is one. One that is disabled has no scale."""
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "step" and isinstance(found := frame.f_locals.get("self"), GradScaler):
-            return weakref.ref(found) if found.is_enabled() else None
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+def _optimizers() -> list[Optimizer]:
+    """Returns all optimizers of the process."""
+    return [item for item in gc.get_objects() if issubclass(type(item), Optimizer) and hasattr(item, "param_groups")]

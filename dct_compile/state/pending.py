@@ -30,11 +30,10 @@ class Pending:
         # The number of steps of each parameter's optimizer at its last exchange; None where nothing is pending.
         self._steps: list[int | None] = [None] * len(uses)
 
-    def begin(self, scale: "float | Tensor", keep: bool, final: bool = False) -> bool:
+    def begin(self, keep: bool, final: bool = False) -> bool:
         """Prepares the state for an exchange: settles the last one, and follows the scale of the loss.
 
         Args:
-            scale: The factor of the present loss.
             keep: Whether the present state is kept, so that it can be restored. It takes a copy.
             final: Whether the exchange counts as applied, as on a rank without inputs: the others apply the gradient.
 
@@ -44,7 +43,7 @@ class Pending:
         if final:
             self.forget()
         certain = self.settle()
-        self.rescale_to(scale)
+        self.rescale_to(self.uses[0].scale)  # one backward makes the gradients of a bucket
         if keep:
             settled = [index for index, steps in enumerate(self._steps) if steps is None]
             self._before = self._before or {name: torch.empty_like(tensor) for name, tensor in self.tensors.items()}
