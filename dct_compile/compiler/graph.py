@@ -50,8 +50,8 @@ class Settings:
 
     ``patches``: Inductor's own options. ``group``: the ranks that average gradients, for ``data_parallel``. ``inner_compile``: what
     generates code from the partitioned graphs. ``options``: the options with all phases, where ``config`` is one of several phases;
-    ``until``: the exchange at which the next phase follows. ``bucket_bytes``: bytes of a bucket of
-    ``data_parallel``, as on all ranks; ``None`` for what the link asks for.
+    ``until``: the exchange at which the next phase follows. ``bucket_bytes``: bytes of a bucket of ``data_parallel``, as on all ranks;
+    ``None`` for what the link asks for.
     """
 
     config: DCTConfig
