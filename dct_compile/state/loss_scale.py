@@ -81,7 +81,7 @@ def loss_scales() -> LossScales:
     scales = LossScales()
     for kind in (GradScaler, *_subclasses(GradScaler)):
         if "scale" in vars(kind):
-            kind.scale = scales.noting(kind.scale)  # type: ignore[method-assign]
+            setattr(kind, "scale", scales.noting(kind.scale))  # noqa: B010
     return scales
 
 
