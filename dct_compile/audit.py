@@ -24,7 +24,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from dct_compile.runtime import RUNTIME, Runtime
 from dct_compile.state.entry import Entry, fold_late, fold_share
-from dct_compile.state.gradient_use import NO_BACKWARD
+from dct_compile.state.loss_scale import NO_BACKWARD
 from dct_compile.state.spec import LOCAL
 from dct_compile.state.store import named_parameters
 

@@ -63,7 +63,8 @@ class DCTConfig:
     mp_density: float = 0.05
     """Fraction of a row that the threshold sends; with 1, and `activation_codec="auto"`, activations stay dense."""
     threshold: str | float = "exact"
-    """`"exact"`, `"sampled"` (3 to 8 % of a large gradient), `"laplace"`, or a float: a fixed absolute threshold."""
+    """`"exact"`, `"sampled"` (3 to 8 % of a large gradient), `"laplace"`, or a float: a fixed absolute threshold, of the scaled loss under
+    a `GradScaler`."""
     refresh_interval: int = 1000
     """Steps between two choices of a gradient's threshold."""
     refresh_warmup: str = "geometric"

@@ -33,7 +33,7 @@ from dct_compile.runtime import Runtime
 from dct_compile.schemes.late import Late
 from dct_compile.state.bucket import BucketState, refer_to
 from dct_compile.state.exchanges import count_exchange, exchanges_of
-from dct_compile.state.gradient_use import NO_BACKWARD
+from dct_compile.state.loss_scale import NO_BACKWARD
 from dct_compile.state.store import named_parameters
 from dct_compile.workers import ExchangeWorker
 

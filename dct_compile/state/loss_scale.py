@@ -72,7 +72,11 @@ class LossScales:
     def _note(self, scale: "float | Tensor", _: object) -> None:
         note = _Note(torch._C._current_graph_task_id(), scale)
         self._notes[note.task] = note
-        Variable._execution_engine.queue_callback(lambda: note)  # the backward holds the note with its callback
+        Variable._execution_engine.queue_callback(functools.partial(_keep, note))  # the backward holds the note with its callback
+
+
+def _keep(_: _Note) -> None:
+    """Does nothing."""
 
 
 @functools.cache
@@ -81,7 +85,7 @@ def loss_scales() -> LossScales:
     scales = LossScales()
     for kind in (GradScaler, *_subclasses(GradScaler)):
         if "scale" in vars(kind):
-            kind.scale = scales.noting(kind.scale)  # type: ignore[method-assign]
+            setattr(kind, "scale", scales.noting(vars(kind)["scale"]))  # noqa: B010
     return scales
 
 
