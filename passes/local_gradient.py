@@ -14,7 +14,7 @@ def local_gradient(node: fx.Node, collective: fx.Node, backward: set[fx.Node]) -
     if seq is None or expected is None:
         return None
     own = {other for other in node.graph.nodes if other.meta.get("seq_nr") == seq}
-    if not _leads_only_to(collective, own - backward, own | backward):
+    if not leads_only_to(collective, own - backward, own | backward):
         return None
     incoming = {source for user in own & backward for source in user.all_input_nodes if source in backward - own}
     incoming = {source for source in incoming if gu.value(source) is not None}  # a size is no gradient
@@ -27,10 +27,10 @@ def local_gradient(node: fx.Node, collective: fx.Node, backward: set[fx.Node]) -
     return gradient, tuple(user for user in gradient.users if user in own)
 
 
-def _leads_only_to(collective: fx.Node, producers: set[fx.Node], within: set[fx.Node]) -> bool:
+def leads_only_to(collective: fx.Node, producers: set[fx.Node], within: set[fx.Node]) -> bool:
     """Returns True if nothing but ``collective`` uses what ``producers`` compute, the nodes ``within`` and results of the graph left out.
 
     Otherwise other branches have a part in the gradient, or all of it, where autograd does not record the collective.
     """
-    users = {user for producer in producers for user in producer.users if user.target not in gu.METADATA_OPS}
+    users = {user for producer in producers - {collective} for user in producer.users if user.target not in gu.METADATA_OPS}
     return all(user is collective or (user in within and user.op != "output") for user in users)

@@ -27,7 +27,7 @@ from dct_compile.exchange import (
 from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.collectives import DEVICE_COPY, GATHER, collective_of
 from dct_compile.passes.destination import destination, read_results
-from dct_compile.passes.local_gradient import local_gradient
+from dct_compile.passes.local_gradient import leads_only_to, local_gradient
 from dct_compile.passes.origin import origin
 from dct_compile.passes.source import source_name
 
@@ -118,11 +118,11 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
     returned = {outputs[position]: parameter for position, parameter in context.gradients.items()}
     sites: list[Site] = []
     forward_by_seq: dict[int, Site] = {}
-    begun: set[int | None] = {None}  # an operator that autograd records begins a number; one that it does not record repeats the last
+    before: dict[int, set[fx.Node]] = {}  # forward nodes by sequence number: what autograd does not record has that of another operator
     for node in graph.nodes:
         seq = node.meta.get("seq_nr")
-        recorded = seq not in begun
-        begun.add(seq)
+        if node not in backward and seq is not None:
+            before.setdefault(seq, set()).add(node)
         collective = collective_of(node)
         if collective is None:
             continue
@@ -144,8 +144,8 @@ def find_sites(graph: fx.Graph, context: GraphContext) -> list[Site]:
             site.kind = site.origin  # these origins are kinds, too
         elif _is_float(site) and site.origin != PARAMETER:
             site.kind = ACTIVATION
-        if node not in backward and recorded:
-            forward_by_seq[seq] = site
+        if node not in backward and seq is not None and leads_only_to(node, before[seq], before[seq] | backward):
+            forward_by_seq.setdefault(seq, site)
         sites.append(site)
     _pair_by_gradient(sites, backward)
     results = read_results(graph, context.results, {*context.parameters, *context.written})
