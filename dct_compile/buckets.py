@@ -16,7 +16,7 @@ from dct_compile.link import ONE_MACHINE, Link
 BUCKET_BYTES = 25 * 2**20
 """As DDP's default bucket: large enough for the bandwidth of a usual link, small enough to start early."""
 BUCKET_S = 2e-3
-"""Seconds that one more bucket costs beside its message: kernels, a hook, and a cut in the graph under DDP (docs/slow-links.md)."""
+"""Seconds that one more bucket costs beside its message on a CPU, about: kernels, a hook, and a cut in the graph under DDP."""
 _LARGEST_BUCKET = 2**30
 
 
