@@ -39,7 +39,7 @@ def test_a_state_that_moves_keeps_its_values(monkeypatch: pytest.MonkeyPatch, pe
     if pending:
         for parameter, use in zip(parameters, store.use.of(parameters), strict=True):
             parameter.grad, use.steps = torch.ones_like(parameter), 1
-        held.pending.begin(1.0, keep=True)
+        held.pending.begin(keep=True)
         fill(held, 7)
     after = {f"p{index}": held.saved(index) for index in range(2)}
     elsewhere = property(lambda bucket: META if bucket is held else torch.device("cpu"))
