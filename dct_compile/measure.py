@@ -95,7 +95,7 @@ def _to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """Returns the host's copy, and the event after which it is complete (``None``: it is)."""
     if not numbers.is_cuda:
         return numbers, None
-    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
     host.copy_(numbers, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(numbers.device))

@@ -7,6 +7,7 @@ import torch
 
 from dct_compile.moments import _tensor
 from dct_compile.state.bucket import BucketState
+from dct_compile.state.entry import share_of
 from dct_compile.state.spec import StateSpec, StateTensor, counters_of, residual_of
 
 CPU = torch.device("cpu")
@@ -39,3 +40,11 @@ def test_numbers_for_moments_are_on_the_device_of_their_parameters(default_meta:
     found = _tensor((1.0, 2.0), torch.float32, CPU)
     assert found.device == CPU
     assert found.tolist() == [1.0, 2.0]
+
+
+def test_shares_of_loaded_states_are_found(request: pytest.FixtureRequest) -> None:
+    shares = [[256, 2, 1, 256], [256, 2, 1]]
+    expected = [share_of(1000, share) for share in shares]
+    request.getfixturevalue("default_meta")
+    for share, elements in zip(shares, expected, strict=True):
+        assert share_of(1000, share).equal(elements)

@@ -57,10 +57,10 @@ def share_of(numel: int, owner_share: Sequence[int]) -> Tensor:
     """Returns which of a parameter's ``numel`` elements, as they lie in the buffer, a share holds: int64 [elements], in its order."""
     block, chunks, chunk, *unit = owner_share
     if unit:
-        return place_of(torch.arange(share_numel(numel, chunks, chunk)), chunks, chunk)
+        return place_of(torch.arange(share_numel(numel, chunks, chunk), device="cpu"), chunks, chunk)
     block = min(block, TILE)
     run = ceil(ceil(numel / block) / chunks) * block
-    return torch.arange(min(chunk * run, numel), min((chunk + 1) * run, numel))
+    return torch.arange(min(chunk * run, numel), min((chunk + 1) * run, numel), device="cpu")
 
 
 def fold_share(entry: Entry) -> Entry:
