@@ -1,13 +1,11 @@
 """Averaging inside of the compiled graph (option ``data_parallel``), and the start that it makes equal."""
 
-import re
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._inductor.utils import run_fw_bw_and_get_code
 from torch.nn.parallel import DistributedDataParallel
 
 import dct_compile
@@ -180,19 +178,3 @@ def test_inductors_generated_code_computes_the_same(ranks2: Ranks) -> None:
         assert expected[2] == got[2] == 3
         assert len(expected[1]) == 2
         torch.testing.assert_close(got[:2], expected[:2])
-
-
-def calls_of_backward(rank: int, world_size: int) -> list[str]:
-    """Returns what is called, in order, by the code of a backward of four layers in buckets of their own."""
-    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)))
-    compiled = torch.compile(model, backend=dct, options={"data_parallel": True, "link": "1Mbit/s"})
-    _, (_, backward) = run_fw_bw_and_get_code(lambda: compiled(torch.randn(4, 512)))
-    assert isinstance(backward, str)
-    return re.findall(r"^ *(?:buf\d+ = )?(torch\.ops\.[\w.]+|extern_kernels\.\w+)\(", backward, re.MULTILINE)
-
-
-def test_an_exchange_starts_before_the_rest_of_the_backward(ranks2: Ranks) -> None:
-    """Products of matrices stand between the start of the first exchange and its wait."""
-    for calls in ranks2(calls_of_backward):
-        start, wait = (calls.index(f"torch.ops._c10d_functional.{name}.default") for name in ("all_gather_into_tensor", "wait_tensor"))
-        assert sum(call in ("extern_kernels.mm", "torch.ops.aten.mm.default") for call in calls[start:wait]) >= 4, calls
