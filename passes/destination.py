@@ -27,13 +27,7 @@ _MOVES = gu.SHAPE_OPS | {
     aten.index_put.default,
     aten.index_copy.default,
 }
-_ARITHMETIC = gu.SCALING_OPS | {
-    aten.add.Tensor,
-    aten.add.Scalar,
-    aten.sub.Tensor,
-    aten.sub.Scalar,
-    aten.rsub.Scalar,
-    aten.neg.default,
+_ARITHMETIC = gu.LINEAR_OPS | {
     aten.lerp.Scalar,
     aten.lerp.Tensor,
     aten.where.self,

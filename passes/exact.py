@@ -10,13 +10,7 @@ from dct_compile.passes import graph_utils as gu
 
 aten = gu.aten
 _PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
-_ARITHMETIC = gu.SCALING_OPS | {
-    aten.add.Tensor,
-    aten.add.Scalar,
-    aten.sub.Tensor,
-    aten.sub.Scalar,
-    aten.rsub.Scalar,
-    aten.neg.default,
+_ARITHMETIC = gu.LINEAR_OPS | {
     aten.log.default,
     aten.sqrt.default,
     aten.rsqrt.default,

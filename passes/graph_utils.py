@@ -65,6 +65,15 @@ METADATA_OPS = frozenset(
 """Operators that ask for the shape of a tensor and read none of its values."""
 
 SCALING_OPS = frozenset({aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar})
+LINEAR_OPS = SCALING_OPS | {
+    aten.add.Tensor,
+    aten.add.Scalar,
+    aten.sub.Tensor,
+    aten.sub.Scalar,
+    aten.rsub.Scalar,
+    aten.neg.default,
+}
+"""Sums, differences and multiples, element by element."""
 
 _PADDING_OPS = frozenset({aten.constant_pad_nd.default, aten._to_copy.default, torch.ops.prims.convert_element_type.default})
 

@@ -45,6 +45,30 @@ def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
     return reduced
 
 
+class SumOfParts(torch.autograd.Function):
+    """The exit of a row-parallel layer: an all_reduce whose backward sends nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_reduce(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient
+
+
+class ColumnParallel(torch.autograd.Function):
+    """The identity; its backward adds up the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return all_reduce(gradient)
+
+
 class Averaged(torch.autograd.Function):
     """The identity; its backward averages the gradient over all ranks."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.hand_made_sites import decide, make_site
-from tests.small_models import all_reduce, exchange, gather, leaf, reduce_scatter
+from tests.small_models import ColumnParallel, exchange, gather, leaf, reduce_scatter
 from tests.tracing import Trace, trace
 
 MASKED = ["row threshold, 4 of 64 kept", "the forward's mask, values only"]
@@ -95,18 +95,6 @@ def test_density_of_one_leaves_activations_dense_unless_a_codec_is_named() -> No
 
 def test_returned_results_are_allowed_to_lose_their_last_bits() -> None:
     assert set(by_default(lambda x: gather(x.tanh()), leaf(16, 64), mp_outputs=True).reasons) == {"bfloat16 on the wire"}
-
-
-class ColumnParallel(torch.autograd.Function):
-    """The identity; its backward adds up the gradients of all ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return all_reduce(gradient)
 
 
 def test_gradient_without_a_forward_exchange_is_quantised() -> None:

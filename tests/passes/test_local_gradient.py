@@ -8,34 +8,10 @@ import torch
 from torch import Tensor
 
 from tests.lockstep import run_both, trace_all
-from tests.small_models import all_reduce, leaf
+from tests.small_models import ColumnParallel, SumOfParts, all_reduce, leaf
 from tests.tracing import Trace, communication, dct, trace
 
 MASKS = {dct.gather_rows.default, dct.scatter_rows.default}
-
-
-class SumOfParts(torch.autograd.Function):
-    """The exit of a row-parallel layer: an all_reduce whose backward sends nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return all_reduce(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient
-
-
-class Entry(torch.autograd.Function):
-    """The entry of a column-parallel layer: the identity, whose backward adds up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return all_reduce(gradient)
 
 
 def by_default(function: Callable[..., Any]) -> Trace:
@@ -71,7 +47,7 @@ def _detached(x: Tensor) -> Tensor:
 
 
 def _behind_another_layer(x: Tensor) -> tuple[Tensor, Tensor]:
-    y = (Entry.apply(x.sin()) @ torch.ones(64, 64)).relu()  # type: ignore[no-untyped-call]
+    y = (ColumnParallel.apply(x.sin()) @ torch.ones(64, 64)).relu()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         used = all_reduce(y).abs().mean()
     return y * 2, used

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dct_compile.passes.graph_utils import WAIT, argument
 from tests.lockstep import make_inputs, run_both, trace_all
-from tests.small_models import Layers, all_reduce, c10d, exchange, gather, ids, leaf, reduce_scatter, world
+from tests.small_models import Layers, SumOfParts, all_reduce, c10d, exchange, gather, ids, leaf, reduce_scatter, world
 from tests.tracing import communication, dct, nodes_of, outputs, trace
 
 A2A, AG = c10d.all_to_all_single.default, c10d.all_gather_into_tensor.default
@@ -154,18 +154,6 @@ def test_sums_and_averages(collective: Callable[[Tensor, str], Tensor], op: str)
     wanted = total / 4 if op == "avg" else total
     for rank, (_, compressed) in enumerate(zip(*run_both(everyone), strict=True)):
         torch.testing.assert_close(compressed[0], wanted if collective is all_reduce else wanted[4 * rank : 4 * rank + 4])
-
-
-class SumOfParts(torch.autograd.Function):
-    """The exit of a row-parallel layer: an all_reduce whose backward sends nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return all_reduce(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient
 
 
 def test_row_parallel_layer_masks_the_gradient_where_it_is() -> None:
