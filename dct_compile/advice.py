@@ -159,9 +159,8 @@ class Training:
     def smaller_buckets(self, link: Link) -> SmallerBuckets | None:
         """Returns the buckets of gradients that would save time on ``link``, if any would."""
         gradients = [decision for decision in self.decided(link) if decision.exchange.kind == GRADIENT]
-        sent = sum((decision.traffic for decision in gradients), NOTHING)
-        hops = max((decision.traffic.hops for decision in gradients), default=0)
-        return smaller_buckets(link, [decision.exchange.segment_bytes for decision in gradients], float(sent.wire), hops)
+        sizes, traffics = [item.exchange.segment_bytes for item in gradients], [item.traffic for item in gradients]
+        return smaller_buckets(link, sizes, traffics)
 
     def crossing(self, link: Link, kinds: Sequence[str]) -> float:
         """Returns the largest rate at which an exchange of one of ``kinds`` is compressed, with the latency of ``link``.

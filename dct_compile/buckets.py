@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dct_compile.link import ONE_MACHINE, Link
+from dct_compile.traffic import NOTHING, Traffic
 
 BUCKET_BYTES = 25 * 2**20
 """As DDP's default bucket: large enough for the bandwidth of a usual link, small enough to start early."""
@@ -64,18 +65,18 @@ class SmallerBuckets:
     saved_s: float
 
 
-def smaller_buckets(link: Link | None, buckets: Sequence[Sequence[int]], wire_bytes: float, hops: int) -> SmallerBuckets | None:
+def smaller_buckets(link: Link | None, buckets: Sequence[Sequence[int]], traffics: Sequence[Traffic]) -> SmallerBuckets | None:
     """Returns the buckets that would save time, ``None`` where the saving is less than what a bucket costs, or the link is not known.
 
     Args:
         link: The link of the group.
         buckets: Bytes of each parameter, by bucket, in the order in which their gradients are ready.
-        wire_bytes: Bytes that a rank sends for all of them.
-        hops: Messages of a bucket, one after the other.
+        traffics: What a rank sends for each bucket.
     """
     sizes = [size for bucket in buckets for size in bucket]
     if link is None or link == ONE_MACHINE or not sizes:
         return None
+    wire_bytes, hops = float(sum(traffics, NOTHING).wire), max(traffic.hops for traffic in traffics)
     mib = max(1, round(best_bytes(link, sum(sizes), wire_bytes, hops) / 2**20))
 
     def added_s(held: Sequence[int]) -> float:

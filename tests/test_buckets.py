@@ -4,9 +4,11 @@ import pytest
 
 from dct_compile.buckets import BUCKET_BYTES, best_bytes, bucket_bytes_on, smaller_buckets
 from dct_compile.link import ONE_MACHINE, Link
+from dct_compile.traffic import to_all
 
 MIB = 2**20
 SLOW = Link(12.5e6)
+TRAFFICS = [to_all(10_000, 2), to_all(240_000, 2)]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def test_the_best_size_adds_the_fewest_seconds() -> None:
 
 
 def test_smaller_buckets_are_named_with_what_they_save() -> None:
-    found = smaller_buckets(SLOW, [[MIB], [MIB] * 24], 250_000.0, 1)
+    found = smaller_buckets(SLOW, [[MIB], [MIB] * 24], TRAFFICS)
     assert found is not None
     assert found.mib == 8
     # The last one has a MiB of 25 then, in place of 24; there are four in place of two.
@@ -58,4 +60,4 @@ def test_smaller_buckets_are_named_with_what_they_save() -> None:
     ],
 )
 def test_nothing_is_named_where_nothing_is_saved(link: Link | None, buckets: list[list[int]]) -> None:
-    assert smaller_buckets(link, buckets, 250_000.0, 1) is None
+    assert smaller_buckets(link, buckets, TRAFFICS) is None

@@ -69,12 +69,10 @@ def note_buckets(title: str, plans: Sequence[BucketPlan], config: DCTConfig, lin
 
     ``title``: the module's name. ``plans``: those of its buckets.
     """
-    exchanges = [plan.decision.exchange for plan in plans]
-    sent = sum((plan.decision.traffic for plan in plans), NOTHING)
-    hops = max((plan.decision.traffic.hops for plan in plans), default=0)
-    better = smaller_buckets(link, [exchange.segment_bytes for exchange in exchanges], float(sent.wire), hops)
+    traffics = [plan.decision.traffic for plan in plans]
+    better = smaller_buckets(link, [plan.decision.exchange.segment_bytes for plan in plans], traffics)
     if better is not None and config.arrival == "now":
-        share = float(plans[-1].decision.traffic.wire / sent.wire)
+        share = float(traffics[-1].wire / sum(traffics, NOTHING).wire)
         runtime.reports.note(Note.BUCKETS.format(module=title, share=share, mib=better.mib, saved=duration(better.saved_s)))
 
 

@@ -118,7 +118,7 @@ def take_over(states: Sequence[Mapping[str, Entry]], rank: int, ranks: int) -> d
         return dict(taken[0])
     names = dict.fromkeys(name for state in taken for name in state)
     sharers = len(range(rank % total, ranks, total))
-    factor = ranks / total / max(sharers, 1)
+    factor = ranks / total / sharers
     return {name: _added(name, [state[name] for state in taken if name in state], factor) for name in names}
 
 
