@@ -141,9 +141,10 @@ class Training:
             decisions = self.decided(link, ranks)
             return _sum([decision.exchange for decision in decisions], [decision.traffic for decision in decisions])
         exchanges = self.exchanges(ranks)
-        count = {"dense": _dense_traffic, "fp16": fp16_traffic}.get(method)
-        if count is not None:
-            return _sum(exchanges, [count(exchange) for exchange in exchanges])
+        if method == "dense":
+            return _sum(exchanges, [exchange.dense_traffic for exchange in exchanges])
+        if method == "fp16":
+            return _sum(exchanges, [fp16_traffic(exchange) for exchange in exchanges])
         config = replace(self.config, gradient_scheme=method)
         open_ = [decision.compressed or bool(decision.offers) for decision in self.decisions]
         return _sum(exchanges, [_offered(one, method, config, can) for one, can in zip(exchanges, open_, strict=True)])
@@ -227,10 +228,6 @@ def measured_compute_s(model: Callable[..., Any], inputs: tuple[Any, ...], named
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])  # the first one allocates
-
-
-def _dense_traffic(exchange: Exchange) -> Traffic:
-    return exchange.dense_traffic
 
 
 def _offered(exchange: Exchange, name: str, config: DCTConfig, can_be_compressed: bool) -> Traffic:

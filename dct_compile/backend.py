@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch._dynamo.output_graph import GraphCompileReason
 
-from dct_compile.compiler.graph import Compiled, Settings, compile_graph, parameter_positions
+from dct_compile.compiler.graph import Compiled, Settings, compile_graph
+from dct_compile.compiler.inputs import parameter_positions
 from dct_compile.compiler.options import gradient_group, read_options
 from dct_compile.compiler.phases import compile_phases
 from dct_compile.config import DCTConfig

@@ -1,6 +1,6 @@
 """``torch.compile(...).aot_compile``: a graph that sends nothing encoded is saved as by Inductor, any other is an error that says why."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import dct_compile
 from dct_compile.backend import dct
 from tests.small_models import exchange, leaf
-from tests.tracing import fake_group
 
+pytestmark = pytest.mark.usefixtures("fake_group_of_two")
 LAYER = nn.Linear(64, 64)
 
 
@@ -23,14 +23,6 @@ def twice(x: Tensor) -> Tensor:
 
 
 twice.register_fake(torch.empty_like)
-
-
-@pytest.fixture(autouse=True)
-def _group() -> Iterator[None]:
-    torch._dynamo.reset()
-    dct_compile.reset_report()
-    with fake_group(2):
-        yield
 
 
 def ahead_of_time(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:

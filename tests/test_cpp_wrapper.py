@@ -1,6 +1,5 @@
 """Inductor's option ``cpp_wrapper``: an error that names it where an exchange is compressed; all else compiles as by Inductor."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,15 +11,8 @@ from torch import Tensor, nn
 import dct_compile
 from dct_compile.backend import dct
 from tests.small_models import all_reduce
-from tests.tracing import fake_group
 
-
-@pytest.fixture(autouse=True)
-def _group() -> Iterator[None]:
-    torch._dynamo.reset()
-    dct_compile.reset_report()
-    with fake_group(2):
-        yield
+pytestmark = pytest.mark.usefixtures("fake_group_of_two")
 
 
 def reduced(x: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from dct_compile.compiler.graph import _describe, _readable_source
-from dct_compile.passes.graph_utils import placeholders
+from dct_compile.compiler.inputs import describe_inputs, readable_source
 
 
 @pytest.mark.parametrize(
@@ -31,7 +30,7 @@ from dct_compile.passes.graph_utils import placeholders
     ],
 )
 def test_a_source_is_a_path(source: str, name: str) -> None:
-    assert _readable_source(source) == name
+    assert readable_source(source) == name
 
 
 class Mixed(nn.Module):
@@ -51,8 +50,7 @@ def test_names_are_those_of_the_model() -> None:
     found: list[str] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        described = [_describe(node, item, None, {}) for node, item in zip(placeholders(gm.graph), inputs, strict=True)]
-        found.extend(info.name for info in described if info.is_parameter)
+        found.extend(info.name for info in describe_inputs(gm, inputs, None) if info.is_parameter)
         return gm.forward
 
     model = Mixed()

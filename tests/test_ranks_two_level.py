@@ -2,7 +2,6 @@
 
 import io
 from contextlib import ExitStack
-from fractions import Fraction
 from itertools import permutations
 from typing import Any
 
@@ -12,15 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dct_compile
-from dct_compile.config import DCTConfig
-from dct_compile.exchange import Parameter, gradient_exchange, segments_of
 from dct_compile.groups import ranks_per_host
-from dct_compile.inspection import fake_ranks
-from dct_compile.link import Link
-from dct_compile.passes.collectives import ALL_REDUCE
-from dct_compile.passes.plan import decide_outside
 from dct_compile.runtime import RUNTIME
-from dct_compile.schemes import two_level
 from dct_compile.state.entry import fold_share
 from dct_compile.state.store import named_parameters
 from tests.audited_trainings import Setting
@@ -232,28 +224,3 @@ def groups_made(rank: int, world_size: int, scheme: str) -> int:
 @pytest.mark.parametrize(("scheme", "count"), [("gather", 1), ("two_level", 3)])
 def test_groups_of_hosts_are_made_where_they_are_used(ranks4: Ranks, scheme: str, count: int) -> None:
     assert ranks4(groups_made, scheme) == [count] * 4
-
-
-@pytest.mark.parametrize(("inside_bytes_per_s", "scheme"), [(1e10, "two_level"), (6e8, "owner"), (1e8, "owner")])
-def test_the_rate_inside_of_a_host_decides(inside_bytes_per_s: float, scheme: str) -> None:
-    """The second one is within a quarter of "owner", and leaves more bytes to the host than it saves on the wire."""
-    link = Link(1.25e7, 1e-4, 1e11, inside_bytes_per_s)
-    with fake_ranks(8) as group:
-        parameters = segments_of([Parameter(0, "weight", (2000, 2000))])
-        exchange = gradient_exchange(ALL_REDUCE, parameters, torch.float32, group, per_host=4)
-        assert decide_outside(exchange, DCTConfig(), lambda _: link).scheme == scheme
-
-
-@pytest.mark.parametrize(("hosts", "rides"), [(2, True), (128, False)])
-def test_the_rest_rides_where_that_sends_little(hosts: int, rides: bool) -> None:
-    """An all_gather sends it to every host, an all_reduce twice."""
-    members = [Parameter(0, "weight", (400, 400)), Parameter(1, "bias", (16000,))]
-    config = DCTConfig(exempt=("bias",))
-    with fake_ranks(8 * hosts) as group:
-        exchange = gradient_exchange(ALL_REDUCE, segments_of(members), torch.float32, group, per_host=8)
-        made = two_level.offer(exchange, config)
-    assert isinstance(made, two_level.TwoLevel)
-    assert (made.rider is not None) == rides
-    payload = made.codec.layout.payload_bytes
-    rest = 4 * 2000 * (1 if rides else Fraction(2 * (hosts - 1), hosts))
-    assert made.traffic.wire == payload * (hosts - 1) + rest

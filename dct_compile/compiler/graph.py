@@ -1,6 +1,5 @@
 """Compiles one Dynamo graph: Inductor, with this project's passes in front of it."""
 
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,35 +8,29 @@ import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 import torch.distributed as dist
-from torch import Tensor, fx
+from torch import fx
 from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from dct_compile.buckets import BUCKET_BYTES, bucket_bytes_on
 from dct_compile.compiler.equal_start import with_equal_start
 from dct_compile.compiler.exchanges import before_exchanges, with_count
 from dct_compile.compiler.first_use import FirstUse
+from dct_compile.compiler.inputs import describe_inputs, parameter_positions
 from dct_compile.compiler.not_averaged import differentiated, plain_leaves
 from dct_compile.compiler.refusals import refuse_ahead_of_time, refuse_cpp_wrapper
-from dct_compile.compiler.spread import Meshes, fsdp_meshes, spread_of, watchers
+from dct_compile.compiler.spread import watchers
 from dct_compile.compiler.state_inputs import add_state_inputs, with_state
 from dct_compile.config import DCTConfig
-from dct_compile.passes import graph_utils as gu
 from dct_compile.passes.decision import Decision
 from dct_compile.passes.foresight import can_hold_sites
-from dct_compile.passes.graph_input import PLAIN, GraphInput
 from dct_compile.passes.inline_kernels import InlineKernels
 from dct_compile.passes.manager import JointGraphPass, StateNeededError, StateRequest, expected_requests
 from dct_compile.reasons import Note
 from dct_compile.runtime import Runtime
 
 Compiled = Callable[..., Any]
-_STEP = re.compile(r"""(?:^[LG])?(?:\.(\w+)|\['((?:[^'\\]|\\.)*)'\]|\["((?:[^"\\]|\\.)*)"\]|\[(\d+)\])""")
-"""One step of a source: an attribute, a key or an index; the first is a local or global variable."""
-_CLOSURE = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
-_CONTAINERS = ("_modules", "_parameters", "_buffers", "__dict__", "__self__")
 JOINT_SLOT, _LAST_SLOT = "joint_custom_pre_pass", "post_grad_custom_post_pass"
 _JOINT_PASSES = "use_joint_graph_passes"
 _IN_ORDER = {"reorder_for_peak_memory": False}
@@ -73,11 +66,6 @@ def compile_graph(
     return compiled
 
 
-def parameter_positions(inputs: Sequence[Any]) -> list[int]:
-    """Returns the positions of the parameters among the inputs of a Dynamo graph."""
-    return [position for position, item in enumerate(inputs) if isinstance(item, torch.nn.Parameter)]
-
-
 class GraphCompiler:
     """Compiles one Dynamo graph.
 
@@ -91,8 +79,7 @@ class GraphCompiler:
         self.is_reduced = reduced_outside or settings.group is not None or not dist.is_initialized() or dist.get_world_size() == 1
         self.ahead_of_time = functorch_config.bypass_autograd_cache_key
         self.backward_only = torch._dynamo.compiled_autograd.in_compiled_autograd_region
-        meshes, nodes = fsdp_meshes(), gu.placeholders(gm.graph)
-        self.inputs = [_describe(node, item, self.group, meshes) for node, item in zip(nodes, example_inputs, strict=True)]
+        self.inputs = describe_inputs(gm, example_inputs, self.group)
         self.parameter_positions = parameter_positions(example_inputs)
         compile_id = CompileContext.current_compile_id()
         self.name = f"graph {compile_id}" if compile_id is not None else "graph"
@@ -225,30 +212,3 @@ class GraphCompiler:
         if passes is None:
             return []
         return list(passes) if isinstance(passes, list | tuple) else [passes]
-
-
-def _describe(node: fx.Node, example: Any, group: ProcessGroup | None, meshes: Meshes) -> GraphInput:
-    source = getattr(node, "_dynamo_source", None)
-    name = _readable_source(source.name) if source is not None else node.name
-    if not isinstance(example, Tensor):
-        return GraphInput(name, None, (), False, False, False)
-    is_parameter = isinstance(example, torch.nn.Parameter)
-    is_foreign = not is_parameter and (source is None or example.grad_fn is not None or "___stack" in name)
-    is_trainable = is_parameter and example.requires_grad and torch.is_grad_enabled()
-    local = example._local_tensor if isinstance(example, DTensor) else example
-    shape = tuple(gu.hint(size) for size in local.shape)
-    spread = spread_of(name, node, example, group, meshes) if is_parameter else PLAIN
-    return GraphInput(name, example.dtype, shape, is_parameter, is_trainable, is_foreign, example.device, spread)
-
-
-def _readable_source(source: str) -> str:
-    """Returns a source such as ``L['self']._modules['top']._parameters['weight']`` as a name: ``top.weight``.
-
-    The variable that holds a module is left out, that of a list or dict is not. A source of another form is returned as it is.
-    """
-    steps = list(_STEP.finditer(_CLOSURE.sub("", source)))
-    if len(steps) < 2 or "".join(step[0] for step in steps) != _CLOSURE.sub("", source):
-        return source
-    parts = [next(part for part in step.groups() if part is not None) for step in steps]
-    path = parts[0 if steps[1][0].startswith("[") else 1 :]
-    return ".".join(part for part in path if part not in _CONTAINERS)
