@@ -88,6 +88,8 @@ def _realize(x: TensorBox) -> TensorBox:
 
 
 _realize._inductor_lowering_function = True  # type: ignore[attr-defined]  # called when the graph is lowered
+# From torch 2.14 on Inductor asks what such a node returns, where an input of it changes: what its argument 0 is.
+_realize._inductor_lowering_output_metadata_is_input = 0  # type: ignore[attr-defined]
 
 
 def _trace(node: fx.Node, implementation: Callable[..., Any]) -> fx.GraphModule:
