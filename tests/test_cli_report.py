@@ -14,7 +14,7 @@ from dct_compile.cli.captions import alternatives, verdict
 from dct_compile.cli.plots import draw
 from dct_compile.cli.present import present
 from dct_compile.cli.results import BackendResult, Results
-from tests.test_cli_train import _results as two_backends
+from tests.test_cli_train_numbers import _results as two_backends
 
 CHROMIUM = shutil.which("chromium")
 PROBE = """<script>addEventListener("load", () => {
