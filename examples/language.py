@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import dct_compile
 
-TOKENS, WIDTH, HEADS, LENGTH, BATCH = 16, 64, 4, 32, 16
+TOKENS, WIDTH, HEADS, BLOCKS, LENGTH, BATCH = 16, 64, 4, 2, 32, 16
 
 
 class Attention(nn.Module):
@@ -56,10 +56,10 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Returns the mean cross entropy of the next tokens of ``tokens`` int64 [batch, length + 1]."""
 
-    def __init__(self, blocks: int = 2) -> None:
+    def __init__(self, blocks: int | None = None) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(TOKENS, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks or BLOCKS))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, TOKENS)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ import torch.distributed as dist
 dist.init_process_group("gloo")
 x = torch.full((250_000,), float(dist.get_rank() + 1))
 dist.all_reduce(x.clone())
-dist.barrier()
-start = time.perf_counter()
+times = []
 for _ in range(5):
     y = x.clone()
+    dist.barrier()
+    start = time.perf_counter()
     dist.all_reduce(y)
-print((time.perf_counter() - start) / 5, y.unique().tolist())
+    times.append(time.perf_counter() - start)
+print(min(times), y.unique().tolist())
 """
 
 lacking = missing()
@@ -38,7 +40,7 @@ def test_an_all_reduce_takes_the_time_of_its_bytes_and_the_host_counts_them() ->
         printed = hosts.run([sys.executable, "-c", ALL_REDUCES], timeout_s=120)
         sent = [after - first for after, first in zip(hosts.sent_bytes(), before, strict=True)]
     expected_s = 1e6 * 8 / RATE  # 2 (n - 1) / n of 1 MB
-    for line in printed:
+    for line in printed:  # the fastest one: other processes make single ones slower, and none faster
         seconds, values = line.split(maxsplit=1)
         assert expected_s / 2 < float(seconds) < 2 * expected_s
         assert values == "[3.0]\n"
