@@ -54,10 +54,9 @@ def test_pack_agrees_at_the_edges_of_a_block(implementation: Implementation, num
 
 
 @pytest.mark.parametrize("implementation", COMPILED)
-@pytest.mark.parametrize(
-    ("block", "value_dtype", "capacity"),
-    [(4096, torch.float16, 0.4), (4096, torch.int8, 1.0), (WHOLE_PIECE, torch.float16, 1.0), (WHOLE_PIECE, torch.int8, 0.4)],
-)
+@pytest.mark.parametrize("block", [4096, WHOLE_PIECE])
+@pytest.mark.parametrize("value_dtype", [torch.float16, torch.int8])
+@pytest.mark.parametrize("capacity", [0.4, 1.0])
 def test_pack_agrees_with_large_blocks(implementation: Implementation, block: int, value_dtype: torch.dtype, capacity: float) -> None:
     bucket = Bucket(
         ((3, TILE - 1), (TILE + 2, 2 * TILE + 1)), 3 * TILE + 10, block=block, chunks=2, capacity=capacity, value_dtype=value_dtype
