@@ -142,8 +142,8 @@ def main(
     loss_steps: int | None,
 ) -> None:
     """Prints a table for each model, and appends all results to a file."""
-    chosen, sizes = _listed(models, ";", WORKLOADS), [int(text) for text in hosts.split(",")]
-    names, speeds = _listed(methods, ";", METHODS), _listed(rates, ",", RATES)
+    chosen, sizes = listed(models, ";", WORKLOADS), [int(text) for text in hosts.split(",")]
+    names, speeds = listed(methods, ";", METHODS), listed(rates, ",", RATES)
     lacking = missing()
     if lacking:
         raise click.ClickException("; ".join(lacking))
@@ -174,7 +174,8 @@ def main(
             draw_steps(file.read(), model, picture.with_stem(f"{picture.stem}-{_plain(model)}"))
 
 
-def _listed(text: str, separator: str, known: dict[str, Any]) -> list[str]:
+def listed(text: str, separator: str, known: dict[str, Any]) -> list[str]:
+    """Returns the names in ``text``; one that is not in ``known`` is an error."""
     names = [name.strip() for name in text.split(separator)]
     for name in names:
         if name not in known:

@@ -9,14 +9,14 @@ the link and decides.
 import statistics
 
 import click
-from slow_cells import RATES
+from slow_cells import METHODS, ON_SHARED_HOSTS, RATES
 from slow_hosts import SlowHosts
-from slow_links import Ranks
+from slow_links import Ranks, listed
 from tabulate import tabulate
 
 from dct_compile.bench.machine import circumstances
 
-METHODS = ("dense", "fp16 hook", "dct gather", "dct owner", "dct two_level", "dct")
+COMPARED = ("dense", "fp16 hook", "dct gather", "dct owner", "dct two_level", "dct")
 
 
 @click.command()
@@ -25,13 +25,13 @@ METHODS = ("dense", "fp16 hook", "dct gather", "dct owner", "dct two_level", "dc
 @click.option("--ranks-per-host", default=2, help="Ranks of each host.")
 @click.option("--rate", type=click.Choice(list(RATES)), default="100mbit", help="Bits per second of a host's link.")
 @click.option("--seconds", default=5.0, help="Seconds of each method.")
-@click.option("--methods", default=";".join(METHODS), help="Methods, separated by semicolons.")
+@click.option("--methods", default=";".join(COMPARED), help="Methods, separated by semicolons.")
 def main(model: str, hosts: int, ranks_per_host: int, rate: str, seconds: float, methods: str) -> None:
     """Prints a table: bytes that a host sends in a step, and seconds of a step, median and spread."""
-    rows = []
+    rows, names = [], listed(methods, ";", METHODS | ON_SHARED_HOSTS)
     with SlowHosts(hosts, None, ranks_per_host=ranks_per_host) as slow:
         ranks = Ranks(slow)
-        for method in methods.split(";"):
+        for method in names:
             # Only "dct" looks at the link, so the others are compiled and warmed up without a limit.
             ranks.ask(RATES[rate] if method == "dct" else None, do="build", model=model, method=method)
             compute = ranks.ask(None, do="compute")[0]["times"]

@@ -18,8 +18,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import dct_compile
 from tests.rank_pool import RankPool, Ranks
+from tests.ranks import fresh_compiler
 from tests.slow_compiler import Machine
 from tests.tracing import fake_group
 
@@ -65,9 +65,7 @@ def group_of_one() -> Iterator[dist.ProcessGroup]:
 @pytest.fixture
 def fake_group_of_two() -> Iterator[None]:
     """Initialises a group of two ranks that sends nothing, with an empty report and nothing compiled."""
-    torch._dynamo.reset()
-    dct_compile.reset_report()
-    with fake_group(2):
+    with fake_group(2), fresh_compiler():
         yield
 
 

@@ -69,12 +69,8 @@ class ColumnParallel(torch.autograd.Function):
         return all_reduce(gradient)
 
 
-class Averaged(torch.autograd.Function):
+class Averaged(ColumnParallel):
     """The identity; its backward averages the gradient over all ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor) -> Tensor:
-        return parameter.view_as(parameter)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

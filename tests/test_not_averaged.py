@@ -1,6 +1,6 @@
 """Gradients that ``data_parallel`` does not average: the report says which, and is silent about all others."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import dct_compile
 from dct_compile.backend import dct
 from dct_compile.reasons import Note
-from tests.ranks import fresh_compiler
-from tests.tracing import fake_group
 
+pytestmark = pytest.mark.usefixtures("fake_group_of_two")
 MODEL = nn.Linear(8, 8)
 PARAMETERS = dict(MODEL.named_parameters())
 DETACHED = {name: parameter.detach() for name, parameter in PARAMETERS.items()}
@@ -72,13 +71,6 @@ def by_backward(parameters: dict[str, Tensor], x: Tensor) -> None:
 
 def in_short(parameters: dict[str, Tensor], x: Tensor) -> Any:
     return torch.func.grad(lambda short: loss(short, x.bfloat16()))({name: value.bfloat16() for name, value in parameters.items()})
-
-
-@pytest.fixture(autouse=True)
-def _group() -> Iterator[None]:
-    with fake_group(2), fresh_compiler():
-        dct_compile.reset_report()
-        yield
 
 
 def notes(function: Callable[..., Any], *inputs: Any, **options: Any) -> list[str]:

@@ -27,7 +27,7 @@ for _ in range(5):
     start = time.perf_counter()
     dist.all_reduce(y)
     times.append(time.perf_counter() - start)
-print(min(times), y.unique().tolist())
+print(min(times), y.unique().tolist())  # other processes make single ones slower, and none faster
 """
 
 lacking = missing()
@@ -40,7 +40,7 @@ def test_an_all_reduce_takes_the_time_of_its_bytes_and_the_host_counts_them() ->
         printed = hosts.run([sys.executable, "-c", ALL_REDUCES], timeout_s=120)
         sent = [after - first for after, first in zip(hosts.sent_bytes(), before, strict=True)]
     expected_s = 1e6 * 8 / RATE  # 2 (n - 1) / n of 1 MB
-    for line in printed:  # the fastest one: other processes make single ones slower, and none faster
+    for line in printed:
         seconds, values = line.split(maxsplit=1)
         assert expected_s / 2 < float(seconds) < 2 * expected_s
         assert values == "[3.0]\n"
