@@ -1,4 +1,4 @@
-"""The warm-up of the demo: trains its model with `dct train` for several warm-ups and rates, and keeps each seed's numbers.
+"""The learning rate of the demo: trains its model with `dct train` for several schedules and rates, and keeps each seed's numbers.
 
 python benchmarks/demo_warmup.py [--results demo_warmup.csv]
 
@@ -18,30 +18,33 @@ from tabulate import tabulate
 from dct_compile.bench.machine import circumstances
 from dct_compile.bench.record import Record, Run
 
-RUN, MEASURED = ("backend", "dp", "mp", "warmup", "rate", "option", "seed"), ("auc", "log_loss", "highest_loss_of_20_steps")
+RUN, MEASURED = ("backend", "dp", "mp", "warmup", "schedule", "rate", "option", "seed"), ("auc", "log_loss", "highest_loss_of_20_steps")
 RESULTS = Path(__file__).parent / "results" / "demo_warmup.csv"
-Study = tuple[str, int, int, int, float, str, int]
-"""Backend, data-parallel and model-parallel ranks, warm-up in steps, rate, an option of dct or "", and the number of seeds."""
+Study = tuple[str, int, int, int, str, float, str, int]
+"""Backend, data-parallel and model-parallel ranks, warm-up in steps, schedule, rate, an option of dct or "", number of seeds."""
 ONE_PROCESS = ((0, 0.02), (0, 0.03), (20, 0.02), (20, 0.03), (50, 0.02), (50, 0.03), (50, 0.04), (50, 0.06), (100, 0.02), (100, 0.03))
 STUDIES: tuple[Study, ...] = (
-    *(("dense", 1, 1, warmup, rate, "", 3) for warmup, rate in ONE_PROCESS),
-    ("dense", 2, 2, 50, 0.03, "", 5),
-    ("dct", 2, 2, 50, 0.04, "", 3),
-    ("dct", 2, 2, 50, 0.06, "", 5),
-    ("dct", 2, 2, 50, 0.08, "", 5),
-    ("dct", 2, 2, 50, 0.12, "", 5),
-    ("dct", 2, 2, 50, 0.08, "mp_density=0.07", 5),
-    ("dct", 2, 2, 50, 0.08, "activation_codec=int8", 5),
+    *(("dense", 1, 1, warmup, "constant", rate, "", 3) for warmup, rate in ONE_PROCESS),
+    ("dense", 2, 2, 50, "constant", 0.03, "", 5),
+    ("dct", 2, 2, 50, "constant", 0.04, "", 3),
+    ("dct", 2, 2, 50, "constant", 0.06, "", 5),
+    ("dct", 2, 2, 50, "constant", 0.08, "", 5),
+    ("dct", 2, 2, 50, "constant", 0.12, "", 5),
+    ("dct", 2, 2, 50, "constant", 0.08, "mp_density=0.07", 5),
+    ("dct", 2, 2, 50, "constant", 0.08, "activation_codec=int8", 5),
+    *(("dense", 2, 2, 50, "cosine", rate, "", 3) for rate in (0.03, 0.045, 0.06, 0.08)),
+    *(("dct", 2, 2, 50, "cosine", rate, "", 3) for rate in (0.06, 0.08, 0.12, 0.16)),
 )
 
 
 def train(record: Record, study: Study) -> list[Run]:
     """Makes the runs of a study that are missing, and returns all of them."""
-    backend, dp, mp, warmup, rate, option, seeds = study
+    *setting, option, seeds = study
     runs: list[Run] = [(*study[:-1], seed) for seed in range(seeds)]
     if not all(record.rows(run) for run in runs):
         with tempfile.TemporaryDirectory() as folder:
-            options = {"backend": backend, "dp": dp, "mp": mp, "warmup": warmup, "lr": rate, "seeds": seeds, "out": folder}
+            names = ("backend", "dp", "mp", "warmup", "schedule", "lr")
+            options = {**dict(zip(names, setting, strict=True)), "seeds": seeds, "out": folder}
             flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
             flags += ["--option", option] if option else []
             call = "from dct_compile.cli.main import main; main()"

@@ -130,7 +130,7 @@ class Training:
 
     def _start(self, rate: float) -> None:
         # A cosine would depend on the number of steps, which is not known for a training up to a loss.
-        optimization = replace(self.task.recipe.optimization, lr=rate, cosine=False)
+        optimization = replace(self.task.recipe.optimization, lr=rate, schedule="constant")
         self.optimizer, self.schedule = optimization.start(self.model.parameters(), steps=1)
 
 

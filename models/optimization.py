@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
 
 OPTIMIZERS = ("adagrad", "adam", "adamw", "sgd")
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Optimization:
     """An optimizer of OPTIMIZERS and how its learning rate changes.
 
     ``momentum`` is that of SGD, ``betas`` are those of Adam and AdamW; the others have none. ``warmup``: steps in which the learning rate
-    rises to ``lr``. ``cosine``: it falls to zero along half a cosine until the last step; else it stays.
+    rises to ``lr``. ``schedule``: one of SCHEDULES. ``"cosine"``: the rate falls to zero along half a cosine until the last step.
     """
 
     optimizer: str
@@ -27,12 +28,12 @@ class Optimization:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     warmup: int = 0
-    cosine: bool = False
+    schedule: str = "constant"
 
     def start(self, parameters: Iterable["nn.Parameter"], steps: int) -> tuple["Optimizer", "LambdaLR"]:
         """Returns the optimizer of a training of ``steps`` steps and its schedule, both of which are stepped once per step.
 
-        Raises ``ValueError`` for a name that is not in OPTIMIZERS.
+        Raises ``ValueError`` for a name that is not in OPTIMIZERS or SCHEDULES.
         """
         from torch.optim.lr_scheduler import LambdaLR
 
@@ -40,9 +41,14 @@ class Optimization:
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))
 
     def factor(self, step: int, steps: int) -> float:
-        """Returns the learning rate of ``step`` (from 0) as a fraction of ``lr``."""
+        """Returns the learning rate of ``step`` (from 0) as a fraction of ``lr``. Raises ``ValueError`` for an unknown schedule."""
         rising = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        return rising * 0.5 * (1 + math.cos(math.pi * step / steps)) if self.cosine else rising
+        match self.schedule:
+            case "constant":
+                return rising
+            case "cosine":
+                return rising * 0.5 * (1 + math.cos(math.pi * step / steps))
+        raise ValueError(f"unknown schedule {self.schedule!r}: there are {', '.join(SCHEDULES)}")
 
     def _optimizer(self, parameters: Iterable["nn.Parameter"]) -> "Optimizer":
         import torch

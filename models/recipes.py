@@ -39,14 +39,14 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "gpt": Recipe(
         datasets=("shakespeare",),
-        optimization=Optimization("adamw", 0.004, betas=(0.9, 0.95), weight_decay=0.01, warmup=50, cosine=True),
+        optimization=Optimization("adamw", 0.004, betas=(0.9, 0.95), weight_decay=0.01, warmup=50, schedule="cosine"),
         rates={"adagrad": 0.02, "adam": 0.004, "adamw": 0.004, "sgd": 0.1},
         batch_size=16,
         steps=1000,
     ),
     "resnet": Recipe(
         datasets=("fashion-mnist",),
-        optimization=Optimization("sgd", 0.1, momentum=0.9, weight_decay=5e-4, cosine=True),
+        optimization=Optimization("sgd", 0.1, momentum=0.9, weight_decay=5e-4, schedule="cosine"),
         rates={"adagrad": 0.02, "adam": 0.002, "adamw": 0.002, "sgd": 0.1},
         batch_size=128,
         epochs=2,

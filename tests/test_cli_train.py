@@ -128,10 +128,11 @@ def test_backends_are_given_with_commas_or_repeatedly() -> None:
 
 
 def test_an_optimization_is_the_models_own_but_for_what_is_given() -> None:
-    own = optimization_of("gpt", None, None, None, None, None)
+    own = optimization_of("gpt")
     assert own == RECIPES["gpt"].optimization
-    assert (own.optimizer, own.betas, own.weight_decay, own.cosine, own.warmup) == ("adamw", (0.9, 0.95), 0.01, True, 50)
-    changed = optimization_of("dlrm", "adam", None, None, None, 0.99)
+    assert (own.optimizer, own.betas, own.weight_decay, own.schedule, own.warmup) == ("adamw", (0.9, 0.95), 0.01, "cosine", 50)
+    changed = optimization_of("dlrm", optimizer="adam", beta2=0.99)
     assert (changed.optimizer, changed.lr, changed.betas) == ("adam", RECIPES["dlrm"].rates["adam"], (0.9, 0.99))
-    assert optimization_of("resnet", None, 0.3, 0.5, None, None).momentum == 0.5
-    assert [optimization_of("dlrm", None, None, None, None, None, warmup).warmup for warmup in (None, 0, 7)] == [50, 0, 7]
+    assert optimization_of("resnet", lr=0.3, momentum=0.5).momentum == 0.5
+    assert [optimization_of("dlrm", warmup=warmup).warmup for warmup in (None, 0, 7)] == [50, 0, 7]
+    assert optimization_of("gpt", schedule="constant").schedule == "constant"

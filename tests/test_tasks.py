@@ -164,9 +164,11 @@ def test_resnet_learns_images_by_heart() -> None:
 
 
 def test_schedule() -> None:
-    cosine = Optimization("sgd", 1.0, warmup=4, cosine=True)
+    cosine = Optimization("sgd", 1.0, warmup=4, schedule="cosine")
     assert [round(cosine.factor(step, 8), 4) for step in (0, 3, 4, 7)] == [0.25, 0.6913, 0.5, 0.0381]
     assert {Optimization("adagrad", 1.0).factor(step, 8) for step in range(8)} == {1.0}
+    with pytest.raises(ValueError, match="unknown schedule 'linear': there are constant, cosine"):
+        Optimization("adagrad", 1.0, schedule="linear").factor(0, 8)
 
 
 @pytest.mark.parametrize(

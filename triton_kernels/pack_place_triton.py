@@ -43,10 +43,12 @@ def settle(counters_ptr, held, tables, tally):  # type: ignore[no-untyped-def]
             found = tl.load(sums, mask=inside, other=0)
             tl.store(sums, total + tl.cumsum(found, axis=0) - found, mask=inside)
             total += tl.sum(found, axis=0)
-    live = held == 0
+    # The counters of a held step stay. (Triton 3.9's interpreter takes no comparison of scalars as a part of a mask.)
+    live_segments = tl.where(held == 0, tally.segment_count, 0)
+    live_pieces = tl.where(held == 0, tally.piece_count, 0)
     for first in range(0, tally.segment_count, tally.LANES):
         last = counters_ptr + (first + lanes) * 5
-        tl.store(last + 3, 0, mask=(first + lanes < tally.segment_count) & live)
+        tl.store(last + 3, 0, mask=first + lanes < live_segments)
         tl.store(last + 4, 0, mask=first + lanes < tally.segment_count)
     tl.debug_barrier()
     sent = tl.zeros([], dtype=tl.int64)
@@ -69,13 +71,14 @@ def settle(counters_ptr, held, tables, tally):  # type: ignore[no-untyped-def]
         tl.store(window + 2, kept, mask=inside)
         tl.store(window + 3, sent + tl.cumsum(kept, axis=0) - kept, mask=inside)
         sent += tl.sum(kept, axis=0)
-        tl.atomic_add(counters + 1, kept, mask=inside & live)
-        tl.atomic_add(counters + 2, entries + cut - kept, mask=inside & live)
-        tl.atomic_add(counters + 3, entries + cut - kept, mask=inside & live)
-        tl.atomic_add(counters + 4, kept, mask=inside & live)
+        live = first + lanes < live_pieces
+        tl.atomic_add(counters + 1, kept, mask=live)
+        tl.atomic_add(counters + 2, entries + cut - kept, mask=live)
+        tl.atomic_add(counters + 3, entries + cut - kept, mask=live)
+        tl.atomic_add(counters + 4, kept, mask=live)
     tl.debug_barrier()
     for first in range(0, tally.segment_count, tally.LANES):
-        inside = (first + lanes < tally.segment_count) & live
+        inside = first + lanes < live_segments
         steps = counters_ptr + (first + lanes) * 5
         tl.store(steps, tl.load(steps, mask=inside, other=0) + 1, mask=inside)
 

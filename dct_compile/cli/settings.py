@@ -123,12 +123,14 @@ def parse_rates(texts: Iterable[str]) -> tuple[float | None, dict[str, float]]:
 
 def optimization_of(
     model: str,
-    optimizer: str | None,
-    lr: float | None,
-    momentum: float | None,
-    beta1: float | None,
-    beta2: float | None,
+    *,
+    optimizer: str | None = None,
+    lr: float | None = None,
+    momentum: float | None = None,
+    beta1: float | None = None,
+    beta2: float | None = None,
     warmup: int | None = None,
+    schedule: str | None = None,
 ) -> Optimization:
     """Returns the optimization of ``model`` with what was asked for in place of its own.
 
@@ -149,4 +151,5 @@ def optimization_of(
         momentum=own.momentum if momentum is None else momentum,
         betas=betas,
         warmup=own.warmup if warmup is None else warmup,
+        schedule=schedule or own.schedule,
     )

@@ -11,7 +11,7 @@ from dct_compile.cli.backends import BACKENDS, parse_backends
 from dct_compile.cli.extras import require
 from dct_compile.cli.parsing import FiniteRange, parse_options, parse_value
 from dct_compile.cli.settings import ASSUMED_LINK, OWN_RATES, Settings, optimization_of, parse_rates
-from dct_compile.models.optimization import OPTIMIZERS
+from dct_compile.models.optimization import OPTIMIZERS, SCHEDULES
 from dct_compile.models.recipes import FASHION_MNIST, RECIPES, Recipe
 
 _POSITIVE = click.IntRange(min=1)
@@ -88,6 +88,11 @@ def _rates(recipe: Recipe) -> str:
 @click.option(
     "--warmup", type=click.IntRange(min=0), help=_by_model("Steps in which the learning rate rises.", lambda own: own.optimization.warmup)
 )
+@click.option(
+    "--schedule",
+    type=click.Choice(SCHEDULES),
+    help=_by_model("The learning rate then stays, or falls to zero along half a cosine.", lambda own: own.optimization.schedule),
+)
 @click.option("--momentum", type=_FRACTION, help=_by_model("Of sgd.", lambda own: own.optimization.momentum))
 @click.option("--beta1", type=_FRACTION, help=_by_model("Of adam and adamw.", lambda own: own.optimization.betas[0]))
 @click.option("--beta2", type=_FRACTION, help=_by_model("Of adam and adamw.", lambda own: own.optimization.betas[1]))
@@ -116,7 +121,7 @@ def _settings(given: dict[str, Any]) -> Settings:
     """Returns the settings: what was given, else the model's own. Raises ``ValueError`` for what cannot be read or does not fit."""
     recipe = RECIPES[given["model"]]
     lr, rates = parse_rates(given.pop("rates"))
-    names = ("optimizer", "warmup", "momentum", "beta1", "beta2")
+    names = ("optimizer", "warmup", "schedule", "momentum", "beta1", "beta2")
     optimization = optimization_of(given["model"], lr=lr, **{name: given.pop(name) for name in names})
     if lr is None:
         rates = {**OWN_RATES.get((given["model"], optimization.optimizer), {}), **rates}
