@@ -81,7 +81,8 @@ def table(lines: dict[str, dict[str, str]]) -> str:
     found = [lines[row.fault] for row in ROWS if row.fault in lines]
     runs = Counter(", ".join(line[name] for name in CIRCUMSTANCES) for line in found)
     cells = [SHOWN, ("---",) * len(SHOWN), *[[line[name] for name in SHOWN] for line in found]]
-    return "\n".join([*[f"{count} rows: {run}.\n" for run, count in runs.items()], *[f"| {' | '.join(texts)} |" for texts in cells]])
+    where = [f"{count} {'row' if count == 1 else 'rows'}: {run}.\n" for run, count in runs.items()]
+    return "\n".join([*where, *[f"| {' | '.join(texts)} |" for texts in cells]])
 
 
 @click.command()

@@ -34,7 +34,7 @@ class Reason(StrEnum):
     EXEMPT = "exempt by pattern {pattern!r}"
     ONE_MACHINE = "all ranks are on one machine, where dense is as fast as memory; link='1Gbit/s' assumes a slower link, link=None none"
     FAST_COPY = "devices of one process are taken for linked as fast as memory; link='16Gbit/s' assumes a slower link, link=None none"
-    FAST_LINK = "{scheme} would take {seconds}, dense takes {dense} on a link of {link}"
+    FAST_LINK = "{scheme} would take {seconds}, dense takes {dense} on a link of {link}; at least a fifth must be saved"
     GRADIENT_TOO_LARGE = "{scheme} with {ranks} ranks would send {wire} bytes, dense sends {dense}"
     NO_HOSTS = "two_level is for DDP on several hosts with several ranks each, which the option ranks_per_host tells"
     MAY_BE_UNUSED = "{scheme} cannot leave out a parameter for one step, as find_unused_parameters asks"

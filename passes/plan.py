@@ -44,7 +44,8 @@ LinkOf = Callable[[str], Link | None]
 _EXACT = {FILLED: Reason.FILLED, COUNTED: Reason.COUNTED}
 """Why rows of these origins stay as they are."""
 _NEAR = Fraction(5, 4)
-"""Of the offers that take at most so many times the least seconds, the one that sends the fewest bytes is taken: seconds are a model."""
+"""Seconds whose ratio is at most this are taken for equal, because they are predicted. Of such offers the one that sends the fewest bytes
+is taken, and before all of them the dense collective, which is exact."""
 
 
 def unknown_link(_: str) -> Link | None:
@@ -104,7 +105,7 @@ def decide(exchange: Exchange, config: DCTConfig, link_of: LinkOf = unknown_link
     offer, sizes = actual[scheme.name], {name: made.traffic.wire_bytes for name, made in actual.items()}
     if cheapest.traffic.wire >= cheapest.exchange.dense_traffic.wire:
         return replace(dense(exchange, offer.too_large), offers=sizes)
-    if link is not None and _cost(cheapest.traffic, link) >= _cost(cheapest.exchange.dense_traffic, link):
+    if link is not None and _cost(cheapest.exchange.dense_traffic, link) <= _NEAR * _cost(cheapest.traffic, link):
         return replace(dense(exchange, _too_slow(offer, link)), offers=sizes, link=link)
     choice = sizes if len(sizes) > 1 else {}
     decision = Decision(exchange, offer, offer.reason, exchange.dense_traffic.wire_bytes, offer.traffic.wire_bytes, choice)
@@ -157,7 +158,7 @@ def _cost(traffic: Traffic, link: Link | None) -> float | Fraction:
 
 
 def _too_slow(offer: Offer, link: Link) -> str:
-    """Returns the report's words for an offer that takes longer than the dense collective."""
+    """Returns the report's words for an offer that is not clearly faster than the dense collective."""
     if link == ONE_MACHINE:
         return Reason.ONE_MACHINE
     seconds, dense_seconds = (duration(traffic.seconds(link)) for traffic in (offer.traffic, offer.exchange.dense_traffic))
