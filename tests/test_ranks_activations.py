@@ -14,12 +14,14 @@ import dct_compile
 from dct_compile.backend import dct
 from tests.rank_pool import Ranks
 from tests.row_mask import masked
+from tests.torch_versions import SINCE_2_13
 
 pytestmark = pytest.mark.distributed
 
 WIDTH = 64
 ROWS = 12
-KINDS = ("all_to_all", "users_all_to_all", "uneven", "three_dims", "gather_rows", "gather_columns", "reduce_scatter", "all_reduce")
+COLUMNS = ("gather_columns",) if SINCE_2_13 else ()
+KINDS = ("all_to_all", "users_all_to_all", "uneven", "three_dims", "gather_rows", *COLUMNS, "reduce_scatter", "all_reduce")
 SUMMED = ("gather_rows", "gather_columns", "reduce_scatter", "all_reduce")
 """Their values are summed over the ranks forward or backward: each addend is rounded, not the sum."""
 SPLITS = [([9, 0], [9, 3]), ([3, 12], [0, 12])]
