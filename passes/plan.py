@@ -105,7 +105,7 @@ def decide(exchange: Exchange, config: DCTConfig, link_of: LinkOf = unknown_link
     offer, sizes = actual[scheme.name], {name: made.traffic.wire_bytes for name, made in actual.items()}
     if cheapest.traffic.wire >= cheapest.exchange.dense_traffic.wire:
         return replace(dense(exchange, offer.too_large), offers=sizes)
-    if link is not None and _cost(cheapest.exchange.dense_traffic, link) <= _NEAR * _cost(cheapest.traffic, link):
+    if link is not None and not _saves_enough(cheapest, link):
         return replace(dense(exchange, _too_slow(offer, link)), offers=sizes, link=link)
     choice = sizes if len(sizes) > 1 else {}
     decision = Decision(exchange, offer, offer.reason, exchange.dense_traffic.wire_bytes, offer.traffic.wire_bytes, choice)
@@ -155,6 +155,17 @@ def matching_rows(decisions: Sequence[Decision], config: DCTConfig) -> set[str]:
 def _cost(traffic: Traffic, link: Link | None) -> float | Fraction:
     """Returns the number that is to be least: seconds on ``link``, bytes on the wire where no link is known."""
     return traffic.wire if link is None else traffic.seconds(link)
+
+
+def _saves_enough(offer: Offer, link: Link) -> bool:
+    """Returns True if an offer is clearly faster than the dense collective on ``link``."""
+    sent, dense = offer.traffic, offer.exchange.dense_traffic
+    if isinstance(offer, RowOffer):
+        if sent.seconds(link) >= dense.seconds(link):
+            return False
+        # One row stands for many here, whose messages take as long to start as that of one.
+        sent, dense = sent.riding(), dense.riding()
+    return dense.seconds(link) > _NEAR * sent.seconds(link)
 
 
 def _too_slow(offer: Offer, link: Link) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import dct_compile.links as links_module
 from dct_compile.config import DCTConfig
 from dct_compile.link import ETHERNET_LATENCY_S, GPU_COPY_BYTES_PER_S, GPU_INSIDE_BYTES_PER_S, ONE_MACHINE, Link, duration, parse, rate
+from dct_compile.passes.decision import Decision
 from dct_compile.passes.plan import plan
 from dct_compile.traffic import from_one, one_share_to_each, ring_once, ring_twice, to_all
 from tests.hand_made_sites import make_gradient, make_site
@@ -107,6 +109,20 @@ def test_the_rate_decides_about_rows() -> None:
     found = [plan([make_site(shape=(64, 512))], DCTConfig(), False, lambda _, link=link: link)[0] for link in (Link(1e6), Link(1e13, 1e-9))]
     assert [decision.scheme for decision in found] == ["row_threshold", "dense"]
     assert "on a link of" in found[1].reason
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+@pytest.mark.parametrize("latency_s", [1e-9, 1.0])
+def test_rows_are_encoded_where_a_fifth_is_saved_whatever_their_number_and_the_latency(rows: int, latency_s: float) -> None:
+    def decided(link: Link | None) -> Decision:
+        return plan([make_site(shape=(rows, 512))], DCTConfig(), False, lambda _: link)[0]
+
+    encoded = decided(None)
+    dense, sent = encoded.exchange.dense_traffic, encoded.traffic
+    assert sent.hops == dense.hops
+    crossing = float(dense.wire - Fraction(5, 4) * sent.wire) / (1.25 * sent.memory_bytes / 8e9)
+    found = [decided(Link(factor * crossing, latency_s, 8e9)).scheme for factor in (0.98, 1.02)]
+    assert found == ["row_threshold", "dense"]
 
 
 def test_a_link_is_asked_for_only_where_a_scheme_makes_an_offer() -> None:
