@@ -159,13 +159,13 @@ def _cost(traffic: Traffic, link: Link | None) -> float | Fraction:
 
 def _saves_enough(offer: Offer, link: Link) -> bool:
     """Returns True if an offer is clearly faster than the dense collective on ``link``."""
-    sent, dense = offer.traffic, offer.exchange.dense_traffic
+    sent, plain = offer.traffic, offer.exchange.dense_traffic
     if isinstance(offer, RowOffer):
-        if sent.seconds(link) >= dense.seconds(link):
+        if sent.seconds(link) >= plain.seconds(link):
             return False
         # One row stands for many here, whose messages take as long to start as that of one.
-        sent, dense = sent.riding(), dense.riding()
-    return dense.seconds(link) > _NEAR * sent.seconds(link)
+        sent, plain = sent.riding(), plain.riding()
+    return plain.seconds(link) > _NEAR * sent.seconds(link)
 
 
 def _too_slow(offer: Offer, link: Link) -> str:

@@ -16,7 +16,6 @@ from dct_compile.passes.collectives import GATHER, SCATTER
 from dct_compile.passes.plan import decide
 from dct_compile.reasons import Reason
 from dct_compile.schemes.quantized_shards import BLOCK, QuantizedShards, ShardCodec
-from tests.torch_versions import SINCE_2_13
 
 NUMELS = {"norm": 40, "up": 700, "down": 256, "bias": 128}
 
@@ -131,5 +130,6 @@ def test_reasons_to_stay_dense(exchange: Exchange, options: dict[str, Any], reas
 def test_factors_of_reduce_operations() -> None:
     assert factor_of(dist.ReduceOp.AVG, 4) == factor_of(dist.ReduceOp(dist.ReduceOp.AVG), 4) == 0.25
     assert factor_of(dist.ReduceOp.SUM, 4) == 1
-    premultiplied = [dist._make_nccl_premul_sum(0.125), *([dist.ReduceOp.PREMUL_SUM(0.125)] if SINCE_2_13 else [])]
-    assert {factor_of(op, 4) for op in premultiplied} == {0.125}
+    for make in (dist._make_nccl_premul_sum, dist.ReduceOp.PREMUL_SUM):  # FSDP calls the one or the other, by the version of torch
+        if callable(make):
+            assert factor_of(make(0.125), 4) == 0.125

@@ -15,10 +15,11 @@ from dct_compile.runtime import RUNTIME
 from dct_compile.schemes.quantized import NARROWEST
 from tests.rank_pool import Ranks
 from tests.ranks_pipeline import BATCH, CHUNKS, WIDTH, Block, Pipe, batch, decoded, loss_of, sites
-from tests.torch_versions import needs_2_13
+from tests.torch_versions import needs_torch
 
 pytestmark = pytest.mark.distributed
 BESIDE = 4
+needs_missing_gradients = needs_torch("2.13", "its pipelines need a gradient for each input of a stage")
 INT8 = Reason.QUANTIZED.format(bits=8)
 
 
@@ -46,7 +47,7 @@ def several(rank: int, world_size: int) -> tuple[list[Tensor], list[tuple[str, s
     return kept, rows, len(sites())
 
 
-@needs_2_13
+@needs_missing_gradients
 def test_each_tensor_of_an_output_has_its_own_reason(ranks2: Ranks) -> None:
     (outputs, sent, left), (inputs, returned, _) = ranks2(several)
     edge = "stage 0 to stage 1"
@@ -99,7 +100,7 @@ CASES = {
 """The number of dense steps, and the reason at the end."""
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=needs_2_13) if case == "frozen" else case for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=needs_missing_gradients) if case == "frozen" else case for case in CASES])
 def test_a_pipeline_is_dense_until_all_stages_are_there(ranks2: Ranks, case: str) -> None:
     """``late``: the second stage is compiled from the second step on."""
     dense_steps, reason = CASES[case]

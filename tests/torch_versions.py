@@ -1,7 +1,9 @@
-"""What the oldest supported torch cannot do (docs/versions.md), for the tests that need it."""
+"""Which tests need which version of torch."""
 
 import pytest
 import torch
 
-SINCE_2_13 = torch.__version__ >= "2.13"
-needs_2_13 = pytest.mark.skipif(not SINCE_2_13, reason="torch 2.12 cannot do this: docs/versions.md")
+
+def needs_torch(version: str, reason: str) -> pytest.MarkDecorator:
+    """Skips a test on versions of torch before ``version``. docs/versions.md has a row for each reason."""
+    return pytest.mark.skipif(torch.__version__ < version, reason=f"torch {torch.__version__}: {reason}")

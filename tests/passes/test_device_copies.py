@@ -101,7 +101,7 @@ def joint_graph(function: Callable[..., Any]) -> tuple[fx.Graph, GraphContext]:
     ("link", "reason"),
     [
         ("auto", Reason.FAST_COPY),
-        ("100Mbit/s", None),
+        ("16Gbit/s", None),
         (None, None),
         (Link(1e13, 1e-7), "row_threshold would take"),
     ],
