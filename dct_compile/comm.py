@@ -1,6 +1,6 @@
 """The collectives that a scheme calls, over one group: functional ones, which work eagerly, in a trace and in a compiled graph alike."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 c10d = torch.ops._c10d_functional
+
+Steps = Generator[Tensor, Tensor, Tensor]
+"""A function that stops where it needs the result of a collective: it yields what it has started, is sent the result, and returns its own.
+
+So the caller decides how to wait: at once (:func:`finish`), or together with other functions (``integrations/ddp_join.py``).
+"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,17 @@ class Comm:
         """Waits for the collective whose result is ``x``."""
         waited: Tensor = c10d.wait_tensor(x)
         return waited
+
+
+def finish(steps: Steps, comm: Comm) -> Tensor:
+    """Runs ``steps`` to their end, waits for each collective at once, and returns their result."""
+    try:
+        started = next(steps)
+        while True:
+            started = steps.send(comm.wait(started))
+    except StopIteration as end:
+        result: Tensor = end.value
+        return result
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from dct_compile.comm import Comm
+from dct_compile.comm import Comm, Steps, finish
 from dct_compile.integrations.ddp_join import join_bytes
-from dct_compile.integrations.suspended import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, run
+from dct_compile.integrations.suspended import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, suspended
 from dct_compile.link import ONE_MACHINE, Link
 
 
-def two_stages(x: Tensor, y: Tensor, comm: Comm) -> Tensor:
+def two_stages(x: Tensor, y: Tensor, comm: Comm) -> Steps:
     """Starts two collectives, waits for the second one first, and then takes a third one."""
     total = comm.all_reduce(x + 1, "avg")
-    gathered = comm.wait(comm.all_gather(y))
-    chunks = comm.wait(comm.all_to_all(gathered * 2))
-    return chunks.sum() + comm.wait(total)
+    gathered = yield comm.all_gather(y)
+    chunks = yield comm.all_to_all(gathered * 2)
+    mean = yield total
+    return chunks.sum() + mean
 
 
 def test_it_stops_at_waits_with_all_that_was_reached() -> None:
     x, y = torch.tensor([1.0, 2.0, 3.0]), torch.ones(4)
-    steps = run(partial(two_stages, x, y), Comm("", 2), x.device)
+    steps = suspended(partial(two_stages, x, y), Comm("", 2))
     first = next(steps)
     assert [(item.collective, item.op, item.x.tolist()) for item in first] == [
         (ALL_REDUCE, "avg", [2.0, 3.0, 4.0]),
@@ -36,10 +37,35 @@ def test_it_stops_at_waits_with_all_that_was_reached() -> None:
 
 
 def test_a_function_without_collectives_runs_to_its_end() -> None:
-    steps = run(lambda comm: torch.ones(2) * 3, Comm("", 2), torch.device("cpu"))
+    def alone(comm: Comm) -> Steps:
+        yield from ()
+        return torch.ones(2) * 3
+
     with pytest.raises(StopIteration) as end:
-        next(steps)
+        next(suspended(alone, Comm("", 2)))
     assert end.value.value.tolist() == [3.0, 3.0]
+
+
+class InstantComm(Comm):
+    """Collectives among ranks that all have the same input. ``wait`` adds 1, so that a result that was not waited for is seen."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.cat([x] * self.size)
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        return x
+
+    def wait(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def test_it_can_be_run_to_its_end_at_once() -> None:
+    comm = InstantComm("", 2)
+    # gathered: four times 2, chunks: 2 * 2 + 1, their sum 20, and the total 1 + 1 + 1.
+    assert finish(two_stages(torch.ones(1), torch.ones(2), comm), comm).tolist() == [23.0]
 
 
 @pytest.mark.parametrize(

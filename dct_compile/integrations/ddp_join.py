@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dct_compile.comm import Comm
-from dct_compile.integrations.suspended import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Request, Steps
+from dct_compile.integrations.suspended import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Request, Suspended
 from dct_compile.link import ONE_MACHINE, Link
 
 _ETHERNET = Link(1.25e9)
@@ -41,7 +41,7 @@ def join_bytes(link: Link | None, ranks: int) -> int:
 class _Bucket:
     """A bucket whose result is not there yet. ``steps``: its function, which waits for the results of ``requests``."""
 
-    steps: Steps
+    steps: Suspended
     comm: Comm
     promise: "torch.futures.Future[Tensor]"
     requests: Sequence[Request] = ()
@@ -60,7 +60,7 @@ class MessageJoiner:
         self._error: Exception | None = None
 
     @torch.no_grad()
-    def reduce(self, bucket: Steps, size: int, comm: Comm, promise: "torch.futures.Future[Tensor]", *, first: bool, last: bool) -> None:
+    def reduce(self, bucket: Suspended, size: int, comm: Comm, promise: "torch.futures.Future[Tensor]", *, first: bool, last: bool) -> None:
         """Reduces a bucket; its result may come with that of a later one, with that of the last one at the latest.
 
         After an error nothing more is sent in this backward: a message without one of its buckets is not what the other ranks expect.

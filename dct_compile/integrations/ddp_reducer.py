@@ -24,7 +24,7 @@ from dct_compile.integrations.ddp_join import MessageJoiner, join_bytes
 from dct_compile.integrations.ddp_late import average, on_stream, on_worker, reduce_late
 from dct_compile.integrations.ddp_plan import BucketPlan
 from dct_compile.integrations.ddp_report import averaged_parameters, bucket_name, title_of
-from dct_compile.integrations.suspended import Steps, run
+from dct_compile.integrations.suspended import Suspended, suspended
 from dct_compile.link import Link
 from dct_compile.measure import BucketMeasure
 from dct_compile.phases import Phase, phase_at, phases_of
@@ -82,8 +82,9 @@ class GradientCompressor:
         if buffer.is_cuda:
             return self._reduce_on_side_stream(reducer, buffer, place)
         promise: torch.futures.Future[Tensor] = torch.futures.Future()
+        result = promise.then(_result)  # before the worker runs, which would hold the interpreter's lock meanwhile
         worker.submit(partial(_run, self.joiner, reducer, buffer, promise, place))
-        return promise.then(_result)
+        return result
 
     def mark_compiled(self, parameters: Sequence[object]) -> None:
         """Remembers that a compiled graph is called with ``parameters``."""
@@ -180,7 +181,7 @@ class BucketReducer:
         self.entry.owner, self.entry.model = weakref.ref(self), owner.title
         self.size = self._joined_bytes(owner.joiner.limit)
 
-    def __call__(self, buffer: Tensor) -> Steps:
+    def __call__(self, buffer: Tensor) -> Suspended:
         """Averages ``buffer`` (1-D, or sparse) over the group, up to the messages that may be joined. Returns it, or a new tensor."""
         if self.plan.sparse:
             return self._reduce_sparse(buffer)
@@ -191,8 +192,8 @@ class BucketReducer:
         with self.state.skip_unused(buffer, offer.members.compressed) if self.find_unused else nullcontext():
             if not self.size:
                 return offer.reduce(buffer, self.state.tensors, self.plan.comm, in_place=True)
-            function = partial(offer.reduce, buffer, self.state.tensors, in_place=True)
-            return (yield from run(function, self.plan.comm, buffer.device))
+            function = partial(offer.steps, buffer, self.state.tensors, in_place=True)
+            return (yield from suspended(function, self.plan.comm))
 
     def begin(self, state: BucketState) -> None:
         """Prepares the bucket's ``state`` for an exchange."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
-from dct_compile.comm import Comm
+from dct_compile.comm import Comm, Steps
 from dct_compile.exchange import Segment
 from dct_compile.schemes.offer import GradientOffer
 from dct_compile.state.spec import LATE, StateTensor, end_to_end
@@ -50,12 +50,13 @@ class Late(GradientOffer):
         }
         return cls(**{**values, **changed}, inner=inner)
 
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
+    def steps(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Steps:
         rest = self.rest(grad)
         started = None if rest is None else comm.all_reduce(rest, self.exchange.reduce_op)
         arrived = self.arrived(state, grad.dtype)
         self.send(self.compressed(grad), state, comm, in_place=in_place)
-        return self.join(arrived, None if started is None else comm.wait(started), grad if in_place else None)
+        mean = None if started is None else (yield started)
+        return self.join(arrived, mean, grad if in_place else None)
 
     def arrived(self, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Returns a copy of the mean of the call before, of the compressed parameters in row-major order."""

@@ -1,7 +1,7 @@
 """Divides the parameters of a gradient buffer: those that a scheme compresses, and those that stay dense beside them."""
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,9 +63,9 @@ class Members:
         return torch.cat([_part(grad, segment) for segment in self.rest])
 
     @staticmethod
-    def end_rest(rest: Tensor | None, comm: Comm) -> Tensor | None:
-        """Waits for what :meth:`start_rest` has started."""
-        return None if rest is None else comm.wait(rest)
+    def end_rest(started: Tensor | None) -> Generator[Tensor, Tensor, Tensor | None]:
+        """Yields what :meth:`start_rest` has started, and returns the result that it is sent; ``None`` where there is no rest."""
+        return None if started is None else (yield started)
 
     def split(self, grad: Tensor) -> list[Tensor]:
         """Returns the parts of ``grad`` that are compressed, each 1-D and in row-major order."""

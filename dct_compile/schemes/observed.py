@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
-from dct_compile.comm import Comm
+from dct_compile.comm import Comm, Steps
 from dct_compile.schemes.offer import GradientOffer
 from dct_compile.state.spec import LOCAL, StateTensor, end_to_end
 
@@ -25,6 +25,6 @@ class Observed(GradientOffer):
         values = {item.name: getattr(offer, item.name) for item in fields(GradientOffer)}
         return cls(**{**values, "state": replace(offer.state, tensors=(*offer.state.tensors, tensor))}, inner=offer)
 
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
+    def steps(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Steps:
         torch.ops.dct.store(state[LOCAL], state[LOCAL] + torch.cat(self.members.split(grad)).float())
-        return self.inner.reduce(grad, state, comm, in_place=in_place)
+        return (yield from self.inner.steps(grad, state, comm, in_place=in_place))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dct_compile.comm import Comm
+from dct_compile.comm import Comm, Steps, finish
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import Exchange
 from dct_compile.schemes.members import Members
@@ -43,17 +43,18 @@ class Offer(ABC):
 class GradientOffer(Offer):
     """An offer to average a gradient buffer.
 
-    ``members``: the parameters that are compressed. ``state``: the tensors that :meth:`reduce` keeps from step to step.
+    ``members``: the parameters that are compressed. ``state``: the tensors that :meth:`steps` keeps from step to step.
     """
 
     members: Members
     state: StateSpec
 
     @abstractmethod
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
-        """Reduces the buffer ``grad`` [numel] over the ranks and returns the result, a tensor of its shape and dtype.
+    def steps(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Steps:
+        """Reduces the buffer ``grad`` [numel] over the ranks. The result is a tensor of its shape and dtype.
 
-        ``state`` is updated in place, by this project's operators alone: a compiled graph keeps it saved from forward to backward.
+        The function yields what a collective has started, where it needs the result of it. ``state`` is updated in place, by this
+        project's operators alone: a compiled graph keeps it saved from forward to backward.
 
         Args:
             grad: The buffer, contiguous.
@@ -61,6 +62,10 @@ class GradientOffer(Offer):
             comm: The collectives over the ranks.
             in_place: Whether the result is written to ``grad``; else it is a new tensor. No graph asks for it.
         """
+
+    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
+        """Runs :meth:`steps` to their end, and returns the result."""
+        return finish(self.steps(grad, state, comm, in_place=in_place), comm)
 
 
 @dataclass(frozen=True, kw_only=True)

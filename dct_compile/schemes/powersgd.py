@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
-from dct_compile.comm import Comm
+from dct_compile.comm import Comm, Steps
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import GRADIENT, Exchange, Parameter
 from dct_compile.reasons import Reason
@@ -40,16 +40,16 @@ class PowerSGD(GradientOffer):
     shapes: tuple[tuple[int, int], ...]
     error_feedback: bool
 
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
+    def steps(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Steps:
         rest = self.members.start_rest(grad, comm, self.exchange)
         residual, counters = state["residual"], state["counters"]
         total = torch.cat(self.members.split(grad)).float() + (residual if self.error_feedback else 0.0)
         matrices = [part.view(shape) for part, shape in zip(total.split(list(self.members.numels)), self.shapes, strict=True)]
         rights = self._factors(state["right_factor"], 1)
         lefts = _flat([matrix @ _orthogonal(right) for matrix, right in zip(matrices, rights, strict=True)])
-        lefts = comm.wait(comm.all_reduce(lefts, "avg"))
+        lefts = yield comm.all_reduce(lefts, "avg")
         orthogonal = [_orthogonal(left) for left in self._factors(lefts, 0)]
-        flat = comm.wait(comm.all_reduce(_flat([m.T @ left for m, left in zip(matrices, orthogonal, strict=True)]), "avg"))
+        flat = yield comm.all_reduce(_flat([m.T @ left for m, left in zip(matrices, orthogonal, strict=True)]), "avg")
         copies = self.exchange.ranks // self.exchange.divisor  # a sum over the ranks is that many means
         rights = self._factors(flat * copies, 1)
         reduced = _flat([left @ right.T for left, right in zip(orthogonal, rights, strict=True)]).to(grad.dtype)
@@ -59,7 +59,7 @@ class PowerSGD(GradientOffer):
             dct.store(residual, torch.where(finite, total.sub(reduced, alpha=1 / copies), residual))
         dct.store(state["right_factor"], torch.where(finite, flat, state["right_factor"]))
         dct.store(counters, torch.nn.functional.pad(counters[:, :1] + finite, (0, COUNTERS - 1)))
-        rest = self.members.end_rest(rest, comm)
+        rest = yield from self.members.end_rest(rest)
         return self.members.join(list(reduced.split(list(self.members.numels))), rest, grad if in_place else None)
 
     def _factors(self, flat: Tensor, side: int) -> list[Tensor]:

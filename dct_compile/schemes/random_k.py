@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
-from dct_compile.comm import Comm
+from dct_compile.comm import Comm, Steps
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import GRADIENT, Exchange
 from dct_compile.reasons import Reason
@@ -40,14 +40,14 @@ class RandomK(GradientOffer):
     drawn: tuple[int, ...]
     error_feedback: bool
 
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
+    def steps(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Steps:
         rest = self.members.start_rest(grad, comm, self.exchange)
         draws, residual, counters = state["draws"], state["residual"], state["counters"]
         total = torch.cat(self.members.split(grad)).float() + (residual if self.error_feedback else 0.0)
         index = draw(draws.max(), list(zip(self.members.numels, self.drawn, strict=True)))
         # A rank with a value that is not finite says so with all of its values: a gradient scaler must see it on every rank.
         sent = torch.where(total.isfinite().all(), total[index], float("nan"))
-        values = comm.wait(comm.all_reduce(sent, self.exchange.reduce_op))
+        values = yield comm.all_reduce(sent, self.exchange.reduce_op)
         finite = values.isfinite().all()
         if self.error_feedback:
             left = total.index_fill(0, index, 0.0)
@@ -55,7 +55,7 @@ class RandomK(GradientOffer):
         dct.store(draws, draws + finite)
         dct.store(counters, torch.nn.functional.pad(counters[:, :1] + finite, (0, COUNTERS - 1)))
         mean = torch.zeros_like(total).index_copy(0, index, values).to(grad.dtype)
-        rest = self.members.end_rest(rest, comm)
+        rest = yield from self.members.end_rest(rest)
         return self.members.join(list(mean.split(list(self.members.numels))), rest, grad if in_place else None)
 
 

@@ -16,7 +16,7 @@ from functools import partial
 
 from torch import Tensor
 
-from dct_compile.comm import Comm
+from dct_compile.comm import Comm, Steps
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import ALL_GATHER, GRADIENT, Exchange, Parameter
 from dct_compile.reasons import Reason
@@ -35,17 +35,18 @@ class Gather(GradientOffer):
     codec: ThresholdCodec
     rider: Rider | None
 
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
+    def steps(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Steps:
         if self.rider is not None:
             payload = self.codec.encode(grad, state, sends=ALL_GATHER)
-            gathered = comm.wait(comm.all_gather(self.rider.attach(payload, self.members.rest_of(grad))))
+            gathered = yield comm.all_gather(self.rider.attach(payload, self.members.rest_of(grad)))
             payloads, rests = self.rider.detach(gathered)
             return self.codec.decode_sum(payloads, self.rider.mean(rests), grad, self.exchange.divisor, in_place)
         rest = self.members.start_rest(grad, comm, self.exchange)
         payload = self.codec.encode(grad, state, sends=ALL_GATHER)
-        gathered = comm.all_gather(payload)
-        rest = self.members.end_rest(rest, comm)
-        return self.codec.decode_sum(comm.wait(gathered), rest, grad, self.exchange.divisor, in_place)
+        started = comm.all_gather(payload)
+        rest = yield from self.members.end_rest(rest)
+        gathered = yield started
+        return self.codec.decode_sum(gathered, rest, grad, self.exchange.divisor, in_place)
 
 
 def offer(exchange: Exchange, config: DCTConfig) -> Gather | Declined | None:

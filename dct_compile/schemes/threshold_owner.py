@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from dct_compile.comm import Comm
+from dct_compile.comm import Comm, Steps
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import ALL_TO_ALL, GRADIENT, Exchange
 from dct_compile.schemes.members import said_too_large
@@ -38,23 +38,24 @@ class Owner(GradientOffer):
     owner_codec: ThresholdCodec
     rider: Rider | None
 
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
+    def steps(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Steps:
         if self.rider is not None:
-            return self._reduce_all(grad, state, comm, self.rider, in_place)
+            return (yield from self._with_rider(grad, state, comm, self.rider, in_place))
         rest = self.members.start_rest(grad, comm, self.exchange)
         payload = self.codec.encode(grad, state, sends=ALL_TO_ALL)
-        chunks = comm.wait(comm.all_to_all(payload))
-        gathered = comm.all_gather(self.owner_codec.encode_sum(chunks, state))
-        rest = self.members.end_rest(rest, comm)
-        return self.codec.decode_sum(comm.wait(gathered), rest, grad, self.exchange.divisor, in_place)
+        chunks = yield comm.all_to_all(payload)
+        started = comm.all_gather(self.owner_codec.encode_sum(chunks, state))
+        rest = yield from self.members.end_rest(rest)
+        gathered = yield started
+        return self.codec.decode_sum(gathered, rest, grad, self.exchange.divisor, in_place)
 
-    def _reduce_all(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, rider: Rider, in_place: bool) -> Tensor:
-        """Reduces like :meth:`reduce`, with a share of the rest behind each chunk."""
+    def _with_rider(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, rider: Rider, in_place: bool) -> Steps:
+        """Reduces like :meth:`steps`, with a share of the rest behind each chunk."""
         payload = self.codec.encode(grad, state, sends=ALL_TO_ALL)
-        exchanged = comm.wait(comm.all_to_all(rider.attach(payload, self.members.rest_of(grad), comm.size)))
+        exchanged = yield comm.all_to_all(rider.attach(payload, self.members.rest_of(grad), comm.size))
         chunks, shares = rider.detach(exchanged)
         chunk = self.owner_codec.encode_sum(chunks, state)
-        gathered = comm.wait(comm.all_gather(rider.attach(chunk, rider.mean(shares))))
+        gathered = yield comm.all_gather(rider.attach(chunk, rider.mean(shares)))
         chunks, means = rider.detach(gathered)
         return self.codec.decode_sum(chunks, means.view(-1)[: rider.numel], grad, self.exchange.divisor, in_place)
 

@@ -13,7 +13,7 @@ A host sends what one rank would send under "gather", however many ranks it has.
 residual has the size of the whole parameter, zero elsewhere: then the sum over the ranks is what waits, as in every scheme.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dct_compile.ops  # noqa: F401  (registers torch.ops.dct)
-from dct_compile.comm import Comm, HostsComm
+from dct_compile.comm import Comm, HostsComm, Steps
 from dct_compile.config import DCTConfig
 from dct_compile.exchange import ALL_GATHER, GRADIENT, Exchange, Parameter, segments_of
 from dct_compile.reasons import Reason
@@ -47,14 +47,15 @@ class TwoLevel(GradientOffer):
     codec: ThresholdCodec
     rider: Rider | None
 
-    def reduce(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Tensor:
+    def steps(self, grad: Tensor, state: Mapping[str, Tensor], comm: Comm, *, in_place: bool = False) -> Steps:
         assert isinstance(comm, HostsComm)
         inside, place = comm.inside, self.exchange.rank % comm.inside.size
         residuals = state["residual"].data.split(list(self.members.numels))
         waiting = [_parts(residual, inside.size) for residual in residuals]
         own = torch.cat([parts[place] for parts in waiting])
-        total = inside.wait(inside.all_to_all(self._rows(grad, waiting, place))).view(inside.size, -1).sum(0)
-        means, rests = self._across(total, {**state, "residual": own}, grad, comm)
+        rows = yield inside.all_to_all(self._rows(grad, waiting, place))
+        total = rows.view(inside.size, -1).sum(0)
+        means, rests = yield from self._across(total, {**state, "residual": own}, grad, comm)
         # In place and by no operator: DDP runs it, not a graph that keeps the residual for its backward.
         state["residual"].data.zero_()
         for residual, left in zip(residuals, own.split(_columns(self.members.numels, inside.size)), strict=True):
@@ -78,7 +79,9 @@ class TwoLevel(GradientOffer):
                 column[others] += left[others]
         return rows.view(-1)
 
-    def _across(self, total: Tensor, state: Mapping[str, Tensor], grad: Tensor, comm: HostsComm) -> tuple[list[Tensor], list[Tensor]]:
+    def _across(
+        self, total: Tensor, state: Mapping[str, Tensor], grad: Tensor, comm: HostsComm
+    ) -> Generator[Tensor, Tensor, tuple[list[Tensor], list[Tensor]]]:
         """Averages this rank's part of the sum over the hosts, with that of the rest, which follows it.
 
         Returns the means of the parts of all ranks of this host, and those of the rest.
@@ -89,14 +92,17 @@ class TwoLevel(GradientOffer):
         beside = across.all_reduce(rest) if self.members.rest and self.rider is None else None
         sent = payload if self.rider is None else self.rider.attach(payload, rest)
         # The payloads of all parts are far fewer bytes than the means, so every rank of the host decodes them.
-        gathered = inside.wait(inside.all_gather(across.wait(across.all_gather(sent)))).view(inside.size, -1).unbind()
+        of_hosts = yield across.all_gather(sent)
+        of_ranks = yield inside.all_gather(of_hosts)
+        gathered = of_ranks.view(inside.size, -1).unbind()
         rests: list[Tensor] = []
         if self.rider is not None:
             gathered, ridden = zip(*map(self.rider.detach, gathered), strict=True)
-            rests = [self.rider.mean(of_hosts).to(grad.dtype) for of_hosts in ridden]
+            rests = [self.rider.mean(addends).to(grad.dtype) for addends in ridden]
         elif beside is not None:
-            mean = (across.wait(beside) / divisor).to(grad.dtype)
-            rests = list(inside.wait(inside.all_gather(mean)).view(inside.size, -1).unbind())
+            summed = yield beside
+            whole = yield inside.all_gather((summed / divisor).to(grad.dtype))
+            rests = list(whole.view(inside.size, -1).unbind())
         return [self.codec.decode_sum(payloads, None, grad[:own], divisor) for payloads in gathered], rests
 
 
