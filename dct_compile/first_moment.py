@@ -22,7 +22,8 @@ class FirstMoment:
     all at once and starts with zeros. ``second``: the key of a second moment that forgets by ``betas[1]``, if the optimizer has one.
     ``start``: makes the states of a group as the first step would, for an optimizer whose first step needs another value than zero.
     ``beside``: returns the multiple of the gradient from which a first step comes out as ever, by the parameter's group, for an optimizer
-    whose fused step wants to find the first moments of all parameters of a group or of none.
+    whose fused step wants to find the first moments of all parameters of a group or of none. ``mixes``: whether the step mixes the gradient
+    into its moment (``lerp``) and does not change the gradient: where both are equal, they may be one tensor (``loans.py``).
     """
 
     name: str
@@ -30,6 +31,7 @@ class FirstMoment:
     second: str = ""
     start: Callable[[Optimizer, Group], None] | None = None
     beside: Callable[[Group], Factor] | None = None
+    mixes: bool = False
 
 
 def _of_adam(group: Group, state: State) -> Factor | None:
@@ -74,11 +76,11 @@ def _beside_sgd(group: Group) -> Factor:
     return beside
 
 
-_ADAM = FirstMoment("exp_avg", _of_adam, "exp_avg_sq")
+_ADAM = FirstMoment("exp_avg", _of_adam, "exp_avg_sq", mixes=True)
 _KNOWN: dict[type[Optimizer], FirstMoment] = {
     Adam: _ADAM,
     RAdam: _ADAM,
-    Adamax: FirstMoment("exp_avg", _of_adam),
+    Adamax: FirstMoment("exp_avg", _of_adam, mixes=True),
     NAdam: FirstMoment("exp_avg", _of_nadam, "exp_avg_sq", _start_nadam),
     SGD: FirstMoment("momentum_buffer", _of_sgd, beside=_beside_sgd),
 }
@@ -112,6 +114,12 @@ def steps_as_ever(optimizer: Optimizer) -> bool:
     if isinstance(optimizer, RMSprop):
         return all(group["momentum"] == 0 for group in optimizer.param_groups)
     return isinstance(optimizer, _AS_EVER)
+
+
+def added_decay(group: Group) -> Factor:
+    """Returns the weight decay that an optimizer adds to the gradient."""
+    decay: Factor = 0.0 if group.get("decoupled_weight_decay", False) else group.get("weight_decay", 0.0)
+    return decay
 
 
 def number(step: Factor) -> Factor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dct_compile.element_order import local_tensor
-from dct_compile.first_moment import Factor, Group, number
+from dct_compile.first_moment import Factor, Group, added_decay, number
 from dct_compile.ops import prepare_moments
 from dct_compile.triton_kernels.moments import spread_shares
 
@@ -56,7 +56,7 @@ class Preparation:
             batch = self._batches[key] = _Batch()
         assert parameter.grad is not None
         batch.grads.append(local_tensor(parameter.grad))
-        if _added_decay(group) != 0:
+        if added_decay(group) != 0:
             batch.parameters.append(local_tensor(parameter))
         if first is not None:
             batch.first.append(local_tensor(first[0]))
@@ -70,15 +70,9 @@ class Preparation:
             group, wide = self._groups[group_id], torch.float64 if dtype == torch.float64 else torch.float32
             unscale = (-1 if group.get("maximize") else 1) / (1.0 if self._scale is None else self._scale.to(device))
             skipped = 0.0 if self._skipped is None else self._skipped
-            scalars = _tensor((0.0 if factor is None else factor, unscale, _added_decay(group), step, skipped), wide, device)
+            scalars = _tensor((0.0 if factor is None else factor, unscale, added_decay(group), step, skipped), wide, device)
             shares = None if is_plain else spread_shares(float(group["betas"][1]), torch.finfo(dtype).eps, wide, device)
             prepare_moments(scalars, shares, batch.grads, batch.parameters, batch.first, batch.second, batch.last)
-
-
-def _added_decay(group: Group) -> Factor:
-    """Returns the weight decay that the optimizer adds to the gradient."""
-    decay: Factor = 0.0 if group.get("decoupled_weight_decay", False) else group.get("weight_decay", 0.0)
-    return decay
 
 
 def _tensor(numbers: Sequence[Factor], dtype: torch.dtype, device: torch.device) -> Tensor:

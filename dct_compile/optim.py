@@ -29,6 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from dct_compile.element_order import local_tensor
 from dct_compile.first_moment import Factor, FirstMoment, Group, State, first_moment_of, number, register_first_moment, steps_as_ever
+from dct_compile.loans import Loans
 from dct_compile.moments import Preparation
 from dct_compile.state.gradient_use import GradientUse, Use
 
@@ -50,7 +51,7 @@ class Bypass:
 
     def __init__(self, use: GradientUse, tell: Callable[[Optimizer, int], None]) -> None:
         ours = weakref.ref(self)
-        self._use, self._tell = use, tell
+        self._use, self._tell, self._loans = use, tell, Loans()
         self._told: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.adapted: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -91,6 +92,7 @@ class Bypass:
     @_disable_dynamo
     def after_step(self, optimizer: Optimizer) -> None:
         """Looks for parameters that neither ``optimizer`` nor another one inside of its step has adapted to. The next gradients are new."""
+        self._loans.take_back(optimizer)
         as_ever = steps_as_ever(optimizer)
         for _, parameter, use in self._uses(optimizer):
             waits, use.exchanged = use.waits and use.exchanged, False
@@ -107,6 +109,7 @@ class Bypass:
     @torch.no_grad()
     def apply(self, optimizer: Optimizer) -> None:
         """Sets the first moments of ``optimizer`` for its next step, by the gradients that there are now."""
+        self._loans.take_back(optimizer)  # of a step that has raised an error
         moment = first_moment_of(optimizer)
         if moment is None:
             return
@@ -128,6 +131,8 @@ class Bypass:
                 if moment.name not in state:
                     made[id(group)] = group
                 first = (_first(moment.name, parameter, state), factor)
+                if moment.mixes and self._loans.lend(optimizer, group, parameter.grad, state, moment.name, factor):
+                    first = None
             has_gaps = bool(moment.second) and _outwaits(use.gap, group["betas"][1])
             step: Factor = 0.0
             second: tuple[Tensor, Tensor] | None = None
