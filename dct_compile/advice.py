@@ -234,7 +234,7 @@ def _offered(exchange: Exchange, name: str, config: DCTConfig, can_be_compressed
     """Returns the traffic of the scheme ``name`` for a gradient, the dense one where it makes no offer."""
     if exchange.kind != GRADIENT or not can_be_compressed:
         return exchange.dense_traffic
-    made = next(scheme.offer(exchange, config) for scheme in SCHEMES if scheme.name == name)
+    made = next(scheme.ask(exchange, config) for scheme in SCHEMES if scheme.name == name)
     return made.traffic if isinstance(made, Offer) else exchange.dense_traffic
 
 

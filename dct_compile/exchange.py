@@ -105,7 +105,8 @@ class Exchange:
     ``unpaired``: whether the graph has a backward exchange of the same group whose forward is not known.
     ``waited``: whether its result is used only after a wait; ``used``: whether there is a wait. ``may_be_unused``: whether a step may leave
     out parameters (DDP's ``find_unused_parameters``). ``uneven``: whether the graph gathers shards of unequal lengths.
-    ``per_host``: ranks that share a host, one after the other; 1 where that is not known.
+    ``per_host``: ranks that share a host, one after the other; 1 where that is not known. ``start_s``: seconds that it takes to encode
+    it, however few its bytes are.
     """
 
     collective: Collective
@@ -137,6 +138,7 @@ class Exchange:
     may_be_unused: bool = False
     uneven: bool = False
     per_host: int = 1
+    start_s: float = 0.0
 
     @property
     def segment_bytes(self) -> list[int]:
@@ -214,6 +216,7 @@ def gradient_exchange(
     group: ProcessGroup,
     may_be_unused: bool = False,
     per_host: int = 1,
+    start_s: float = 0.0,
 ) -> Exchange:
     """Describes the averaging of a gradient buffer over ``group``, for a buffer whose layout is known before any graph.
 
@@ -224,6 +227,7 @@ def gradient_exchange(
         group: the ranks that average.
         may_be_unused: whether a step may leave out parameters.
         per_host: ranks that share a host.
+        start_s: seconds that it takes to encode the buffer, however small it is.
     """
     numel = sum(segment.parameter.numel for segment in segments)
     return Exchange(
@@ -240,4 +244,5 @@ def gradient_exchange(
         segments=segments,
         may_be_unused=may_be_unused,
         per_host=per_host,
+        start_s=start_s,
     )

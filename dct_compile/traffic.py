@@ -1,4 +1,4 @@
-"""Counts what an exchange sends: messages, hops, bytes on the wire, and bytes of memory that are passed over."""
+"""Counts what an exchange costs: messages, hops, bytes on the wire, bytes of memory that are passed over, and a start."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +13,8 @@ class Traffic:
 
     ``messages``: collectives started, one after the other. ``wire``: bytes that the rank puts on the wire, exact. ``hops``: messages from
     rank to rank of which each waits for the one before. ``memory_bytes``: bytes that its kernels read and write. ``inside_bytes``: bytes
-    that the rank sends to other ranks of its host, which are not on the wire. ``wire`` is exact so that a comparison of two offers never
-    depends on the number of rows.
+    that the rank sends to other ranks of its host, which are not on the wire. ``start_s``: seconds that it takes however few all of these
+    are. ``wire`` is exact so that a comparison of two offers never depends on the number of rows.
     """
 
     messages: int
@@ -22,6 +22,7 @@ class Traffic:
     hops: int
     memory_bytes: int = 0
     inside_bytes: int = 0
+    start_s: float = 0.0
 
     @property
     def wire_bytes(self) -> int:
@@ -35,6 +36,7 @@ class Traffic:
             self.hops + other.hops,
             self.memory_bytes + other.memory_bytes,
             self.inside_bytes + other.inside_bytes,
+            self.start_s + other.start_s,
         )
 
     def passing_over(self, memory_bytes: int) -> "Traffic":
@@ -45,13 +47,17 @@ class Traffic:
         """Returns this traffic, with ``sent_bytes`` more that the rank sends to other ranks of its host."""
         return replace(self, inside_bytes=self.inside_bytes + sent_bytes)
 
+    def starting(self, start_s: float) -> "Traffic":
+        """Returns this traffic, with ``start_s`` seconds more that do not grow with it."""
+        return replace(self, start_s=self.start_s + start_s)
+
     def riding(self) -> "Traffic":
         """Returns the traffic of the same bytes in messages that are counted elsewhere."""
         return replace(self, messages=0, hops=0)
 
     def seconds(self, link: Link) -> float:
         """Returns the seconds that it takes on ``link``, where nothing else runs."""
-        return link.seconds(self.hops, float(self.wire), self.memory_bytes, self.inside_bytes)
+        return self.start_s + link.seconds(self.hops, float(self.wire), self.memory_bytes, self.inside_bytes)
 
 
 NOTHING = Traffic(0, Fraction(0), 0)

@@ -90,7 +90,7 @@ def decide(exchange: Exchange, config: DCTConfig, link_of: LinkOf = unknown_link
     reason = _unsupported(exchange) or _left_alone(exchange, config)
     if reason is not None:
         return dense(exchange, reason)
-    asked = [(scheme, scheme.offer(exchange.canonical(), config)) for scheme in SCHEMES]
+    asked = [(scheme, scheme.ask(exchange.canonical(), config)) for scheme in SCHEMES]
     offers = [(scheme, made) for scheme, made in asked if isinstance(made, Offer)]
     declined = [made.reason for _, made in asked if isinstance(made, Declined)]
     if not offers:
@@ -177,7 +177,7 @@ def _too_slow(offer: Offer, link: Link) -> str:
 
 
 def _offer_of(scheme: Scheme, exchange: Exchange, config: DCTConfig) -> Offer:
-    made = scheme.offer(exchange, config)
+    made = scheme.ask(exchange, config)
     assert isinstance(made, Offer), f"{scheme.name} offers for one row and declines for {exchange.shape}"
     return made
 

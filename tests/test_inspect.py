@@ -169,6 +169,23 @@ def test_ddp_is_foreseen_and_not_touched(inside: bool) -> None:
     assert gradients[0].reason == "owner, density 0.01; dense: second.bias"
 
 
+def test_a_bucket_of_ddp_that_is_sent_dense_within_a_millisecond_stays_dense() -> None:
+    """Its hook takes as long on a CPU. A graph with ``data_parallel`` has no hook."""
+
+    def gradients(dense_s: float, hooked: bool) -> list[str]:
+        net = Net()
+        size = 4 * sum(parameter.numel() for parameter in net.parameters())
+        options = {"link": {"bytes_per_s": size / dense_s, "latency_s": 1e-7}, "data_parallel": not hooked}
+        with fake_group(2):
+            report = dct_compile.explain(DistributedDataParallel(net) if hooked else net, X, options=options)
+        return [site.reason for site in report.sites if site.kind == "gradient"]
+
+    (reason,) = gradients(1e-3, hooked=True)
+    assert reason.startswith("gather would take 1.")
+    assert ", dense takes 1 ms on a link of " in reason
+    assert all(reason.startswith("gather, density") for reason in (*gradients(2e-3, hooked=True), *gradients(1e-3, hooked=False)))
+
+
 def test_ddp_that_stays_dense_is_told_why() -> None:
     with fake_group(4):
         module = DistributedDataParallel(Net())

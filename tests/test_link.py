@@ -12,7 +12,7 @@ import dct_compile.links as links_module
 from dct_compile.config import DCTConfig
 from dct_compile.link import ETHERNET_LATENCY_S, GPU_COPY_BYTES_PER_S, GPU_INSIDE_BYTES_PER_S, ONE_MACHINE, Link, duration, parse, rate
 from dct_compile.passes.decision import Decision
-from dct_compile.passes.plan import plan
+from dct_compile.passes.plan import decide, plan
 from dct_compile.traffic import from_one, one_share_to_each, ring_once, ring_twice, to_all
 from tests.hand_made_sites import make_gradient, make_site
 
@@ -52,6 +52,8 @@ def test_seconds_are_hops_and_bytes_and_memory() -> None:
     known = replace(link, inside_bytes_per_s=2e3)
     assert known.on("cuda") == known
     assert ring_twice(100, 5).inside_a_host(5000).seconds(known) == pytest.approx(8 * 0.5 + 160e-6 + 2.5)
+    started = ring_twice(100, 5).starting(0.25)
+    assert (started + started).seconds(link) == pytest.approx(2 * (8 * 0.5 + 160e-6 + 0.25))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,19 @@ def test_seconds_decide_about_a_gradient(link: Link | None, scheme: str, words: 
     if link is not None:
         assert decision.dense_seconds == link.seconds(2, 4e7, 0)
     assert (decision.seconds == decision.dense_seconds) == (scheme == "dense" or link is None)
+
+
+@pytest.mark.parametrize(("start_s", "scheme"), [(0.0, "gather"), (1e-3, "gather"), (2e-3, "dense")])
+def test_an_exchange_that_takes_about_as_long_to_start_as_dense_takes_is_left_dense(start_s: float, scheme: str) -> None:
+    """80,000 bytes pass by in 0.64 ms at 1 Gbit/s, and there and back by four ranks in 0.96 ms; each of six hops takes 0.2 ms."""
+    (plain,) = plan([make_gradient(20_000, ranks=4)], DCTConfig(gradient_scheme="gather"), True)
+    link = Link(1.25e8, 2e-4)
+    decision = decide(replace(plain.exchange, start_s=start_s), DCTConfig(gradient_scheme="gather"), lambda _: link)
+    assert decision.scheme == scheme
+    assert decision.dense_seconds == pytest.approx(0.96e-3 + 6 * 2e-4)
+    if scheme == "gather":
+        assert plain.offer is not None
+        assert decision.seconds == pytest.approx(start_s + plain.offer.traffic.seconds(link))
 
 
 def test_latency_decides_between_schemes() -> None:

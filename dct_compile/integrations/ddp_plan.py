@@ -28,6 +28,12 @@ from dct_compile.schemes import GradientOffer
 from dct_compile.schemes.two_level import TWO_LEVEL
 from dct_compile.state.bucket import BucketState
 
+CPU_START_S = 1e-3
+"""Seconds by which the first compressed bucket of a backward costs a CPU more than a dense one, about: a hook, a thread, kernels.
+
+``benchmarks/exchange_starts.py`` measures it, and that further ones cost less. On a GPU the host does this work beside the device's.
+"""
+
 
 @dataclass(frozen=True)
 class BucketPlan:
@@ -52,7 +58,8 @@ class BucketPlan:
         sparse: bool,
     ) -> "BucketPlan":
         members = [Parameter(index, names[id(item)], tuple(item.shape), ElementOrder.of(item)) for index, item in enumerate(parameters)]
-        exchange = gradient_exchange(ALL_REDUCE, segments_of(members), parameters[0].dtype, group, may_be_unused, per_host)
+        segments, dtype, start_s = segments_of(members), parameters[0].dtype, CPU_START_S if parameters[0].device.type == "cpu" else 0.0
+        exchange = gradient_exchange(ALL_REDUCE, segments, dtype, group, may_be_unused, per_host, start_s)
         decision = dense(exchange, Reason.SPARSE) if sparse else decide_outside(exchange, phase.config, lambda _: link)
         decision = held_until(decision, phase.until)
         whole = group.group_name, group.size()

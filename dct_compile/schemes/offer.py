@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -101,3 +101,8 @@ class Scheme:
 
     name: str
     offer: Callable[[Exchange, DCTConfig], Offer | Declined | None]
+
+    def ask(self, exchange: Exchange, config: DCTConfig) -> Offer | Declined | None:
+        """Returns the answer of ``offer``, whose traffic counts what it costs to start as well."""
+        made = self.offer(exchange, config)
+        return replace(made, traffic=made.traffic.starting(exchange.start_s)) if isinstance(made, Offer) else made
