@@ -69,7 +69,7 @@ class Training:
     def __init__(self, wrapper: str, backend: str, exchanges: int) -> None:
         torch._dynamo.reset()
         model = WRAPPERS[wrapper](exchanges)
-        options = {"link": None, "min_numel": 1} if backend == COMPRESSED else None
+        options: dict[str, Any] | None = {"link": None, "min_numel": 1} if backend == COMPRESSED else None
         self.model = torch.compile(model, backend=backend, options=options)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         self.x = torch.randn(BATCH, WIDTH)

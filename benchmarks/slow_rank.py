@@ -38,6 +38,8 @@ ANSWER = "answer "
 """Begins the line of an answer; anything else that the process prints is none."""
 WARMUP_STEPS = POWERSGD_START + 3
 """Steps after a compilation that are not timed. DDP builds its buckets in them, and torch's PowerSGD sends dense."""
+MIDDLE = 1000
+"""The number of a step in the middle of a training: the moments of Adam start anew in the first hundred."""
 MOST_STEPS = 60
 BATCHES = 8
 WINDOW = 50
@@ -170,7 +172,11 @@ class Rank:
 
 
 def _warm(training: Training) -> Training:
-    for _ in range(WARMUP_STEPS):
+    training.step()
+    for state in training.optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(MIDDLE)
+    for _ in range(WARMUP_STEPS - 1):
         training.step()
     return training
 
