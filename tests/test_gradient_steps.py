@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("implementation", COMPILED)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     data=st.data(),
     numel=st.integers(1, 900),
@@ -97,7 +97,7 @@ INJECTED = [NAN, INF, -INF, 3.3e38, 1e-45, -1e-40, 0.0, -0.0]
 
 
 @pytest.mark.parametrize("implementation", COMPILED)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     sizes=st.lists(st.sampled_from([0, 1, 255, 257, 1000, TILE - 1, TILE, TILE + 1, 2 * TILE + 65]), min_size=1, max_size=3),
     geometry=st.sampled_from([(1, -1), (3, -1), (3, 1), (2, 0)]),
