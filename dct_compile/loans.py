@@ -1,11 +1,10 @@
 """Lends gradients to an optimizer for one step, in the place of first moments that would be set to the same values. So nothing is copied.
 
 Before step t a bypassed moment of Adam is ``(1 - beta1^(t-1)) * g``. After some hundred steps this is ``g``. The step mixes the gradient
-into its moment, which is the gradient then, and changes nothing. The optimizer's own moment is zero then, and comes back after it.
+into its moment, which is the gradient itself, and changes nothing. The optimizer's own moment is zero meanwhile, and comes back after.
 """
 
 import weakref
-from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -67,11 +66,14 @@ def _is_the_gradient(optimizer: Optimizer, group: Group, factor: Factor, itemsiz
     """Returns whether a moment of ``factor`` times what ``optimizer`` takes as gradient is the gradient itself."""
     if isinstance(factor, Tensor) or factor < (1 if itemsize == 8 else _ROUNDS_TO_ONE):
         return False
-    scaled: Any = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    return scaled == (None, None) and not group.get("maximize") and not group.get("differentiable") and bool(added_decay(group) == 0)
+    if any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):  # a fused step scales the gradient itself
+        return False
+    return not group.get("maximize") and not group.get("differentiable") and bool(added_decay(group) == 0)
 
 
 def _alike(moment: Tensor, gradient: Tensor) -> bool:
-    """Returns whether two plain tensors on a CPU have the same layout."""
-    plain = type(moment) is type(gradient) is Tensor and gradient.device.type == "cpu" and not gradient.requires_grad
-    return plain and moment.dtype == gradient.dtype and moment.stride() == gradient.stride() and moment.layout == gradient.layout
+    """Returns whether two plain tensors on a CPU have the same layout, and the version of ``moment`` is known."""
+    plain = type(moment) is type(gradient) is Tensor and gradient.device.type == "cpu" and gradient.layout == moment.layout
+    if not plain or moment.is_inference() or gradient.requires_grad:
+        return False
+    return moment.dtype == gradient.dtype and moment.stride() == gradient.stride()
