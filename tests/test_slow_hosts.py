@@ -82,7 +82,7 @@ with SlowHosts(2, 1e8) as hosts:
     pids = [int(text) for text in run.stdout.readline().split()]
     assert len(pids) == 5
     os.kill(run.pid, how)
-    run.wait(timeout=30)
+    run.wait(timeout=120)
     run.stdout.close()
     deadline = time.monotonic() + 30
     while any(_lives(pid) for pid in pids) and time.monotonic() < deadline:
