@@ -15,10 +15,12 @@ from dct_compile.config import DCTConfig
 from dct_compile.integrations.ddp import DDPIntegration
 from dct_compile.runtime import RUNTIME
 from dct_compile.schemes.powersgd import PowerSGD
+from dct_compile.state.bucket import BucketState
 from tests.rank_pool import RankPool
 from tests.ranks import fresh_compiler
 from tests.ranks_ddp import batch, loss_of
 from tests.side_by_side import SideBySide, decide_shapes
+from tests.test_suspended import InstantComm
 
 SHAPES = {"first": (30, 20), "bias": (20,), "second": (8, 5, 3, 3)}
 
@@ -62,6 +64,20 @@ def test_offer() -> None:
 def test_left_dense(shapes: dict[str, tuple[int, ...]], options: dict[str, Any], reason: str) -> None:
     decision = decide_shapes(shapes, gradient_scheme="powersgd", **options)
     assert (decision.scheme, decision.reason) == ("dense", reason)
+
+
+def test_a_backward_under_autocast_changes_no_product() -> None:
+    offer = decide_shapes(SHAPES, ranks=2, gradient_scheme="powersgd", rank=2).offer
+    assert isinstance(offer, PowerSGD)
+    start = BucketState([], offer.state, torch.device("cpu")).tensors
+    grad = torch.randn(offer.members.numel, generator=torch.Generator().manual_seed(0))
+
+    def reduced(autocast: bool) -> list[Tensor]:
+        state = {name: tensor.clone() for name, tensor in start.items()}
+        with torch.autocast("cpu", enabled=autocast):
+            return [offer.reduce(grad, state, InstantComm("", 2)), *state.values()]
+
+    torch.testing.assert_close(reduced(True), reduced(False), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rank", [1, 2])

@@ -133,8 +133,7 @@ class GradientCompressor:
         stream = self._side_stream(buffer.device)
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
         stream.wait_stream(torch.cuda.current_stream(buffer.device))
-        # A backward under autocast would change the dtype of products.
-        with torch.cuda.stream(stream), torch.autocast("cuda", enabled=False):
+        with torch.cuda.stream(stream):
             self.joiner.reduce(reducer(buffer), reducer.size, reducer.plan.comm, future, **place)
         return future
 

@@ -46,13 +46,13 @@ class PowerSGD(GradientOffer):
         total = torch.cat(self.members.split(grad)).float() + (residual if self.error_feedback else 0.0)
         matrices = [part.view(shape) for part, shape in zip(total.split(list(self.members.numels)), self.shapes, strict=True)]
         rights = self._factors(state["right_factor"], 1)
-        lefts = _flat([matrix @ _orthogonal(right) for matrix, right in zip(matrices, rights, strict=True)])
+        lefts = _flat([_product(matrix, _orthogonal(right)) for matrix, right in zip(matrices, rights, strict=True)])
         lefts = yield comm.all_reduce(lefts, "avg")
         orthogonal = [_orthogonal(left) for left in self._factors(lefts, 0)]
-        flat = yield comm.all_reduce(_flat([m.T @ left for m, left in zip(matrices, orthogonal, strict=True)]), "avg")
+        flat = yield comm.all_reduce(_flat([_product(m.T, left) for m, left in zip(matrices, orthogonal, strict=True)]), "avg")
         copies = self.exchange.ranks // self.exchange.divisor  # a sum over the ranks is that many means
         rights = self._factors(flat * copies, 1)
-        reduced = _flat([left @ right.T for left, right in zip(orthogonal, rights, strict=True)]).to(grad.dtype)
+        reduced = _flat([_product(left, right.T) for left, right in zip(orthogonal, rights, strict=True)]).to(grad.dtype)
         # A value that is not finite is in the factors of all ranks: then no rank changes its state, as if the step had not been.
         finite = flat.isfinite().all()
         if self.error_feedback:
@@ -70,6 +70,12 @@ class PowerSGD(GradientOffer):
 
 def _flat(matrices: list[Tensor]) -> Tensor:
     return torch.cat([matrix.reshape(-1) for matrix in matrices])
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Returns the product in the dtype of the factors, also where a hook of the backward runs under autocast."""
+    with torch._C._DisableAutocast():
+        return left @ right
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
