@@ -1,5 +1,6 @@
 """Set-up shared by all tests."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from dct_compile.optim import Bypass
+from dct_compile.state.gradient_use import GradientUse
+from tests.exchanging import Exchanging
 from tests.rank_pool import RankPool, Ranks
 from tests.ranks import fresh_compiler
 from tests.slow_compiler import Machine
@@ -67,6 +71,16 @@ def fake_group_of_two() -> Iterator[None]:
     """Initialises a group of two ranks that sends nothing, with an empty report and nothing compiled."""
     with fake_group(2), fresh_compiler():
         yield
+
+
+@pytest.fixture(scope="module")
+def use() -> Iterator[GradientUse]:
+    """Records gradients as exchanged, and lets optimizers step these parameters without their first moment."""
+    found = Exchanging()
+    bypass = Bypass(found, lambda optimizer, count: None)
+    yield found
+    del bypass
+    gc.collect()  # the hooks of both go with them
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A gradient stands in the place of a bypassed first moment that would have the same values: the steps are the same, bit for bit."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.optim import Adam, Adamax, AdamW, Optimizer, RAdam
 
 from dct_compile.loans import Loans
-from dct_compile.optim import Bypass
 from dct_compile.state.gradient_use import GradientUse
-from tests.test_optim import IMPLEMENTATIONS, Exchanging, parameters, set_gradients
+from tests.test_optim import IMPLEMENTATIONS, parameters, set_gradients
 
 Make = Callable[..., Optimizer]
 START = 1000
@@ -27,14 +26,6 @@ OPTIMIZERS: dict[str, Make] = {
 }
 CASES = [(name, how) for name in OPTIMIZERS for how in IMPLEMENTATIONS if how != "fused" or name.startswith("Adam")]
 CASES.remove(("Adamax", "fused"))
-
-
-@pytest.fixture(scope="module")
-def use() -> Iterator[GradientUse]:
-    found = Exchanging()
-    bypass = Bypass(found, lambda optimizer, count: None)
-    yield found
-    del bypass
 
 
 class Watched:

@@ -1,8 +1,6 @@
 """Optimizers whose second moment knows the gaps, in steps that are special: left out, after a load, in few bits, compiled."""
 
 import copy
-import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,18 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from dct_compile.optim import LAST, Bypass, last_arrivals
+from dct_compile.optim import LAST, last_arrivals
 from dct_compile.state.gradient_use import GradientUse
-from tests.test_optim import Exchanging
-
-
-@pytest.fixture
-def use() -> Iterator[GradientUse]:
-    found = Exchanging()
-    bypass = Bypass(found, lambda optimizer, count: None)
-    yield found
-    del bypass
-    gc.collect()
 
 
 def waiting(use: GradientUse, dtype: torch.dtype = torch.float32) -> nn.Parameter:

@@ -1,8 +1,7 @@
 """A bypassed first moment: the step comes out as that of the same optimizer without one, in every implementation."""
 
 import copy
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
-from dct_compile.optim import Bypass
-from dct_compile.state.gradient_use import GradientUse, Use
+from dct_compile.state.gradient_use import GradientUse
 
 Make = Callable[..., Optimizer]
 STEPS = 7
@@ -34,25 +32,6 @@ WITHOUT_FUSED: dict[str, tuple[Make, Make]] = {
     "Adamax": (lambda p, **kw: Adamax(p, lr=0.01, **kw), lambda p, **kw: Adamax(p, lr=0.01, betas=(0.0, 0.999), **kw)),
 }
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-
-
-class Exchanging(GradientUse):
-    """The records of parameters whose gradients are all exchanged."""
-
-    def find(self, parameter: Tensor) -> Use | None:
-        found = super().find(parameter)
-        if found is not None:
-            found.exchanged = True
-        return found
-
-
-@pytest.fixture
-def use() -> Iterator[GradientUse]:
-    found = Exchanging()
-    bypass = Bypass(found, lambda optimizer, count: None)
-    yield found
-    del bypass
-    gc.collect()
 
 
 def parameters(use: GradientUse | None, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim import Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from dct_compile.optim import Bypass, FirstMoment, first_moment_of, register_first_moment
-from tests.test_optim import STEPS, Exchanging, parameters, set_gradients, train
+from tests.exchanging import Exchanging
+from tests.test_optim import STEPS, parameters, set_gradients, train
 
 
 class Lion(Optimizer):

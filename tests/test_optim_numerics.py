@@ -1,6 +1,6 @@
 """A bypassed first moment at any step: within rounding of the optimizer without one, for every implementation, dtype and setting."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 from torch.optim.swa_utils import SWALR, AveragedModel
 
-from dct_compile.optim import Bypass
 from dct_compile.state.gradient_use import GradientUse
-from tests.test_optim import IMPLEMENTATIONS, Exchanging, parameters, set_gradients
+from tests.test_optim import IMPLEMENTATIONS, parameters, set_gradients
 
 Options = dict[str, Any]
 Pair = tuple[Callable[..., Optimizer], Options, Callable[..., Optimizer], Options]
@@ -52,14 +51,6 @@ _add_sgd("SGD, dampening, decay", 0.25, momentum=0.9, dampening=0.5, weight_deca
 _add_sgd("SGD, nesterov, decay", 0.5, momentum=0.9, nesterov=True, weight_decay=0.1)
 FUSED = [name for name in SETTINGS if name.split(",")[0] in ("Adam", "AdamW", "SGD")]
 CASES = [(name, how) for name in SETTINGS for how in IMPLEMENTATIONS if how != "fused" or name in FUSED]
-
-
-@pytest.fixture(scope="module")
-def use() -> Iterator[GradientUse]:
-    found = Exchanging()
-    bypass = Bypass(found, lambda optimizer, count: None)
-    yield found
-    del bypass
 
 
 def flat(held: list[nn.Parameter]) -> Tensor:

@@ -1,26 +1,15 @@
 """Optimizers that are saved and loaded: a resumed training repeats the other one, whatever torch casts the state to."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from dct_compile.optim import Bypass
 from dct_compile.state.gradient_use import GradientUse
-from tests.test_optim import Exchanging, parameters, set_gradients
+from tests.test_optim import parameters, set_gradients
 from tests.test_optim_numerics import SETTINGS, at_step, flat
-
-
-@pytest.fixture(scope="module")
-def use() -> Iterator[GradientUse]:
-    found = Exchanging()
-    bypass = Bypass(found, lambda optimizer, count: None)
-    yield found
-    del bypass
-
 
 RESUMED = [
     (name, dtype)

@@ -1,7 +1,6 @@
 """Which way a parameter was stepped: known of every optimizer of torch, and of every parameter after every step."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,17 +9,8 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from dct_compile.optim import Bypass
 from dct_compile.state.gradient_use import GradientUse
-from tests.test_optim import STEPS, Exchanging, Make, parameters, set_gradients
+from tests.test_optim import STEPS, Make, parameters, set_gradients
 from tests.test_optim_known import Wrapper
-
-
-@pytest.fixture(scope="module")
-def use() -> Iterator[GradientUse]:
-    found = Exchanging()
-    bypass = Bypass(found, lambda optimizer, count: None)
-    yield found
-    del bypass
-
 
 DECISIONS = {
     **dict.fromkeys(("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD"), "bypass"),
