@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.optim import Adam, Adamax, AdamW, Optimizer, RAdam
 
 from dct_compile.loans import Loans
@@ -146,35 +147,25 @@ def test_a_step_as_ever_in_between_starts_without_a_first_moment(use: GradientUs
 
 
 def test_a_compiled_step_has_its_own_moments(use: GradientUse) -> None:
-    graphs: list[object] = []
-
-    def counting(graph: Any, inputs: object) -> Any:
-        graphs.append(graph)
-        return graph
-
+    counter = CompileCounter()
     watched = Watched(use, AdamW, foreach=True)
-    step = torch.compile(watched.optimizer.step, backend=counting)
+    step = torch.compile(watched.optimizer.step, backend=counter)
     for _ in range(4):
         watched.step(step)
     assert watched.lent == [False] * 4
-    assert len(graphs) == 1
+    assert counter.frame_count == 1
 
 
 def test_a_step_that_is_compiled_later_is_compiled_twice_at_most(use: GradientUse) -> None:
-    graphs: list[object] = []
-
-    def counting(graph: Any, inputs: object) -> Any:
-        graphs.append(graph)
-        return graph
-
+    counter = CompileCounter()
     watched = Watched(use, AdamW, foreach=True)
     for _ in range(3):
         watched.step()
-    step = torch.compile(watched.optimizer.step, backend=counting)
+    step = torch.compile(watched.optimizer.step, backend=counter)
     for _ in range(5):
         watched.step(step)
     assert watched.lent[-3:] == [False] * 3
-    assert len(graphs) <= 2
+    assert counter.frame_count <= 2
 
 
 def test_saved_moments_are_zero_and_a_resumed_run_goes_on_alike(use: GradientUse) -> None:
